@@ -43,9 +43,10 @@ def digits_dls(
     if not 1 <= batch_size <= len(train): raise ValueError(f"batch_size must be between 1 and {len(train)}, the training pictures, got {batch_size}")
     pixels = np.stack([np.asarray(pictures[i]) for i in train]) / 255
     transforms = aug_transforms(do_flip=False, max_rotate=10., max_zoom=1.1, max_lighting=0., max_warp=0.1) if augment else []
-    block = DataBlock((ImageBlock, CategoryBlock), get_x=itemgetter(0), get_y=itemgetter(1), splitter=IndexSplitter(valid),
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=itemgetter("picture"), get_y=itemgetter("label"), splitter=IndexSplitter(valid),
                       batch_tfms=[*transforms, Normalize.from_stats([float(pixels.mean())] * 3, [float(pixels.std())] * 3)])
-    return block.dataloaders(list(zip(pictures, labels)), bs=batch_size, val_bs=2 * batch_size, num_workers=0, device=device)
+    items = [dict(picture=picture, label=label) for picture, label in zip(pictures, labels)]
+    return block.dataloaders(items, bs=batch_size, val_bs=2 * batch_size, num_workers=0, device=device)
 
 # %% ../nbs/05_data.ipynb #008fecd7
 def _two_parts(path):
