@@ -102,6 +102,11 @@ def _print_table(rows):
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"  {name:{width}}  {value}" for name, value in rows))
 
+def _result_rows(result):
+    "What `accuracies` found, as rows of a table."
+    return [("validation accuracy", f"{100 * result['accuracy']:.2f} %, loss {result['loss']:.3f}"),
+            ("with the scan's output set to zero", f"{100 * result['accuracy_without_scan']:.2f} %, loss {result['loss_without_scan']:.3f}")]
+
 def _run(prog, action, parser, argv):
     "Parse, act, and turn mistakes into one line and an exit code."
     args = parser.parse_args(argv)
@@ -130,9 +135,7 @@ def _train(args):
     settings = {"data": data, "image_size": args.image_size or (32 if data == "digits" else 224), "batch_size": args.batch_size, "weights": args.weights}
     result = train_run(learn, out, {**config, "data": data, "image_size": settings["image_size"]}, settings, overwrite=args.overwrite)
     print()
-    _print_table([("validation accuracy", f"{100 * result['accuracy']:.2f} %"),
-                  ("with the scan's output set to zero", f"{100 * result['accuracy_without_scan']:.2f} %"),
-                  ("validation loss", f"{result['loss']:.4f}"), ("seconds of training", f"{result['seconds']:.0f}"),
+    _print_table([*_result_rows(result), ("seconds of training", f"{result['seconds']:.0f}"),
                   ("run folder", f"{out}: " + ", ".join(sorted(p.name for p in out.iterdir() if p.is_file())))])
 
 def train(argv: list[str] | None = None):
@@ -154,9 +157,7 @@ def _validate(args):
     model = _build(size, weights=saved)
     if model.num_classes != dls.c: raise _Mistake(f"argument --data: {data!r} has {dls.c} classes, the weights are for {model.num_classes}")
     result = accuracies(mamba2d_learner(dls, model))
-    _print_table([("data", f"{data}, {len(dls.valid_ds)} pictures held out"), ("validation accuracy", f"{100 * result['accuracy']:.2f} %"),
-                  ("with the scan's output set to zero", f"{100 * result['accuracy_without_scan']:.2f} %"),
-                  ("validation loss", f"{result['loss']:.4f}")])
+    _print_table([("data", f"{data}, {len(dls.valid_ds)} pictures held out"), *_result_rows(result)])
 
 def validate(argv: list[str] | None = None):
     "`mamba2d-validate`."

@@ -182,11 +182,11 @@ def scan_silenced(model: nn.Module):
         for hook in hooks: hook.remove()
 
 def accuracies(learn: Learner) -> dict[str, float]:
-    "Validation loss and accuracy, and the accuracy with the scan's output set to zero (`accuracy_without_scan`)."
+    "Validation loss and accuracy, and both with the scan's output set to zero (`loss_without_scan`, `accuracy_without_scan`)."
     with learn.no_bar(), learn.no_logging():
         loss, correct = learn.validate()[:2]
-        with scan_silenced(learn.model): silenced = learn.validate()[1]
-    return {"loss": loss, "accuracy": correct, "accuracy_without_scan": silenced}
+        with scan_silenced(learn.model): silenced_loss, silenced = learn.validate()[:2]
+    return {"loss": loss, "accuracy": correct, "loss_without_scan": silenced_loss, "accuracy_without_scan": silenced}
 
 # %% ../nbs/06_training.ipynb #c26eb377
 def plot_curves(
@@ -219,7 +219,7 @@ def plot_predictions(
     figure = Figure(figsize=(1.1 * columns, 1.35 * rows), layout="constrained") if figure is None else figure
     wrong = int((predicted != targets).sum())
     figure.suptitle(f"{wrong} of {len(targets)} wrong; shown: mistakes, then the least certain")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes: axis.axis("off")
     for axis, k in zip(axes, order.tolist()):
         picture = learn.dls.valid_ds[k][0]

@@ -1,0 +1,5 @@
+"""Settings of the tests that cannot live in a notebook."""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; runs in `make test-slow`")
