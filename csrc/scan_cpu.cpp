@@ -59,7 +59,7 @@ template <class T> using Vec = typename Simd<T>::V;
 
 template <class T> INLINE Vec<T> load(const T* p) { Vec<T> v; memcpy(&v, p, sizeof v); return v; }
 template <class T> INLINE void store(T* p, const Vec<T>& v) { memcpy(p, &v, sizeof v); }
-template <class T> INLINE Vec<T> splat(T value) { return Vec<T>{} + value; }
+template <class T> INLINE Vec<T> splat(T value) { return value - Vec<T>{}; }  // keeps the sign of -0
 
 // Round to whole numbers.
 template <class T> INLINE Vec<T> round_whole(const Vec<T>& t) {
@@ -114,11 +114,14 @@ template <class T> INLINE Vec<T> power_of_two(const Vec<T>& t_) {
 template <class T> constexpr T log2_e = T(1.44269504088896340736);
 template <class T> constexpr T ln_2 = T(0.693147180559945309417);
 
-// e^v with log2(e) in two parts, so that large |v| lose nothing.
-template <class T> INLINE Vec<T> exponential(const Vec<T>& v) {
-    const T rest = sizeof(T) == 4 ? T(1.44269504088896340736 - double(log2_e<float>)) : T(2.0355273740931033e-17);
-    const Vec<T> t = within_range<T>(v * log2_e<T>), n = round_whole<T>(t);
-    return scale_by_power<T>(power_fraction(within_range<T>(v * log2_e<T>) - n + v * rest), n);
+// e^v where v is not the exponent of a gate but as large as it likes: n log(2) is taken off in two parts, so nothing is lost.
+template <class T> INLINE Vec<T> exponential(Vec<T> v) {
+    const T first = sizeof(T) == 4 ? T(0.693359375) : T(0x1.62e42fee00000p-1), rest = T(0.693147180559945309417L - (long double)first);
+    const Vec<T> low = splat(Simd<T>::lowest * ln_2<T>), high = splat(Simd<T>::highest * ln_2<T>);
+    v = v < low ? low : v;
+    v = v > high ? high : v;
+    const Vec<T> n = round_whole<T>(v * log2_e<T>);
+    return scale_by_power<T>(power_fraction((v - n * first - n * rest) * log2_e<T>), n);
 }
 
 // log(1 + e^v), as torch has it: v itself above 20. With z = e^-|v| and s = z / (2 + z), log(1 + z) = 2 (s + s³/3 + s⁵/5 + ...).
