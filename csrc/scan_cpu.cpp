@@ -433,9 +433,9 @@ template <class T, int G> struct Scan {
     Buffer<T> part_states;                            // (splits, B, H, W, 3, N), if there is more than one split
 
     Scan(const ScanProblem& q, bool backward)
-        : q(q), backward(backward), B(q.batch), H(q.height), W(q.width), E(q.channels), N(q.states), threads(q.threads), blocks(ceil_div(E, lanes)),
-          groups(ceil_div(N, G)), tiles_h(ceil_div(H, SCAN_TILE_ROWS)), tiles_w(ceil_div(W, SCAN_TILE_COLS)),
-          rows(ceil_div(H, tiles_h)), cols(ceil_div(W, tiles_w)) {
+        : q(q), backward(backward), B(q.batch), H(q.height), W(q.width), E(q.channels), N(q.states), threads(q.threads),
+          blocks(ceil_div(E, lanes)), groups(ceil_div(N, G)), tiles_h(ceil_div(H, SCAN_TILE_ROWS)),
+          tiles_w(ceil_div(W, SCAN_TILE_COLS)), rows(ceil_div(H, tiles_h)), cols(ceil_div(W, tiles_w)) {
         const int64_t tiles = tiles_h * tiles_w;
         splits = std::min(blocks, ceil_div(32, std::max<int64_t>(1, B * tiles)));
         whole_images = tiles == 1 || B * splits >= 8 * threads;
@@ -491,9 +491,11 @@ template <class T, int G> struct Scan {
         return b * t.stride[0] + i * t.stride[1] + j * t.stride[2];
     }
 
+    int64_t channels_of(int64_t block) const { return std::min<int64_t>(lanes, E - block * lanes); }
+
     // The channels of `block` at each pixel of a tile.
     void load_pixels(const ScanTensor& t, int64_t b, Range r, Range c, int64_t block, V* out) const {
-        const int64_t channels = std::min<int64_t>(lanes, E - block * lanes);
+        const int64_t channels = channels_of(block);
         with_type(t.type, [&](auto* type) {
             const bool together = t.stride[3] == 1 && channels == lanes;
             for (int64_t i = 0; i < r.count; i++)
@@ -508,7 +510,7 @@ template <class T, int G> struct Scan {
     }
 
     void store_pixels(const ScanTensor& t, int64_t b, Range r, Range c, int64_t block, const V* in) const {
-        const int64_t channels = std::min<int64_t>(lanes, E - block * lanes);
+        const int64_t channels = channels_of(block);
         with_type(t.type, [&](auto* type) {
             typedef std::remove_pointer_t<decltype(type)> S;
             for (int64_t i = 0; i < r.count; i++)
@@ -525,7 +527,7 @@ template <class T, int G> struct Scan {
         V v = {};
         if (t.data) with_type(t.type, [&](auto* type) {
             const auto* p = (decltype(type))t.data;
-            for (int64_t l = 0; l < std::min<int64_t>(lanes, E - block * lanes); l++) v[l] = to_real<T>(p[(block * lanes + l) * t.stride[0]]);
+            for (int64_t l = 0; l < channels_of(block); l++) v[l] = to_real<T>(p[(block * lanes + l) * t.stride[0]]);
         });
         return v;
     }
@@ -562,8 +564,9 @@ template <class T, int G> struct Scan {
                 for (int64_t i = 0, k = 0; i < r.count; i++)
                     for (int64_t j = 0; j < c.count; j++, k++) {
                         const ScanTensor& t = *tensors[which];
-                        S* p = splits == 1 ? (S*)t.data + offset(t, b, r.first + i, c.first + j)
-                                           : (S*)part_states.data + ((((split * B + b) * H + r.first + i) * W + c.first + j) * 3 + which) * N;
+                        const int64_t pixel = ((split * B + b) * H + r.first + i) * W + c.first + j;
+                        S* p = splits > 1 ? (S*)part_states.data + (pixel * 3 + which) * N
+                                          : (S*)t.data + offset(t, b, r.first + i, c.first + j);
                         for (int64_t n = 0; n < N; n++) p[n] = Round<S>::from(in[((n / G * pixels + k) * 3 + which) * G + n % G]);
                     }
             });
@@ -593,7 +596,7 @@ template <class T, int G> struct Scan {
         for (int64_t i = 0; i < r.count; i++)
             for (int64_t j = 0; j < c.count; j++) {
                 T* p = (T*)q.h.data + offset(q.h, b, r.first + i, c.first + j);
-                for (int64_t l = 0; l < std::min<int64_t>(lanes, E - block * lanes); l++)
+                for (int64_t l = 0; l < channels_of(block); l++)
                     for (int64_t n = 0; n < std::min<int64_t>(G, N - group * G); n++)
                         p[(block * lanes + l) * q.h.stride[3] + group * G + n] = in[i * step + j * G + n][l];
             }
@@ -604,7 +607,15 @@ template <class T, int G> struct Scan {
         return (T*)q.saved.data + ((b * (tiles_h - 1) + s) * blocks * groups + unit) * W * G * lanes;
     }
     T* saved_col(int64_t b, int64_t c, int64_t unit) const {
-        return (T*)q.saved.data + (B * (tiles_h - 1) * W + (b * (tiles_w - 1) + c) * H) * blocks * groups * G * lanes + unit * H * G * lanes;
+        const int64_t units = blocks * groups, rows_kept = B * (tiles_h - 1) * W;
+        return (T*)q.saved.data + ((rows_kept + (b * (tiles_w - 1) + c) * H) * units + unit * H) * G * lanes;
+    }
+
+    // `count` times G saved vectors, or zeros where there are none, to places `step` vectors apart.
+    static void load_border(V* to, const T* from, int64_t count, int64_t step) {
+        for (int64_t k = 0; k < count; k++, to += step)
+            if (from) memcpy((void*)to, from + k * G * lanes, G * sizeof(V));
+            else memset((void*)to, 0, G * sizeof(V));
     }
 
     // --- tiles
@@ -656,12 +667,10 @@ template <class T, int G> struct Scan {
                 if (s == (backward ? tiles_h - 1 : 0)) memset((void*)row, 0, k.count * G * sizeof(V));
                 if (c == (backward ? tiles_w - 1 : 0)) memset((void*)col, 0, r.count * G * sizeof(V));
                 if (backward) {
-                    if (s) memcpy((void*)(h + G), saved_row(b, s - 1, global_unit) + k.first * G * lanes, k.count * G * sizeof(V));
-                    else memset((void*)(h + G), 0, k.count * G * sizeof(V));
-                    for (int64_t i = 0; i < r.count; i++)
-                        if (c) memcpy((void*)(h + (i + 1) * step), saved_col(b, c - 1, global_unit) + (r.first + i) * G * lanes, G * sizeof(V));
-                        else memset((void*)(h + (i + 1) * step), 0, G * sizeof(V));
-                    scan_tile<T, G, false>(r.count, k.count, s == 0, c == 0, p, b_and_c, a, h + G, h + step + G, step, h + step, step, false);
+                    load_border(h + G, s ? saved_row(b, s - 1, global_unit) + k.first * G * lanes : nullptr, k.count, G);
+                    load_border(h + step, c ? saved_col(b, c - 1, global_unit) + r.first * G * lanes : nullptr, r.count, step);
+                    scan_tile<T, G, false>(r.count, k.count, s == 0, c == 0, p, b_and_c, a, h + G, h + step + G, step, h + step, step,
+                                           false);
                     scan_tile_backward<T, G>(r.count, k.count, s == 0, c == 0, p, b_and_c, a, h, row, col, sums,
                                              grad_states + group * pixels * 3 * G,
                                              part_A.data + (tile_index * blocks * groups + global_unit) * 2 * G);
@@ -694,7 +703,8 @@ template <class T, int G> struct Scan {
     void store_gradients(int64_t b, Range r, Range c, int64_t block, const Pixels<T>& p, const PixelSums<T>* sums, V* channels) const {
         const V D = load_channels(q.D, block);
         V to_D = {};
-        for (int64_t i = 0, k = 0; i < r.count; i++)
+        for (int64_t i = 0, k = 0; i < r.count; i++) {
+            V of_row = {};
             for (int64_t j = 0; j < c.count; j++, k++) {
                 const bool first_row = r.first + i == 0, first_col = c.first + j == 0;
                 const V inject_t = sums[k].inject_t * coefficient_t<T>(first_row, first_col);
@@ -702,8 +712,10 @@ template <class T, int G> struct Scan {
                 p.inject_t[k] = sums[k].gate_t * ln_2<T> + inject_t * p.x[k];
                 p.inject_l[k] = sums[k].gate_l * ln_2<T> + inject_l * p.x[k];
                 p.y[k] = inject_t * p.delta_t[k] + inject_l * p.delta_l[k] + p.grad_y[k] * D;
-                to_D += p.grad_y[k] * p.x[k];
+                of_row += p.grad_y[k] * p.x[k];
             }
+            to_D += of_row;
+        }
         channels[0] = to_D;
         store_pixels(q.grad_x, b, r, c, block, p.y);
         for (int side = 0; side < 2; side++) {
@@ -713,7 +725,11 @@ template <class T, int G> struct Scan {
                 const V bias = load_channels(side ? q.bias_l : q.bias_t, block);
                 for (int64_t k = 0; k < r.count * c.count; k++) grad[k] *= sigmoid<T>(delta[k] + bias);
             }
-            for (int64_t k = 0; k < r.count * c.count; k++) sum += grad[k];
+            for (int64_t i = 0, k = 0; i < r.count; i++) {
+                V of_row = {};
+                for (int64_t j = 0; j < c.count; j++, k++) of_row += grad[k];
+                sum += of_row;
+            }
             channels[1 + side] = sum;
             store_pixels(side ? q.grad_delta_l : q.grad_delta_t, b, r, c, block, grad);
         }
@@ -769,7 +785,7 @@ template <class T, int G> struct Scan {
             return sum;
         };
         for (int64_t block; (block = next_task++) < blocks;) {
-            const int64_t channels = std::min<int64_t>(lanes, E - block * lanes);
+            const int64_t channels = channels_of(block);
             for (int which = 0; which < 3; which++) {
                 const ScanTensor& t = which == 0 ? q.grad_D : which == 1 ? q.grad_bias_t : q.grad_bias_l;
                 const Sum sum = total(part_channels.data + block * 3 + which, blocks * 3);
@@ -819,20 +835,24 @@ template <class T> void run_scan(const ScanProblem& q, bool backward) {
 template <class T> void scan_cpu_forward(const ScanProblem& q) { run_scan<T>(q, false); }
 template <class T> void scan_cpu_backward(const ScanProblem& q) { run_scan<T>(q, true); }
 
+// Rounded to S by the vector conversion, which has to agree with the one for single numbers (else NaN).
+template <class S, class T> static T there_and_back(T value) {
+    uint16_t rounded[Simd<T>::lanes];
+    T line[Simd<T>::lanes];
+    store_as<S, T>((S*)rounded, splat(value));
+    store<T>(line, load_as<T>((const S*)rounded));
+    const T single = to_real<T>(Round<S>::from(value));
+    return memcmp(&single, line, sizeof(T)) ? T(NAN) : single;
+}
+
 template <class T> void scan_cpu_function(int64_t which, int64_t count, const void* in, void* out) {
     FlushDenormals flush;
     for (int64_t k = 0; k < count; k++) {
         const Vec<T> v = splat(((const T*)in)[k]);
         const Vec<T> result = which == 0 ? power_of_two<T>(v * log2_e<T>) : which == 1 ? softplus<T>(v) : sigmoid<T>(v);
         T value = result[0];
-        if (which == 3 || which == 4) {  // through the vector conversions, the scalar ones have to agree
-            T line[Simd<T>::lanes];
-            uint16_t rounded[Simd<T>::lanes];
-            if (which == 3) store_as<bfloat16, T>((bfloat16*)rounded, v), store<T>(line, load_as<T>((bfloat16*)rounded));
-            else store_as<float16, T>((float16*)rounded, v), store<T>(line, load_as<T>((float16*)rounded));
-            const T scalar = which == 3 ? to_real<T>(Round<bfloat16>::from(((const T*)in)[k])) : to_real<T>(Round<float16>::from(((const T*)in)[k]));
-            value = memcmp(&scalar, line, sizeof(T)) ? T(NAN) : scalar;
-        }
+        if (which == 3) value = there_and_back<bfloat16, T>(((const T*)in)[k]);
+        if (which == 4) value = there_and_back<float16, T>(((const T*)in)[k]);
         ((T*)out)[k] = value;
     }
 }

@@ -70,7 +70,10 @@ def build_once(
         if alone:  # what a killed process left behind
             for left in folder.glob(f"{stem}.building-*"): shutil.rmtree(left, ignore_errors=True)
         private = Path(tempfile.mkdtemp(prefix=f"{stem}.building-", dir=folder))
-        try: os.replace(build(private), target)
+        try:
+            made = build(private)
+            with open(made, "rb") as file: os.fsync(file.fileno())  # not even a power cut leaves half a file under the final name
+            os.replace(made, target)
         finally: shutil.rmtree(private, ignore_errors=True)
     return target
 
@@ -219,7 +222,8 @@ def cpu_saved_shape(x: Tensor, A_t: Tensor, dtype: torch.dtype) -> tuple[int]:  
     padded = -(-channels // lanes) * lanes * (-(-A_t.shape[1] // group) * group)
     return (batch * padded * words * ((-(-height // rows) - 1) * width + (-(-width // cols) - 1) * height),)
 
-def cpu_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward):
+def cpu_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states,
+                for_backward):
     "The operator `mamba2d::scan_forward` on the CPU: y, h and saved, the latter two empty if not asked for."
     inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     dtype = _compute_dtype(inputs)
