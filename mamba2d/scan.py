@@ -6,14 +6,17 @@
 __all__ = ['backend_names', 'selective_scan_2d_ref', 'random_problem', 'ScanKernels', 'available_backends', 'scan_backend',
            'selective_scan_2d']
 
-# %% ../nbs/01_scan.ipynb #910a7e70
+# %% ../nbs/01_scan.ipynb #a8cdc8f9
 import os
+import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .kernels import cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_why_not
 
 # %% ../nbs/01_scan.ipynb #6a48199b
 class _Wavefront(NamedTuple):
@@ -241,21 +244,36 @@ class ScanKernels(NamedTuple):
     "A compiled implementation of the operators below, registered by name in `_kernels`."
     forward: object  # called like the operator `mamba2d::scan_forward` without its last argument
     backward: object  # called like `mamba2d::scan_backward` without its last argument
-    saved_shape: object  # (x, A_t, options) -> shape of the float32 tensor that the forward pass keeps for the backward pass
+    saved_shape: object  # (x, A_t, dtype of the arithmetic) -> shape of the float32 tensor that the forward pass keeps for the backward pass
     why_not: object  # (x, A_t) -> None if it can run this problem, else the reason as text
+    status: object = lambda: (True, "")  # () -> whether it can run on this machine at all, and the reason as text; may build it
 
-_kernels: dict[str, ScanKernels] = {}
+_kernels: dict[str, ScanKernels] = {"cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_why_not, cpu_kernel_status)}
 _forced_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
+
+def _backend_status(name):
+    "Whether the backend `name` can run on this machine, and if not, why."
+    if name == "reference": return True, ""
+    return _kernels[name].status() if name in _kernels else (False, "this machine has no device for it")
 
 def available_backends() -> tuple[str, ...]:
     "Names of the backends that can run on this machine, the fastest first; \"reference\" is always there."
-    return (*(name for name in ("cuda", "cpu") if name in _kernels), "reference")
+    return tuple(name for name in ("cuda", "cpu", "reference") if _backend_status(name)[0])
 
 def _require_backend(name):
     "Raise if `name` is not a backend of this machine."
-    if name not in ("auto", *backend_names): raise ValueError(f"backend must be one of {', '.join(backend_names)}, got {name!r}")
-    if name != "auto" and name not in available_backends():
-        raise RuntimeError(f"backend {name!r} cannot run here; available: {', '.join(available_backends())}. mamba2d-doctor says why.")
+    if name == "auto": return
+    if name not in backend_names: raise ValueError(f"backend must be one of {', '.join(backend_names)}, got {name!r}")
+    usable, reason = _backend_status(name)
+    if not usable:
+        raise RuntimeError(f"backend {name!r} cannot run here: {reason}. Available: {', '.join(available_backends())}; "
+                           "mamba2d-doctor says what to install.")
+
+@lru_cache(maxsize=None)
+def _warn_once(name, reason):
+    "Say once in a process that the reference runs instead of the kernel `name`."
+    warnings.warn(f"the {name} kernel cannot be used: {reason}. Scans run on plain PyTorch, which is much slower and takes more memory; "
+                  "mamba2d-doctor says what to install.", RuntimeWarning, stacklevel=3)
 
 class scan_backend:
     """Context manager: every scan inside runs on the named backend ("cpu", "cuda", "reference").
@@ -277,12 +295,21 @@ def _kernels_for(backend, x, A_t):
     if backend == "reference": return None
     _require_backend(backend)
     kernels = _kernels.get(x.device.type if backend == "auto" else backend)
-    reason = kernels and kernels.why_not(x, A_t)
-    if reason and backend != "auto": raise RuntimeError(f"backend {backend!r} cannot compute this scan: {reason}")
-    return None if reason else kernels
+    if kernels is None: return None
+    reason = kernels.why_not(x, A_t)
+    if backend == "auto":
+        if reason: return None
+        usable, reason = kernels.status()
+        if usable: return kernels
+        _warn_once(x.device.type, reason)
+        return None
+    if reason: raise RuntimeError(f"backend {backend!r} cannot compute this scan: {reason}")
+    return kernels
 
-# %% ../nbs/01_scan.ipynb #80debfdb
-_library = torch.library.Library("mamba2d", "DEF")
+# %% ../nbs/01_scan.ipynb #ff4e6f7b
+if "_library" in globals(): _library._destroy()  # the cell or the module runs again: its operators are defined anew
+_namespace = "mamba2d" if __name__ == "mamba2d.scan" else "mamba2d_notebook"  # a notebook may import the library beside its own cells
+_library = torch.library.Library(_namespace, "DEF")
 _inputs = ("Tensor x, Tensor delta_t, Tensor delta_l, Tensor A_t, Tensor A_l, Tensor B_t, Tensor B_l, Tensor C, Tensor? D, "
            "Tensor? delta_bias_t, Tensor? delta_bias_l")
 _library.define(f"scan_forward({_inputs}, bool delta_softplus, bool reverse, bool return_states, bool for_backward, str backend)"
@@ -304,7 +331,7 @@ def _scan_forward_fake(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias
     kernels = _kernels_for(backend, x, A_t)
     states = _compute_dtype(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     return (x.new_empty(x.shape), x.new_empty((*x.shape, A_t.shape[1]) if return_states else (0,), dtype=states),
-            x.new_empty(kernels.saved_shape(x, A_t) if kernels and for_backward else (0,), dtype=torch.float32))
+            x.new_empty(kernels.saved_shape(x, A_t, states) if kernels and for_backward else (0,), dtype=torch.float32))
 
 def _scan_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse,
                    backend):
@@ -321,7 +348,8 @@ def _scan_backward_fake(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, d
 
 for _name, _real, _fake in (("scan_forward", _scan_forward, _scan_forward_fake), ("scan_backward", _scan_backward, _scan_backward_fake)):
     _library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mamba2d::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
+_operators = getattr(torch.ops, _namespace)
 
 # %% ../nbs/01_scan.ipynb #9efcb304
 def _setup_context(ctx, inputs, output):
@@ -332,14 +360,14 @@ def _setup_context(ctx, inputs, output):
 def _autograd_backward(ctx, grad_y, grad_h, grad_saved):
     inputs = ctx.saved_tensors
     if grad_y is None: return (None,) * 16
-    grads = torch.ops.mamba2d.scan_backward(grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
+    grads = _operators.scan_backward(grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
     return (*(g if wanted and t is not None else None for g, t, wanted in zip(grads, inputs, ctx.needs_input_grad)), *(None,) * 5)
 
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("selective_scan_2d has no second derivative; selective_scan_2d_ref can be differentiated twice")
 
-torch.library.register_autograd("mamba2d::scan_forward", _autograd_backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("mamba2d::scan_backward", _no_second_derivative, lib=_library)
+torch.library.register_autograd(f"{_namespace}::scan_forward", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(f"{_namespace}::scan_backward", _no_second_derivative, lib=_library)
 
 # %% ../nbs/01_scan.ipynb #b8e5ad4c
 def selective_scan_2d(
@@ -367,5 +395,5 @@ def selective_scan_2d(
     _check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, h, _ = torch.ops.mamba2d.scan_forward(*inputs, delta_softplus, reverse, return_states, for_backward, _forced_backend)
+    y, h, _ = _operators.scan_forward(*inputs, delta_softplus, reverse, return_states, for_backward, _forced_backend)
     return (y, h.detach()) if return_states else y
