@@ -169,6 +169,7 @@ def diagnosis() -> list[tuple[str, str]]:
     import os
     import platform
     import torch
+    from mamba2d.kernels import cpu_kernel_status
     from mamba2d.scan import available_backends
     rows = [("mamba2d", mamba2d.__version__), ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
             ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
@@ -177,6 +178,9 @@ def diagnosis() -> list[tuple[str, str]]:
         except ImportError as error: rows.append((name, f"MISSING ({error}): pip install {'scikit-learn' if name == 'sklearn' else name}"))
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
     rows.append(("GPU", ", ".join(gpus) if gpus else "Apple GPU" if torch.backends.mps.is_available() else "none"))
+    usable, finding = cpu_kernel_status()
+    rows.append(("scan on the CPU", f"compiled kernel: {finding}" if usable else f"plain PyTorch, slower: {finding}"))
+    if gpus or torch.backends.mps.is_available(): rows.append(("scan on the GPU", "plain PyTorch on the device"))
     rows.append(("backends of the scan", ", ".join(available_backends())))
     forced = os.environ.get("MAMBA2D_BACKEND")
     if forced: rows.append(("MAMBA2D_BACKEND", f"{forced}" + ("" if forced in available_backends() else ": CANNOT RUN HERE, unset it")))
