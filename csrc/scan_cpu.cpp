@@ -11,12 +11,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <new>
-#include <thread>
 #include <type_traits>
 
 #if defined(__x86_64__)
@@ -409,6 +410,41 @@ struct FlushDenormals {  // numbers below 1e-38 slow a CPU down and count for no
 
 struct Range { int64_t first, count; };
 
+INLINE void pause_spinning() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+}
+
+// How far each tile has come. Who waits spins for some microseconds and then sleeps: where threads have to share processors, a spinning
+// one would keep the one it waits for from running.
+class Progress {
+    std::unique_ptr<std::atomic<int32_t>[]> done;
+    std::atomic<int32_t> sleepers{0};
+    std::mutex mutex;
+    std::condition_variable changed;
+public:
+    void allocate(int64_t count) {
+        done.reset(new std::atomic<int32_t>[count]);
+        for (int64_t k = 0; k < count; k++) done[k].store(0, std::memory_order_relaxed);
+    }
+    void set(int64_t index, int64_t units) {
+        done[index].store((int32_t)units, std::memory_order_seq_cst);
+        if (sleepers.load(std::memory_order_seq_cst)) {
+            { std::lock_guard<std::mutex> lock(mutex); }
+            changed.notify_all();
+        }
+    }
+    void wait_for(int64_t index, int64_t units) {  // until `units` are done
+        for (int spins = 0; spins < 500; spins++, pause_spinning())
+            if (done[index].load(std::memory_order_acquire) >= units) return;
+        std::unique_lock<std::mutex> lock(mutex);
+        sleepers.fetch_add(1, std::memory_order_seq_cst);
+        changed.wait(lock, [&] { return done[index].load(std::memory_order_seq_cst) >= units; });
+        sleepers.fetch_sub(1, std::memory_order_seq_cst);
+    }
+};
+
 // One pass over one problem, for G states at a time.
 template <class T, int G> struct Scan {
     typedef Vec<T> V;
@@ -423,7 +459,7 @@ template <class T, int G> struct Scan {
     bool whole_images;                                // a task is all tiles of an image, else one tile
     int64_t tasks, slots;
     std::atomic<int64_t> next_task{0}, next_worker{0};
-    std::unique_ptr<std::atomic<int32_t>[]> progress; // of each (image, split, tile): units (block, group) done
+    Progress progress;                                // of each (image, split, tile): units (block, group) done
     Buffer<V> A;                                      // (blocks, groups, 2, G), times log2(e)
     Buffer<V> borders;                                // (slots, units, W + H, G): what tiles hand to the next ones
     Buffer<V> scratch;                                // (workers, scratch_size)
@@ -442,10 +478,7 @@ template <class T, int G> struct Scan {
         tasks = B * splits * (whole_images ? 1 : tiles);
         const int64_t workers = std::max<int64_t>(1, std::min(threads, tasks));
         slots = whole_images ? workers : B * splits;
-        if (!whole_images) {
-            progress.reset(new std::atomic<int32_t>[B * splits * tiles]);
-            for (int64_t k = 0; k < B * splits * tiles; k++) progress[k].store(0, std::memory_order_relaxed);
-        }
+        if (!whole_images) progress.allocate(B * splits * tiles);
         const int64_t units = ceil_div(blocks, splits) * groups, pixels = rows * cols;
         borders.allocate(slots * units * (W + H) * G);
         scratch_size = pixels * 7 + pixels * (int64_t)(sizeof(PixelSums<T>) / sizeof(V)) + (rows + 1) * (cols + 1) * G
@@ -460,14 +493,21 @@ template <class T, int G> struct Scan {
         }
     }
 
+    // Threads for `tasks` tasks that compute `numbers` numbers, of which a thread should have at least `grain` to be worth waking up.
+    int64_t threads_for(int64_t tasks, int64_t numbers, int64_t grain) const {
+        return std::max<int64_t>(1, std::min({threads, tasks, numbers / grain}));
+    }
+
     void run() {
-        scan_parallel(std::min(threads, tasks), [](void* self) { ((Scan*)self)->work(); }, this);
+        const int64_t states = blocks * lanes * groups * G;
+        scan_parallel(threads_for(tasks, B * H * W * states, 65536), [](void* self) { ((Scan*)self)->work(); }, this);
         if (!backward) return;
         next_task = 0;
-        scan_parallel(std::min(threads, blocks), [](void* self) { ((Scan*)self)->add_parts(); }, this);
+        const int64_t parts = B * tiles_h * tiles_w * states * 2;
+        scan_parallel(threads_for(blocks, parts, 131072), [](void* self) { ((Scan*)self)->add_parts(); }, this);
         if (splits == 1) return;
         next_task = 0;
-        scan_parallel(std::min(threads, B * H), [](void* self) { ((Scan*)self)->add_split_parts(); }, this);
+        scan_parallel(threads_for(B * H, splits * B * H * W * N * 3, 131072), [](void* self) { ((Scan*)self)->add_split_parts(); }, this);
     }
 
     void prepare_A() {
@@ -622,8 +662,8 @@ template <class T, int G> struct Scan {
 
     static Range part(int64_t index, int64_t size, int64_t total) { return {index * size, std::min(size, total - index * size)}; }
 
-    std::atomic<int32_t>& done(int64_t b, int64_t split, int64_t s, int64_t c) {
-        return progress[((b * splits + split) * tiles_h + s) * tiles_w + c];
+    int64_t tile_number(int64_t b, int64_t split, int64_t s, int64_t c) const {
+        return ((b * splits + split) * tiles_h + s) * tiles_w + c;
     }
 
     // Wait until the neighbouring tiles this one hears from are done with `unit`; they were taken up earlier, so they will be.
@@ -633,8 +673,7 @@ template <class T, int G> struct Scan {
         for (int axis = 0; axis < 2; axis++) {
             const int64_t s_ = axis ? s : s + towards, c_ = axis ? c + towards : c;
             if (s_ < 0 || c_ < 0 || s_ >= tiles_h || c_ >= tiles_w) continue;
-            for (int spins = 0; done(b, split, s_, c_).load(std::memory_order_acquire) <= unit; spins++)
-                if (spins > 200) std::this_thread::yield();
+            progress.wait_for(tile_number(b, split, s_, c_), unit + 1);
         }
     }
 
@@ -683,7 +722,7 @@ template <class T, int G> struct Scan {
                     if (s + 1 < tiles_h) memcpy(saved_row(b, s, global_unit) + k.first * G * lanes, row, k.count * G * sizeof(V));
                     if (c + 1 < tiles_w) memcpy(saved_col(b, c, global_unit) + r.first * G * lanes, col, r.count * G * sizeof(V));
                 }
-                if (!whole_images) done(b, split, s, c).store(unit + 1, std::memory_order_release);
+                if (!whole_images) progress.set(tile_number(b, split, s, c), unit + 1);
             }
             if (backward) store_gradients(b, r, k, block, p, sums, part_channels.data + (tile_index * blocks + block) * 3);
             else store_output(b, r, k, block, p);

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['train_parser', 'validate_parser', 'train', 'validate', 'diagnosis', 'doctor', 'main']
 
-# %% ../nbs/07_cli.ipynb #36d70702
+# %% ../nbs/07_cli.ipynb #a614355e
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -109,6 +110,8 @@ def _result_rows(result):
 
 def _run(prog, action, parser, argv):
     "Parse, act, and turn mistakes into one line and an exit code."
+    # Threads that wait should sleep: by default they spin, and where another program wants the processor each step then takes many times longer.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
     args = parser.parse_args(argv)
     try: action(args)
     except _Mistake as mistake: parser.exit(2, f"{prog}: error: {mistake}\n")
@@ -166,7 +169,6 @@ def validate(argv: list[str] | None = None):
 # %% ../nbs/07_cli.ipynb #a0a32d8a
 def diagnosis() -> list[tuple[str, str]]:
     "What this machine has, and which backend the scan gets, as (name, finding) rows."
-    import os
     import platform
     import torch
     from mamba2d.kernels import cpu_kernel_status

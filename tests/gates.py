@@ -25,7 +25,7 @@ flags = ("slow", "cuda")
 
 def run(*command, cwd=root, timeout=None, **kwargs):
     "Run a command of this environment; returns its exit code and output."
-    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "MPLBACKEND": "agg", **kwargs}
+    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "MPLBACKEND": "agg", "OMP_WAIT_POLICY": "PASSIVE", **kwargs}
     try:
         done = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, timeout=timeout, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
