@@ -1,0 +1,536 @@
+#%% md
+## The CUDA kernels
+
+The two CUDA sources, `csrc/scan_fwd.cu` and `csrc/scan_bwd.cu`, are compiled on the user's machine, when a scan first needs them, by NVRTC:
+NVIDIA's compiler as a library, which comes inside torch's own wheels. So there is no toolkit to install, no version to match and no host
+compiler. Each compiled variant is specialised for the dtypes, the number of states and the options at hand, takes under a second, and is
+kept on disk for later processes. The kernels include no header, so that they also compile where torch came without NVIDIA's headers.
+
+Both libraries, NVRTC and the driver, are called through `ctypes`: their C interfaces have not changed since CUDA 11.2.
+#%%
+#| export
+import ctypes
+import hashlib
+import os
+import struct
+import sys
+import tempfile
+import threading
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+#%%
+#| hide
+import subprocess, time
+
+from fastcore.test import test_eq, test_fail
+#%% md
+### Finding the two libraries
+
+NVRTC must be of the same major version as torch's CUDA, so the places are searched in this order: what torch has loaded already or the
+system's path finds, the `nvidia` wheels beside torch, torch's own folder (older wheels and Windows), and the prefix of a conda environment.
+#%%
+#| export
+class CudaKernelError(RuntimeError):
+    "The CUDA kernels cannot be compiled, loaded or started; the message says why."
+
+def _nvrtc_candidates():
+    "Names and paths under which NVRTC may be found, best first."
+    major = (torch.version.cuda or "").split(".")[0]
+    if not major: return []
+    windows = sys.platform == "win32"
+    pattern = f"nvrtc64_{major}*_0.dll" if windows else f"libnvrtc.so.{major}*"
+    names = [] if windows else [f"libnvrtc.so.{major}"]
+    torch_folder = Path(torch.__file__).parent
+    folders = [torch_folder.parent / "nvidia" / f"cu{major}" / "lib", torch_folder.parent / "nvidia" / "cuda_nvrtc" / "lib", torch_folder / "lib",
+               Path(sys.prefix) / "lib", Path(sys.prefix) / "Library" / "bin"]
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable): folders += [Path(os.environ[variable]) / "lib64", Path(os.environ[variable]) / "bin"]
+    if not windows: folders.append(Path("/usr/local/cuda/lib64"))
+    found = [str(path) for folder in folders if folder.is_dir() for path in sorted(folder.glob(pattern)) if "builtins" not in path.name]
+    return found[:1] + names + found[1:]
+
+@lru_cache(maxsize=None)
+def _nvrtc():
+    "The NVRTC library; raises `CudaKernelError`."
+    tried = []
+    for name in _nvrtc_candidates():
+        try: return ctypes.CDLL(name)
+        except OSError as error: tried.append(f"{name}: {error}")
+    if not torch.version.cuda: raise CudaKernelError("this build of torch has no CUDA support")
+    raise CudaKernelError(f"NVRTC {torch.version.cuda.split('.')[0]} was not found; `pip install nvidia-cuda-nvrtc` (tried {'; '.join(tried) or 'nothing'})")
+
+@lru_cache(maxsize=None)
+def _driver():
+    "The CUDA driver library; raises `CudaKernelError`."
+    try: library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
+    except OSError as error: raise CudaKernelError(f"there is no CUDA driver here ({error})") from None
+    c, p, u, i = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
+    library.cuLaunchKernel.argtypes = [p, u, u, u, u, u, u, u, p, p, p]
+    library.cuMemsetD32Async.argtypes = [p, u, c, p]
+    library.cuModuleLoadData.argtypes = [p, p]
+    library.cuModuleGetFunction.argtypes = [p, p, ctypes.c_char_p]
+    library.cuFuncSetAttribute.argtypes = [p, i, i]
+    library.cuGetErrorString.argtypes = [i, ctypes.POINTER(ctypes.c_char_p)]
+    return library
+
+def _check_driver(status, what):
+    "Raise `CudaKernelError` unless the driver's `status` is success."
+    if not status: return
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(status, ctypes.byref(text))
+    raise CudaKernelError(f"{what} failed: {(text.value or b'unknown error').decode()} ({status})")
+
+@lru_cache(maxsize=None)
+def nvrtc_version() -> tuple[int, int]:  # (major, minor)
+    "The version of the NVRTC that compiles the CUDA kernels; raises `CudaKernelError`."
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    if _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)): raise CudaKernelError("NVRTC does not tell its version")
+    return major.value, minor.value
+
+@lru_cache(maxsize=None)
+def _nvrtc_architectures():
+    "Compute capabilities that NVRTC knows, as numbers such as 90."
+    count = ctypes.c_int()
+    if _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count)): raise CudaKernelError("NVRTC does not tell its architectures")
+    numbers = (ctypes.c_int * count.value)()
+    _nvrtc().nvrtcGetSupportedArchs(numbers)
+    return tuple(numbers)
+#%% md
+### Compiling and caching
+
+`compile_cuda` turns a source and a set of macros into machine code. On disk an entry is named by the hash of everything that goes into it
+(sources, options, architecture, version of NVRTC) and begins with the hash of its content, so that a damaged entry is noticed and rebuilt. It
+is written beside its place and then renamed, so that several processes can build the same variant at the same time.
+#%%
+#| export
+@lru_cache(maxsize=None)
+def _cuda_sources():
+    "Texts of the CUDA sources by file name, from the installed package or from the repository."
+    for folder in (Path(__file__).parent / "csrc", Path(__file__).parent.parent / "csrc"):
+        if (folder / "scan.cuh").is_file():
+            return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.suffix in (".cu", ".cuh")}
+    raise CudaKernelError("the CUDA sources are missing from this installation (csrc/scan.cuh)")
+
+def cuda_cache_folder() -> Path:
+    "Where compiled CUDA kernels are kept: `MAMBA2D_CACHE`, else `mamba2d` in the user's cache folder."
+    base = os.environ.get("MAMBA2D_CACHE")
+    if not base: base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba2d"
+    return Path(base) / "cuda"
+
+def _nvrtc_compile(name, source, headers, options, ptx):
+    "Machine code (or PTX text) of `source`; raises `CudaKernelError` with NVRTC's log."
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    texts = (ctypes.c_char_p * len(headers))(*[text.encode() for text in headers.values()])
+    names = (ctypes.c_char_p * len(headers))(*[header.encode() for header in headers])
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), len(headers), texts, names):
+        raise CudaKernelError("NVRTC could not start a compilation")
+    try:
+        status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*[option.encode() for option in options]))
+        size = ctypes.c_size_t()
+        if status:
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(max(size.value, 1))
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise CudaKernelError(f"NVRTC could not compile {name} ({' '.join(options)}):\n{log.value.decode(errors='replace')}")
+        get_size, get = (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX) if ptx else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+        if get_size(program, ctypes.byref(size)): raise CudaKernelError(f"NVRTC gave no code for {name}")
+        code = ctypes.create_string_buffer(size.value)
+        if get(program, code): raise CudaKernelError(f"NVRTC gave no code for {name}")
+        return code.raw
+    finally: nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+def compile_cuda(
+    name: str,  # file in csrc
+    macros: dict,  # name -> value of each macro
+    capability: int,  # compute capability of the card, such as 90
+    cache: bool = True,  # look into the cache folder first, and write to it
+) -> bytes:
+    "Machine code of a CUDA source for one architecture; raises `CudaKernelError`."
+    sources = _cuda_sources()
+    headers = {header: text for header, text in sources.items() if header.endswith(".cuh")}
+    known = _nvrtc_architectures()
+    ptx = capability not in known  # a card newer than the compiler: the driver finishes the compilation
+    if ptx and capability < min(known): raise CudaKernelError(f"NVRTC {'.'.join(map(str, nvrtc_version()))} does not compile for compute capability {capability / 10}")
+    target = f"compute_{max(a for a in known if a < capability)}" if ptx else f"sm_{capability}"
+    options = ["--std=c++17", f"--gpu-architecture={target}", *(f"-D{key}={value}" for key, value in sorted(macros.items()))]
+    parts = [name, sources[name], *(part for item in sorted(headers.items()) for part in item), *options, str(nvrtc_version())]
+    path = cuda_cache_folder() / (hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40] + ".bin")
+    if cache:
+        try:
+            content = path.read_bytes()
+            if len(content) > 32 and hashlib.sha256(content[32:]).digest() == content[:32]: return content[32:]
+        except OSError: pass
+    code = _nvrtc_compile(name, sources[name], headers, options, ptx)
+    if cache:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+            with os.fdopen(handle, "wb") as file: file.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, path)
+        except OSError: pass  # a folder that cannot be written to costs time, not correctness
+    return code
+#%% md
+### Tiles
+
+What a variant is compiled for: how the channels and states are laid over the threads of a warp, and the rows and columns of a tile. The backward
+pass keeps a whole tile of states in shared memory, so its tile shrinks with the shared memory that the card has. `span`, the columns between two
+saved columns of states, is part of what the forward pass has to know.
+#%%
+#| export
+_type_names = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_max_states = 256
+_strip = 8  # rows of a tile of the backward pass: one warp each
+
+class _Lanes(NamedTuple):
+    "How a warp is laid over channels and states."
+    per_thread: int  # states of one channel in one thread
+    groups: int  # lanes that share a channel's states
+
+def _lanes(n):
+    "The layout for `n` states: four a thread as soon as there are four."
+    per_thread = 8 if n > 128 else 4 if n > 2 else n
+    groups = 1
+    while per_thread * groups < n: groups *= 2
+    return _Lanes(per_thread, groups)
+
+class _BackwardTile(NamedTuple):
+    "The tile of the backward pass."
+    channels_per_thread: int
+    span: int  # columns
+    shared: int  # bytes of shared memory
+
+@lru_cache(maxsize=None)
+def _backward_tile(n, real, shared_limit):
+    "The best tile that fits into `shared_limit` bytes of shared memory, for `n` states of `real` bytes."
+    lanes = _lanes(n)
+    most = min(4, lanes.groups, 2 if lanes.per_thread == 8 else 4)
+    for channels, span in ((most, 8), (most // 2, 8), (most, 4), (most // 2, 4), (most // 4, 4), (most, 2), (most // 2, 2), (most // 4, 2), (1, 2), (1, 1)):
+        if not channels: continue
+        tile, pixels, group = 32 * channels * lanes.per_thread, _strip * span, 32 // lanes.groups * channels
+        sums = max(4 * channels, 3 * lanes.per_thread) * 32
+        shared = real * ((_strip + 1) * span * tile + pixels * (6 * group + 3 * lanes.per_thread * lanes.groups) + _strip * sums)
+        if shared + 2048 <= shared_limit: return _BackwardTile(channels, span, shared)
+    return None
+
+@lru_cache(maxsize=None)
+def _card(index):
+    "(compute capability, bytes of shared memory a block may have, multiprocessors) of a CUDA device."
+    properties = torch.cuda.get_device_properties(index)
+    capability = properties.major * 10 + properties.minor
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or {75: 65536, 80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}.get(capability, 101376)
+    return capability, shared, properties.multi_processor_count
+#%%
+test_eq(_lanes(1), (1, 1)); test_eq(_lanes(16), (4, 4)); test_eq(_lanes(17), (4, 8)); test_eq(_lanes(256), (8, 32))
+for limit in (65536, 101376, 166912, 232448):                 # every card since Turing
+    for real in (4, 8):
+        assert all(_backward_tile(n, real, limit) for n in range(1, 257))
+test_eq(_backward_tile(16, 4, 232448)[:2], (4, 8))
+#%% md
+### Launching
+
+A scan is described to the kernels by one structure: pointers, strides, sizes. All but the pointers stay the same from call to call, so they are packed
+once for each combination of shapes, strides and dtypes (a *plan*), and a call packs only its pointers. Scanning from the bottom-right corner is a matter
+of strides as well: pointers go to the last pixel, and the strides of rows and columns change their sign.
+#%%
+#| export
+class _Kernel:
+    "A kernel loaded on one device, ready to be started."
+    def __init__(self, code, name):
+        self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
+        driver = _driver()
+        _check_driver(driver.cuModuleLoadData(ctypes.byref(self.module), code), "loading a CUDA kernel")
+        _check_driver(driver.cuModuleGetFunction(ctypes.byref(self.function), self.module, name.encode()), "finding a CUDA kernel")
+        self.name, self.allowed, self.launch = name, 48 * 1024, driver.cuLaunchKernel
+
+    def allow_shared(self, shared):
+        "Let the kernel be started with `shared` bytes of shared memory, and prefer shared memory to cache."
+        if shared > self.allowed: _check_driver(_driver().cuFuncSetAttribute(self.function, 8, shared), "asking for shared memory")
+        self.allowed = max(shared, self.allowed)
+        _check_driver(_driver().cuFuncSetAttribute(self.function, 9, 100), "preferring shared memory")
+
+    def __call__(self, grid, block, shared, stream, arguments):
+        "Start the kernel on `stream` with the bytes of its one argument."
+        pointers = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
+        status = self.launch(self.function, grid, 1, 1, block, 1, 1, shared, stream, pointers, None)
+        if status: _check_driver(status, f"starting {self.name}")
+
+_loaded, _loading = {}, threading.Lock()
+
+def _load_kernel(device, source, name, macros, shared):
+    "The kernel `name` of `source` for these macros on the device of that index, compiled and loaded once."
+    key = device, source, name, tuple(sorted(macros.items()))
+    code = None if key in _loaded else compile_cuda(source, macros, _card(device)[0])
+    with _loading, torch.cuda.device(device):
+        torch.cuda.current_stream()  # makes torch's context current
+        if key not in _loaded: _loaded[key] = _Kernel(code, name)
+        if shared: _loaded[key].allow_shared(shared)
+    return _loaded[key]
+
+def _stream(device):
+    "The handle of torch's current stream on the device of that index."
+    try: return torch._C._cuda_getCurrentRawStream(device)
+    except AttributeError: return torch.cuda.current_stream(device).cuda_stream
+
+def _dense_last(t):
+    "`t`, or a copy whose last dimension is dense."
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+def _strides(strides, shape, reverse):
+    "(offset in elements of the first logical pixel, strides of image, row, column) of a tensor (B, H, W, ...)."
+    b, h, w = strides[:3]
+    if not reverse: return 0, (b, h, w)
+    return (shape[1] - 1) * h + (shape[2] - 1) * w, (b, -h, -w)
+
+class _Plan:
+    "Everything about a call that depends only on shapes, strides, dtypes and options."
+
+_plans = {}
+forward_tile_override = {}  # for measurements: rows, warps, channels_per_thread of the forward pass
+
+def _describe(tensors, flags, device):
+    "What the plans of the forward and backward pass share."
+    x, _, _, A_t = tensors[:4]
+    plan = _Plan()
+    plan.capability, plan.shared_limit, plan.processors = _card(device)
+    plan.double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    plan.real = torch.float64 if plan.double else torch.float32
+    plan.n, plan.images, plan.height, plan.width, plan.channels = A_t.shape[1], *x.shape
+    plan.lanes = _lanes(plan.n)
+    plan.tile = _backward_tile(plan.n, 8 if plan.double else 4, plan.shared_limit)
+    names = ("X_T", "DT_T", "DL_T", "AT_T", "AL_T", "BT_T", "BL_T", "C_T", "D_T", "ZT_T", "ZL_T")
+    plan.macros = {name: _type_names[t.dtype] if t is not None else "f32" for name, t in zip(names, tensors)}
+    softplus, aligned = flags
+    plan.macros |= dict(REAL="double" if plan.double else "float", STATES=plan.n, NS=plan.lanes.per_thread, NG=plan.lanes.groups, STRIP=_strip,
+                        SPAN=plan.tile.span, SOFTPLUS=int(softplus), SKIP=int(tensors[8] is not None), BIAS_T=int(tensors[9] is not None),
+                        BIAS_L=int(tensors[10] is not None))
+    plan.saved_rows, plan.saved_cols, plan.channels_padded, plan.saved_shape = _saved_layout(x.shape, plan.n, plan.double, plan.shared_limit)
+    plan.aligned = aligned and plan.channels % 4 == 0 and plan.n % 4 == 0 and all(
+        s % 4 == 0 for t in tensors if t is not None and t.dim() == 4 for s in t.stride()[:3])
+    return plan
+
+def _saved_layout(shape, n, double, shared_limit):
+    "(rows, columns, padded channels, shape in float32) of the states that the forward pass keeps."
+    b, h, w, e = shape
+    lanes, tile = _lanes(n), _backward_tile(n, 8 if double else 4, shared_limit)
+    rows, cols = (h - 1) // _strip, (w - 1) // tile.span
+    group = 32 // lanes.groups * max(2, tile.channels_per_thread)  # channels of the widest warp
+    padded = -(-e // group) * group
+    pixels = b * (rows * w + cols * h)
+    return rows, cols, padded, (pixels * padded * lanes.per_thread * lanes.groups * (2 if double else 1),)
+
+def _forward_tile(plan):
+    "(channels per thread, rows per warp, warps) of the forward pass."
+    lanes = plan.lanes
+    channels = 1 if plan.double or lanes.per_thread == 8 else 2
+    group = 32 // lanes.groups * channels
+    chains = plan.images * -(-plan.channels // group)
+    choices = [2] if plan.n > 64 or plan.double else [8, 4, 2]
+    rows = next((r for r in choices if chains * -(-plan.height // r) >= 8 * plan.processors), choices[-1])
+    warps = min(8, -(-plan.height // rows))
+    return channels, rows, warps
+
+def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, aligned, device):
+    "Compile and pack what a forward call with this key needs."
+    plan = _describe(tensors, (softplus, aligned), device)
+    channels, rows, warps = _forward_tile(plan)
+    if forward_tile_override:
+        channels, rows, warps = (forward_tile_override.get(k, v) for k, v in zip(("channels", "rows", "warps"), (channels, rows, warps)))
+        warps = min(warps, -(-plan.height // rows))
+    lanes, size = plan.lanes, 8 if plan.double else 4
+    group, padded_n = 32 // lanes.groups * channels, lanes.per_thread * lanes.groups
+    vector = 4 if plan.aligned and group % 4 == 0 else 1
+    shared_warp = size * (64 * channels * lanes.per_thread + 4 * rows * group + 3 * rows * padded_n + rows * group * lanes.groups)
+    shared_warp = -(-shared_warp // 16) * 16
+    while warps > 1 and warps * shared_warp + 2048 > plan.shared_limit: warps -= 1
+    threads = 256 if warps <= 8 else 512
+    macros = plan.macros | dict(CH=channels, ROWS=rows, VECTOR=vector, SAVE=int(for_backward), WRITE_H=int(return_states), THREADS=threads,
+                                BLOCKS=forward_tile_override.get("blocks", 512 // threads) if not plan.double else 1)
+    plan.kernel = _load_kernel(device, "scan_fwd.cu", "scan_forward", macros, warps * shared_warp)
+    plan.shared = warps * shared_warp
+    plan.groups, plan.strips = -(-plan.channels // group), -(-plan.height // (warps * rows))
+    plan.grid, plan.block = plan.images * plan.groups * plan.strips, warps * 32
+    plan.flags = plan.grid + 1 if plan.strips > 1 else 0
+    plan.handover = plan.images * plan.width * plan.channels_padded * padded_n if plan.strips > 1 else 0
+    b, h, w, e, n = plan.images, plan.height, plan.width, plan.channels, plan.n
+    views = [tensors[k] for k in (0, 1, 2, 5, 6, 7)]
+    moved = [_strides(t.stride(), t.shape, reverse) for t in views]
+    out, states = _strides((h * w * e, w * e, e), x_shape := (b, h, w, e), reverse), _strides((h * w * e * n, w * e * n, e * n), x_shape, reverse)
+    offsets = dict(zip((0, 1, 2, 5, 6, 7), moved))
+    plan.offsets = tuple((offsets[k][0] if k in offsets else 0) * (t.element_size() if t is not None else 0) for k, t in enumerate(tensors))
+    plan.offset_y, plan.offset_h = out[0] * tensors[0].element_size(), states[0] * size
+    plan.tail = struct.pack("24q10i", *(s for m in (*moved, out, states) for s in m[1]), b, h, w, e, plan.channels_padded, plan.groups, plan.strips,
+                            plan.saved_rows, plan.saved_cols, 0)
+    plan.pack = struct.Struct("16Q").pack
+    plan.return_states, plan.saving = return_states, for_backward
+    _plans[key] = plan
+    return plan
+
+def _key(tensors, *rest):
+    "What distinguishes calls that need different plans."
+    parts = list(rest)
+    for t in tensors: parts.append(None if t is None else (t.dtype, t.shape, t.stride()))
+    return tuple(parts)
+
+def _pointers(tensors):
+    "Addresses of the tensors (0 for None), and whether all allow vectors of four."
+    pointers, aligned = [], True
+    for t in tensors:
+        pointer = 0 if t is None else t.data_ptr()
+        if pointer & 7 or (pointer & 31 and t.element_size() > 2 and pointer % (4 * t.element_size())): aligned = False
+        pointers.append(pointer)
+    return pointers, aligned
+
+def cuda_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward):
+    "(y, h, saved) of the 2D selective scan by the CUDA kernel; h and saved are empty unless asked for."
+    device = x.device.index
+    tensors = (_dense_last(x), _dense_last(delta_t), _dense_last(delta_l), A_t.contiguous(), A_l.contiguous(), _dense_last(B_t), _dense_last(B_l),
+               _dense_last(C), D, delta_bias_t, delta_bias_l)
+    if D is not None or delta_bias_t is not None or delta_bias_l is not None:
+        tensors = (*tensors[:8], *(None if t is None else t.contiguous() for t in tensors[8:]))
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run_forward(device, tensors, delta_softplus, reverse, return_states, for_backward)
+    return _run_forward(device, tensors, delta_softplus, reverse, return_states, for_backward)
+
+def _run_forward(device, tensors, softplus, reverse, return_states, for_backward, keep=None):
+    "`cuda_forward` on the current device, with prepared tensors; `keep` takes the saved states in place of a new tensor."
+    pointers, aligned = _pointers(tensors)
+    key = _key(tensors, "forward", device, softplus, reverse, return_states, for_backward, aligned, *forward_tile_override.values())
+    plan = _plans.get(key) or _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, aligned, device)
+    x, A_t = tensors[0], tensors[3]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = torch.empty((*x.shape, plan.n) if return_states else (0,), dtype=plan.real, device=x.device)
+    saved = torch.empty(cuda_saved_shape(x, A_t) if for_backward and keep is None else (0,), dtype=torch.float32, device=x.device)
+    if keep is None: keep = saved
+    if for_backward and keep.shape != plan.saved_shape:  # only in float64 where neither x nor A is: the backward pass computes it again
+        keep = torch.empty(plan.saved_shape, dtype=torch.float32, device=x.device)
+    if y.numel() == 0: return y, h, saved
+    stream = _stream(device)
+    handover = flags = 0
+    if plan.flags:
+        room = torch.empty(plan.handover, dtype=plan.real, device=x.device)
+        counters = torch.empty(plan.flags, dtype=torch.int32, device=x.device)
+        handover, flags = room.data_ptr(), counters.data_ptr()
+        status = _driver().cuMemsetD32Async(flags, 0, plan.flags, stream)
+        if status: _check_driver(status, "clearing the counters")
+    arguments = plan.pack(*map(int.__add__, pointers, plan.offsets), y.data_ptr() + plan.offset_y, h.data_ptr() + plan.offset_h, keep.data_ptr(), handover,
+                          flags) + plan.tail
+    plan.kernel(plan.grid, plan.block, plan.shared, stream, arguments)
+    return y, h, saved
+
+def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
+    "Compile and pack what a backward call with this key needs."
+    plan = _describe(tensors, (softplus, aligned), device)
+    lanes, size, channels = plan.lanes, 8 if plan.double else 4, plan.tile.channels_per_thread
+    group, padded_n = 32 // lanes.groups * channels, lanes.per_thread * lanes.groups
+    plan.aligned = plan.aligned and all(s % 4 == 0 for s in grad_y.stride()[:3])
+    macros = plan.macros | dict(CH=channels, VECTOR=4 if plan.aligned and group % 4 == 0 else 1, G_T=_type_names[grad_y.dtype], BLOCKS=1)
+    plan.kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward", macros, plan.tile.shared)
+    plan.sum_kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward_sum", macros, 0)
+    b, h, w, e, n = plan.images, plan.height, plan.width, plan.channels, plan.n
+    plan.groups, plan.strips = -(-e // group), -(-h // _strip)
+    plan.grid, plan.block = b * plan.groups * plan.strips, _strip * 32
+    chained = plan.groups > 1 or plan.strips > 1
+    plan.flags = plan.grid + 1 if chained else 0
+    plan.handover = b * w * plan.channels_padded * padded_n if plan.strips > 1 else 0
+    plan.sums = b * h * w * 3 * n if plan.groups > 1 else 0
+    plan.partial = b * plan.strips * (2 * padded_n + 3) * plan.channels_padded
+    views = dict(zip((0, 1, 2, 5, 6, 7), (tensors[k] for k in (0, 1, 2, 5, 6, 7))))
+    moved = {k: _strides(t.stride(), t.shape, reverse) for k, t in views.items()}
+    grad = _strides(grad_y.stride(), grad_y.shape, reverse)
+    wide, narrow = (_strides((h * w * c, w * c, c), (b, h, w, c), reverse) for c in (e, n))
+    plan.offsets = tuple((moved[k][0] if k in moved else 0) * (t.element_size() if t is not None else 0) for k, t in enumerate(tensors))
+    plan.offset_grad = grad[0] * grad_y.element_size()
+    plan.offsets_out = tuple((wide if k < 3 else narrow)[0] * tensors[k].element_size() for k in (0, 1, 2, 5, 6, 7))
+    plan.tail = struct.pack("27q10i", *(s for m in (*moved.values(), grad, wide, narrow) for s in m[1]), b, h, w, e, plan.channels_padded, plan.groups,
+                            plan.strips, plan.saved_rows, plan.saved_cols, 0)
+    plan.pack = struct.Struct("23Q").pack
+    plan.sum_pack = struct.Struct("6Q4i").pack
+    plan.sum_tail = (b * plan.strips, e, plan.channels_padded, 0)
+    plan.sum_grid = -(-(2 * e * n + 3 * e) // 32)
+    _plans[key] = plan
+    return plan
+
+def cuda_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse):
+    "Gradients of the eleven inputs (empty for an input that is None), by the CUDA kernels."
+    device = x.device.index
+    tensors = (_dense_last(x), _dense_last(delta_t), _dense_last(delta_l), A_t.contiguous(), A_l.contiguous(), _dense_last(B_t), _dense_last(B_l),
+               _dense_last(C), *(None if t is None else t.contiguous() for t in (D, delta_bias_t, delta_bias_l)))
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _run_backward(device, tensors, _dense_last(grad_y), saved, delta_softplus, reverse)
+    return _run_backward(device, tensors, _dense_last(grad_y), saved, delta_softplus, reverse)
+
+def _run_backward(device, tensors, grad_y, saved, softplus, reverse):
+    "`cuda_backward` on the current device, with prepared tensors."
+    pointers, aligned = _pointers((*tensors, grad_y))
+    key = _key((*tensors, grad_y), "backward", device, softplus, reverse, aligned)
+    plan = _plans.get(key) or _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device)
+    x = tensors[0]
+    grads = [x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+    if x.numel() == 0: return tuple(g.zero_() for g in grads)
+    if saved.shape != plan.saved_shape:
+        saved = torch.empty(plan.saved_shape, dtype=torch.float32, device=x.device)
+        _run_forward(device, tensors, softplus, reverse, False, True, saved)
+    stream = _stream(device)
+    room = torch.empty(plan.handover + plan.sums + plan.partial, dtype=plan.real, device=x.device)
+    handover = room.data_ptr()
+    size = 8 if plan.double else 4
+    partial = handover + plan.handover * size
+    sums = partial + plan.partial * size
+    flags = 0
+    if plan.flags:
+        counters = torch.empty(plan.flags, dtype=torch.int32, device=x.device)
+        flags = counters.data_ptr()
+        status = _driver().cuMemsetD32Async(flags, 0, plan.flags, stream)
+        if status: _check_driver(status, "clearing the counters")
+    out = [grads[k].data_ptr() + offset for k, offset in zip((0, 1, 2, 5, 6, 7), plan.offsets_out)]
+    arguments = plan.pack(*map(int.__add__, pointers[:11], plan.offsets), pointers[11] + plan.offset_grad, saved.data_ptr(), *out, partial, handover,
+                          sums, flags) + plan.tail
+    plan.kernel(plan.grid, plan.block, plan.tile.shared, stream, arguments)
+    arguments = plan.sum_pack(partial, *(grads[k].data_ptr() for k in (3, 4, 8, 9, 10)), *plan.sum_tail)
+    plan.sum_kernel(plan.sum_grid, 512, 0, stream, arguments)
+    return tuple(grads)
+
+def cuda_saved_shape(x, A_t, options=None):
+    "Shape of the float32 tensor that the forward pass keeps for the backward pass."
+    double = torch.float64 in (x.dtype, A_t.dtype)
+    return _saved_shape(x.shape, A_t.shape[1], double, _card(x.device.index or 0)[1])
+
+@lru_cache(maxsize=256)
+def _saved_shape(shape, n, double, shared_limit): return _saved_layout(shape, n, double, shared_limit)[3]
+#%% md
+### May it run, and if not, why
+
+`cuda_kernel_status` goes the whole way once for each process: find both libraries, compile a small variant (or take it from the cache), load it and run it. What it
+says is what `mamba2d-doctor` reports. If there is a CUDA device but something on the way fails, one warning says so, and scans run on the reference.
+#%%
+#| export
+@lru_cache(maxsize=None)
+def cuda_kernel_status() -> tuple[bool, str]:  # (usable, why or why not)
+    "Whether the CUDA kernels run on this machine; tried once for each process."
+    if torch.version.hip: return False, "this is a ROCm build of torch; the kernels are for CUDA"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA device" if torch.version.cuda else "this build of torch has no CUDA support"
+    try:
+        capability = _card(torch.cuda.current_device())[0]
+        if capability < 75: return False, f"compute capability {capability / 10} is below 7.5"
+        one = torch.ones(1, 1, 1, 1, device="cuda")
+        y, _, _ = cuda_forward(*[one] * 3, -one[0, 0], -one[0, 0], *[one] * 3, None, None, None, False, False, False, False)
+        if y.item() != 1: raise CudaKernelError(f"the kernel computed {y.item()} in place of 1")
+    except Exception as error:  # whatever it is, there is a slower path
+        reason = f"{error}".strip() or type(error).__name__
+        warnings.warn(f"the CUDA kernels of mamba2d do not run here, the slow reference takes their place: {reason}\nmamba2d-doctor says more.", stacklevel=2)
+        return False, reason
+    return True, f"compute capability {capability / 10}, NVRTC {'.'.join(map(str, nvrtc_version()))}, cache in {cuda_cache_folder()}"
+
+def cuda_why_not(x, A_t):
+    "None if the CUDA kernels can compute this scan, else the reason."
+    if x.device.type != "cuda": return f"x is on {x.device}, not on a CUDA device"
+    if A_t.shape[1] > _max_states: return f"N = {A_t.shape[1]} is above {_max_states}"
+    usable, reason = cuda_kernel_status()
+    return None if usable else reason
