@@ -56,11 +56,16 @@ template <typename T, int K> struct alignas(sizeof(T) * K >= 16 ? 16 : sizeof(T)
 template <typename T, int K> struct Raw {
   typedef Pack<T, K> Memory;
   Memory pack;
+  DEVICE_METHOD void clear() {
+#pragma unroll
+    for (int k = 0; k < K; ++k) pack.v[k] = T{};
+  }
   DEVICE_METHOD void load(const T* p) { pack = *reinterpret_cast<const Memory*>(p); }
   DEVICE_METHOD real get(int k) const { return to_real(pack.v[k]); }
 };
 template <typename T> struct RawHalves {
   Pack<u32, 2> words;
+  DEVICE_METHOD void clear() { words.v[0] = words.v[1] = 0; }
   DEVICE_METHOD void load(const T* p) { words = *reinterpret_cast<const Pack<u32, 2>*>(p); }
   DEVICE_METHOD real get(int k) const {
     T v;
@@ -139,6 +144,10 @@ DEVICE int load_acquire(const int* pointer) {
 DEVICE void store_release(int* pointer, int v) {
   __threadfence();
   asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(pointer), "r"(v) : "memory");
+}
+DEVICE void add_release(int* pointer, int v) {
+  __threadfence();
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" : : "l"(pointer), "r"(v) : "memory");
 }
 DEVICE void wait_for(const int* progress, int wanted) {
   while (load_acquire(progress) < wanted) __nanosleep(20);

@@ -14,6 +14,7 @@
 //   SPAN, STRIP      SAVE = 1: states of every STRIP-th row and every SPAN-th column are kept for the backward pass
 //   WRITE_H          1: write all states
 //   SOFTPLUS, BIAS_T, BIAS_L, SKIP    1: softplus, a bias, D
+//   CHAINED          1: an image has several strips
 //   THREADS, BLOCKS  launch bounds
 #include "scan.cuh"
 
@@ -59,16 +60,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   WarpSpace& own = spaces[warp];
 
   int job = blockIdx.x;
-  if (p.strips > 1) {
+  if (CHAINED) {
     if (threadIdx.x == 0) ticket = atomicAdd(p.flags, 1);
     __syncthreads();
     job = ticket;
   }
-  const int group = job % p.groups, image = (job / p.groups) % p.images, strip = job / (p.groups * p.images);
+  const int group = job % p.groups, image = (job / p.groups) % p.images, strip = CHAINED ? job / (p.groups * p.images) : 0;
   const int e0 = group * CG, H = p.height, W = p.width;
   const int row0 = (strip * warps + warp) * ROWS, rows = min(ROWS, H - row0);  // rows <= 0: a warp below the image
   int* const progress = p.flags + 1 + (i64(image) * p.groups + group) * p.strips + strip;
-  const bool follows = strip > 0 && warp == 0, leads = strip + 1 < p.strips && warp == warps - 1;
+  const bool follows = CHAINED && strip > 0 && warp == 0, leads = CHAINED && strip + 1 < p.strips && warp == warps - 1;
   const i64 pixel = i64(p.channels_padded) * NP;      // states of a pixel in padded storage
   const i64 lane_states = i64(e0 + eg) * NP + ng * NS;  // this lane's first states in it; those of channel c are c * EG * NP further
 
@@ -108,6 +109,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   auto x_chs = [&](int q) { return 32 % X_WIDTH == 0 ? 0 : (lane + 32 * q) % X_WIDTH * VECTOR - x_ch; };
   auto n_rows = [&](int q) { return 32 % N_WIDTH == 0 ? q * (32 / N_WIDTH) : (lane + 32 * q) / N_WIDTH - n_row; };
   auto n_firsts = [&](int q) { return 32 % N_WIDTH == 0 ? 0 : (lane + 32 * q) % N_WIDTH * VECTOR - n_first; };
+
+#pragma unroll
+  for (int q = 0; q < X_LOADS; ++q) raw_x[q].clear(), raw_dt[q].clear(), raw_dl[q].clear();  // what lies outside stays zero
+#pragma unroll
+  for (int q = 0; q < N_LOADS; ++q) raw_bt[q].clear(), raw_bl[q].clear(), raw_c[q].clear();
 
   auto load_column = [&] {
 #pragma unroll
@@ -179,7 +185,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
             if (SOFTPLUS) s.v[0] = softplus(s.v[0]), s.v[1] = softplus(s.v[1]);
             s.v[2] = ct * s.v[0] * xv;
             s.v[3] = cl * s.v[1] * xv;
-            if (r >= rows || e0 + ch + v >= p.channels) s.v[0] = s.v[1] = s.v[2] = s.v[3] = 0;
             own.inputs[r * CG + channel_slot(ch + v)] = s;
           }
         }
@@ -191,10 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
           Pack<real, VECTOR> bt, bl, cc;
 #pragma unroll
           for (int v = 0; v < VECTOR; ++v) {
-            const bool there = r < rows && n + v < STATES;
-            bt.v[v] = there ? raw_bt[q].get(v) : real(0);
-            bl.v[v] = there ? raw_bl[q].get(v) : real(0);
-            cc.v[v] = there ? raw_c[q].get(v) : real(0);
+            bt.v[v] = raw_bt[q].get(v), bl.v[v] = raw_bl[q].get(v), cc.v[v] = raw_c[q].get(v);
           }
           *reinterpret_cast<Pack<real, VECTOR>*>(own.matrices + (r * 3 + 0) * NP + n) = bt;
           *reinterpret_cast<Pack<real, VECTOR>*>(own.matrices + (r * 3 + 1) * NP + n) = bl;
@@ -210,58 +212,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       for (int c = 0; c < CH; ++c) {
         States s;
         if (warp > 0) s = spaces[warp - 1].handed[j & 1][c * 32 + lane];
-        else if (strip > 0) s = waiting[c];
+        else if (CHAINED) s = waiting[c];
 #pragma unroll
         for (int k = 0; k < NS; ++k) top[c][k] = row0 > 0 ? s.v[k] : real(0);
       }
       if (follows && j + 1 < W) load_handover(j + 1);
 
+      // All rows of the warp without a branch between them, so that their chains overlap; rows below the image have no inputs.
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        if (r < rows) {
-          const int i = row0 + r;
-          const real exponent = i > 0 && j > 0 ? real(-1) : real(0);  // log2 of the coefficient, where it is not 0
-          const States bt = load_states(own.matrices + (r * 3 + 0) * NP + ng * NS);
-          const States bl = load_states(own.matrices + (r * 3 + 1) * NP + ng * NS);
-          const States cc = load_states(own.matrices + (r * 3 + 2) * NP + ng * NS);
+      for (int r = 0; r < ROWS; ++r) {
+        const real exponent = j > 0 && (r > 0 || row0 > 0) ? real(-1) : real(0);  // log2 of the coefficient, where it is not 0
+        const States bt = load_states(own.matrices + (r * 3 + 0) * NP + ng * NS);
+        const States bl = load_states(own.matrices + (r * 3 + 1) * NP + ng * NS);
+        const States cc = load_states(own.matrices + (r * 3 + 2) * NP + ng * NS);
 #pragma unroll
-          for (int c = 0; c < CH; ++c) {
-            const int slot = channel_slot(c * EG + eg);
-            const Quad s = own.inputs[r * CG + slot];
-            real sum = 0;
+        for (int c = 0; c < CH; ++c) {
+          const int slot = channel_slot(c * EG + eg);
+          const Quad s = own.inputs[r * CG + slot];
+          real sum = 0;
 #pragma unroll
-            for (int k = 0; k < NS; ++k) {
-              const real gate_t = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent);
-              const real injected = s.v[2] * bt.v[k] + s.v[3] * bl.v[k];
-              const real state = gate_t * top[c][k] + (gate_l * h[r][c][k] + injected);
-              h[r][c][k] = top[c][k] = state;
-              sum += cc.v[k] * state;
-            }
-            own.partial[(r * CG + slot) * NG + ng] = sum;
+          for (int k = 0; k < NS; ++k) {
+            const real gate_t = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent);
+            const real injected = s.v[2] * bt.v[k] + s.v[3] * bl.v[k];
+            const real state = gate_t * top[c][k] + (gate_l * h[r][c][k] + injected);
+            h[r][c][k] = top[c][k] = state;
+            sum += cc.v[k] * state;
           }
-          if (SAVE || WRITE_H) {
-            const bool keep_row = SAVE && i % STRIP == STRIP - 1 && i + 1 < H, keep_col = SAVE && j % SPAN == SPAN - 1 && j + 1 < W;
-            if (keep_row || keep_col || WRITE_H) {
-              real* const at_row = p.saved + ((b * p.saved_rows + i / STRIP) * W + j) * pixel + lane_states;
-              real* const at_col = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + j / SPAN) * H + i) * pixel + lane_states;
+          own.partial[(r * CG + slot) * NG + ng] = sum;
+        }
+      }
+      if (SAVE || WRITE_H) {
+        const bool keep_col = SAVE && j % SPAN == SPAN - 1 && j + 1 < W;
+        real* const at_row = p.saved + ((b * p.saved_rows + row0 / STRIP) * W + j) * pixel + lane_states;
+        real* const at_col = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + j / SPAN) * H + row0) * pixel + lane_states;
 #pragma unroll
-              for (int c = 0; c < CH; ++c) {
-                States s;
+        for (int r = 0; r < ROWS; ++r) {
+          const int i = row0 + r;
+          const bool keep_row = SAVE && (ROWS % STRIP != 0 || r % STRIP == STRIP - 1) && i % STRIP == STRIP - 1 && i + 1 < H;
+          if ((keep_row || keep_col || WRITE_H) && r < rows) {
 #pragma unroll
-                for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
-                if (keep_row) store_states(at_row + c * EG * NP, s);
-                if (keep_col) store_states(at_col + c * EG * NP, s);
-                if (WRITE_H) {
-                  const int e = e0 + c * EG + eg;
-                  real* const at = p.h + b * p.sh.b + i * p.sh.h + j * p.sh.w + i64(e) * STATES + ng * NS;
+            for (int c = 0; c < CH; ++c) {
+              States s;
 #pragma unroll
-                  for (int k = 0; k < NS; ++k)
-                    if (e < p.channels && ng * NS + k < STATES) at[k] = s.v[k];
-                }
+              for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
+              if (keep_row) store_states(at_row + i64((row0 % STRIP + r) / STRIP) * W * pixel + c * EG * NP, s);
+              if (keep_col) store_states(at_col + r * pixel + c * EG * NP, s);
+              if (WRITE_H) {
+                const int e = e0 + c * EG + eg;
+                real* const at = p.h + b * p.sh.b + i * p.sh.h + j * p.sh.w + i64(e) * STATES + ng * NS;
+#pragma unroll
+                for (int k = 0; k < NS; ++k)
+                  if (e < p.channels && ng * NS + k < STATES) at[k] = s.v[k];
               }
             }
           }
         }
+      }
       // Hand the last row over
       if (warp + 1 < warps) {
 #pragma unroll

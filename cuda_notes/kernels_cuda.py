@@ -200,20 +200,27 @@ def _lanes(n):
 class _BackwardTile(NamedTuple):
     "The tile of the backward pass."
     channels_per_thread: int
+    parts: int  # warps of a row
     span: int  # columns
+    channels: int  # of a block
     shared: int  # bytes of shared memory
+
+backward_tile_override = {}  # for measurements: n -> list of (channels per thread, parts, span) to try
 
 @lru_cache(maxsize=None)
 def _backward_tile(n, real, shared_limit):
-    "The best tile that fits into `shared_limit` bytes of shared memory, for `n` states of `real` bytes."
+    "The first tile in order of preference that fits into `shared_limit` bytes of shared memory, for `n` states of `real` bytes."
     lanes = _lanes(n)
-    most = min(4, lanes.groups, 2 if lanes.per_thread == 8 else 4)
-    for channels, span in ((most, 8), (most // 2, 8), (most, 4), (most // 2, 4), (most // 4, 4), (most, 2), (most // 2, 2), (most // 4, 2), (1, 2), (1, 1)):
-        if not channels: continue
-        tile, pixels, group = 32 * channels * lanes.per_thread, _strip * span, 32 // lanes.groups * channels
-        sums = max(4 * channels, 3 * lanes.per_thread) * 32
-        shared = real * ((_strip + 1) * span * tile + pixels * (6 * group + 3 * lanes.per_thread * lanes.groups) + _strip * sums)
-        if shared + 2048 <= shared_limit: return _BackwardTile(channels, span, shared)
+    few = lanes.groups == 1 or lanes.per_thread == 8
+    choices = ((2, 2, 8), (2, 1, 8), (1, 2, 8), (1, 1, 8), (2, 2, 4), (2, 1, 4), (1, 2, 4), (1, 1, 4), (1, 1, 2), (1, 1, 1))
+    for channels, parts, span in backward_tile_override.get(n, choices):
+        group = 32 // lanes.groups * channels
+        if (few and channels > 1) or group * parts > 32: continue
+        tile, pixels, padded_n = 32 * channels * lanes.per_thread * parts, _strip * span, lanes.per_thread * lanes.groups
+        channel_run = parts * (32 // lanes.groups) * lanes.per_thread + (8 if lanes.groups <= 8 else 0)
+        sums = max(group * parts * (lanes.groups * 4 + 4), 3 * (lanes.groups * channel_run + 4))
+        shared = real * ((_strip + 1) * span * tile + pixels * (5 * group * parts + 3 * padded_n) + _strip * -(-sums // 4) * 4)
+        if shared + 1536 <= shared_limit: return _BackwardTile(channels, parts, span, group * parts, shared)
     return None
 
 @lru_cache(maxsize=None)
@@ -226,9 +233,9 @@ def _card(index):
 #%%
 test_eq(_lanes(1), (1, 1)); test_eq(_lanes(16), (4, 4)); test_eq(_lanes(17), (4, 8)); test_eq(_lanes(256), (8, 32))
 for limit in (65536, 101376, 166912, 232448):                 # every card since Turing
-    for real in (4, 8):
-        assert all(_backward_tile(n, real, limit) for n in range(1, 257))
-test_eq(_backward_tile(16, 4, 232448)[:2], (4, 8))
+    assert all(_backward_tile(n, 4, limit) for n in range(1, 257))
+    assert all(_backward_tile(n, 8, limit) for n in range(1, 65))  # float64 with more states needs a larger card
+test_eq(_backward_tile(16, 4, 232448)[:3], (2, 2, 8))
 #%% md
 ### Launching
 
@@ -317,7 +324,7 @@ def _saved_layout(shape, n, double, shared_limit):
     b, h, w, e = shape
     lanes, tile = _lanes(n), _backward_tile(n, 8 if double else 4, shared_limit)
     rows, cols = (h - 1) // _strip, (w - 1) // tile.span
-    group = 32 // lanes.groups * max(2, tile.channels_per_thread)  # channels of the widest warp
+    group = max(32 // lanes.groups * 2, tile.channels)  # channels of the widest block
     padded = -(-e // group) * group
     pixels = b * (rows * w + cols * h)
     return rows, cols, padded, (pixels * padded * lanes.per_thread * lanes.groups * (2 if double else 1),)
@@ -328,7 +335,7 @@ def _forward_tile(plan):
     channels = 1 if plan.double or lanes.per_thread == 8 else 2
     group = 32 // lanes.groups * channels
     chains = plan.images * -(-plan.channels // group)
-    choices = [2] if plan.n > 64 or plan.double else [8, 4, 2]
+    choices = [2] if plan.n > 64 or plan.double else [7, 4, 2]
     rows = next((r for r in choices if chains * -(-plan.height // r) >= 8 * plan.processors), choices[-1])
     warps = min(8, -(-plan.height // rows))
     return channels, rows, warps
@@ -346,12 +353,13 @@ def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, 
     shared_warp = size * (64 * channels * lanes.per_thread + 4 * rows * group + 3 * rows * padded_n + rows * group * lanes.groups)
     shared_warp = -(-shared_warp // 16) * 16
     while warps > 1 and warps * shared_warp + 2048 > plan.shared_limit: warps -= 1
-    threads = 256 if warps <= 8 else 512
-    macros = plan.macros | dict(CH=channels, ROWS=rows, VECTOR=vector, SAVE=int(for_backward), WRITE_H=int(return_states), THREADS=threads,
-                                BLOCKS=forward_tile_override.get("blocks", 512 // threads) if not plan.double else 1)
+    strips = -(-plan.height // (warps * rows))
+    threads = warps * 32
+    macros = plan.macros | dict(CH=channels, ROWS=rows, VECTOR=vector, SAVE=int(for_backward), WRITE_H=int(return_states), THREADS=threads, CHAINED=int(strips > 1),
+                                BLOCKS=1 if plan.double else forward_tile_override.get("blocks", max(1, 512 // threads)))
     plan.kernel = _load_kernel(device, "scan_fwd.cu", "scan_forward", macros, warps * shared_warp)
     plan.shared = warps * shared_warp
-    plan.groups, plan.strips = -(-plan.channels // group), -(-plan.height // (warps * rows))
+    plan.groups, plan.strips = -(-plan.channels // group), strips
     plan.grid, plan.block = plan.images * plan.groups * plan.strips, warps * 32
     plan.flags = plan.grid + 1 if plan.strips > 1 else 0
     plan.handover = plan.images * plan.width * plan.channels_padded * padded_n if plan.strips > 1 else 0
@@ -425,15 +433,15 @@ def _run_forward(device, tensors, softplus, reverse, return_states, for_backward
 def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
     "Compile and pack what a backward call with this key needs."
     plan = _describe(tensors, (softplus, aligned), device)
-    lanes, size, channels = plan.lanes, 8 if plan.double else 4, plan.tile.channels_per_thread
-    group, padded_n = 32 // lanes.groups * channels, lanes.per_thread * lanes.groups
+    lanes, size, tile, group = plan.lanes, 8 if plan.double else 4, plan.tile, plan.tile.channels
+    padded_n = lanes.per_thread * lanes.groups
     plan.aligned = plan.aligned and all(s % 4 == 0 for s in grad_y.stride()[:3])
-    macros = plan.macros | dict(CH=channels, VECTOR=4 if plan.aligned and group % 4 == 0 else 1, G_T=_type_names[grad_y.dtype], BLOCKS=1)
+    macros = plan.macros | dict(CH=tile.channels_per_thread, PARTS=tile.parts, VECTOR=4 if plan.aligned and group % 4 == 0 else 1, G_T=_type_names[grad_y.dtype], BLOCKS=1)
     plan.kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward", macros, plan.tile.shared)
     plan.sum_kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward_sum", macros, 0)
     b, h, w, e, n = plan.images, plan.height, plan.width, plan.channels, plan.n
     plan.groups, plan.strips = -(-e // group), -(-h // _strip)
-    plan.grid, plan.block = b * plan.groups * plan.strips, _strip * 32
+    plan.grid, plan.block = b * plan.groups * plan.strips, _strip * tile.parts * 32
     chained = plan.groups > 1 or plan.strips > 1
     plan.flags = plan.grid + 1 if chained else 0
     plan.handover = b * w * plan.channels_padded * padded_n if plan.strips > 1 else 0
@@ -533,4 +541,7 @@ def cuda_why_not(x, A_t):
     if x.device.type != "cuda": return f"x is on {x.device}, not on a CUDA device"
     if A_t.shape[1] > _max_states: return f"N = {A_t.shape[1]} is above {_max_states}"
     usable, reason = cuda_kernel_status()
-    return None if usable else reason
+    if not usable: return reason
+    if _backward_tile(A_t.shape[1], 8, _card(x.device.index or 0)[1]) is None and torch.float64 in (x.dtype, A_t.dtype):
+        return f"float64 with N = {A_t.shape[1]} needs more shared memory than this card has"
+    return None
