@@ -8,6 +8,7 @@
 //   NS, CH                 states and channels of one thread's tile
 //   NG                     lanes that share the states of a channel; a warp holds 32 / NG groups of CH channels
 //   VECTOR                 elements loaded at once, 4 where alignment and sizes allow it, else 1
+//   OFFSET                 type of an offset within one image: int, or long long where int is too short
 //   ...                    see the kernels for the rest
 //
 // A warp's tile: lane = group of channels * NG + group of states. Channel c of lane group g is channel c * EG + g of the block, so
@@ -135,6 +136,17 @@ DEVICE int channel_slot(int ch) { return CG >= 16 ? ch ^ ((ch >> 2) & 3) : ch; }
 // One image tensor: where logical pixel (i, j) of image b lies. `reverse` has moved the pointer to the last pixel and negated sh, sw.
 struct Strides { i64 b, h, w; };
 
+// A value that is the same in all lanes, in a form in which the compiler knows it: addresses made of it take no registers of the lanes.
+DEVICE int uniform(int v) {
+#if __CUDA_ARCH__ >= 800
+  int u;
+  asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(u) : "r"(v));
+  return u;
+#else
+  return __shfl_sync(0xffffffffu, v, 0);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------------------- between blocks
 DEVICE int load_acquire(const int* pointer) {
   int v;
@@ -174,6 +186,24 @@ DEVICE States load_states_l2(const real* p) {
     for (int k = 0; k < NS; ++k) load_l2(p + k, s.v + k);
   }
   return s;
+}
+// Memory to shared memory past the first-level cache, in the background where the card can; `finish_copies` waits for this thread's.
+DEVICE void copy_states_l2(real* shared, const real* p) {
+#if __CUDA_ARCH__ >= 800
+  if (sizeof(States) % 16 == 0) {
+    const u32 to = u32(__cvta_generic_to_shared(shared));
+#pragma unroll
+    for (int k = 0; k < int(sizeof(States)); k += 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to + k), "l"((const char*)p + k) : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<States*>(shared) = load_states_l2(p);
+}
+DEVICE void finish_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
 }
 DEVICE States load_states(const real* p) { return *reinterpret_cast<const States*>(p); }
 DEVICE void store_states(real* p, const States& s) { *reinterpret_cast<States*>(p) = s; }

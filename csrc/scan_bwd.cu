@@ -1,20 +1,21 @@
 // The backward pass of the 2D selective scan: one launch for the adjoint, a short second one that sums what all blocks found for A, D
 // and the biases.
 //
-// A block holds PARTS * CG channels with all their states and a strip of STRIP rows; PARTS warps share a row. It takes the strip in
-// tiles of SPAN columns, from the right to the left. In each tile it first recomputes the states from those the forward pass has saved
-// above and to the left of the tile, keeping them in shared memory, and then runs the adjoint from the bottom-right corner; in both
-// sweeps a row is one column behind its neighbour, and a counter of finished columns tells it how far that one is. What the adjoint sends to the left stays in registers; what it sends up takes the
-// place of the state in shared memory (no longer needed then), or goes to the strip above through a row of states in memory, in place.
+// A block holds CG channels with all their states and a strip of STRIP rows, one warp a row. It takes the strip in tiles of SPAN
+// columns, from the right to the left. In each tile it first recomputes the states from those the forward pass has saved above and to
+// the left of the tile, keeping them in shared memory, and then runs the adjoint from the bottom-right corner; in both sweeps a row is
+// one column behind its neighbour, and two neighbouring rows meet at a barrier of their own for each column. What the adjoint sends to
+// the left stays in registers; what it sends up takes the place of the state in shared memory (no longer needed then), or goes to the
+// strip above through a row of states in memory, in place.
 //
 // The gradients of B and C are sums over all channels of a pixel. Where the channels are spread over several blocks, these add to one
 // array in the order of their groups, each block waiting for the one before, so that a sum never depends on who comes first.
 //
 // Macros beside those of scan.cuh:
 //   STRIP, SPAN      rows and columns of a tile
-//   PARTS            warps of a row, each with channels of its own
 //   SOFTPLUS, BIAS_T, BIAS_L, SKIP    1: softplus, a bias, D
 //   G_T              element type of the gradient of y
+//   MMA              1: bf16 tensors, CH = 2 and NS = NG = 4: the sums over states and over channels run on the tensor cores
 //   BLOCKS           launch bound
 #include "scan.cuh"
 
@@ -46,129 +47,171 @@ struct BackwardArguments {
   int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols, spare;
 };
 
-constexpr int PIXELS = STRIP * SPAN, WARPS = STRIP * PARTS, THREADS = WARPS * 32;
-constexpr int BG = PARTS * CG, BLOCK_TILE = PARTS * TILE;  // channels and states of the block at one pixel
+constexpr int PIXELS = STRIP * SPAN, THREADS = STRIP * 32;
 static_assert(CG <= 32, "a lane writes the gradients of one channel");
 
-// Room of a row for the sums over states (one run of entries a channel) and then for those over channels (one run for each group of
-// four states of B_t, B_l and C), padded so that lanes spread over the banks
-constexpr int STATE_RUN = NG * 4 + 4;
-constexpr int CHANNEL_RUN = PARTS * EG * NS + (NG <= 8 ? 8 : 0), MATRIX_RUN = NG * CHANNEL_RUN + 4;
-constexpr int ROW_SUMS = BG * STATE_RUN > 3 * MATRIX_RUN ? BG * STATE_RUN : 3 * MATRIX_RUN;
+// Room of a row for the sums over states (one run of entries a channel), and then for those over channels (one run for each of B_t, B_l
+// and C), padded so that lanes spread over the banks
+constexpr int STATE_RUN = NG * 4 + 4, MATRIX_RUN = NP * EG + 4;
+constexpr int ROW_SUMS = CG * STATE_RUN > 3 * MATRIX_RUN ? CG * STATE_RUN : 3 * MATRIX_RUN;
 
+#if MMA
+typedef bf16 matrix_t;
+#else
+typedef real matrix_t;
+#endif
 struct Space {
-  real h[(STRIP + 1) * SPAN * BLOCK_TILE];  // row 0: the states above the tile; row r + 1: row r
-  Quad inputs[PIXELS * BG];                 // delta_t, delta_l, c_t delta_t x, c_l delta_l x
-  real matrices[PIXELS * 3 * NP];           // B_t, B_l, C
-  real gradient[PIXELS * BG];               // of y
+  real h[(STRIP + 1) * SPAN * TILE];  // row 0: the states above the tile; row r + 1: row r
+  Quad inputs[PIXELS * CG];           // delta_t, delta_l, x, gradient of y
+  alignas(16) matrix_t matrices[PIXELS * 3 * NP];  // B_t, B_l, C
+#if MMA
+  alignas(16) bf16 weights[PIXELS * 3 * CG];  // c_t delta_t x, c_l delta_l x, gradient of y, in the order of `weight_place`
+#else
   alignas(16) real sums[STRIP][ROW_SUMS];
+#endif
 };
-
-static_assert(sizeof(Space) >= sizeof(real) * STRIP * (2 * BLOCK_TILE + 3 * BG), "the sums over a strip use the same memory");
+DEVICE States load_matrix(const matrix_t* p) {
+  States s;
+#if MMA
+  Raw<bf16, 4> raw;
+  raw.load(p);
+  for (int k = 0; k < 4; ++k) s.v[k] = raw.get(k);
+#else
+  s = load_states(p);
+#endif
+  return s;
+}
+static_assert(sizeof(Space) >= sizeof(real) * STRIP * (2 * TILE + 3 * CG), "the sums over a strip use the same memory");
 
 template <typename A, typename B> constexpr bool same_type = false;
 template <typename A> constexpr bool same_type<A, A> = true;
 
-// Wait for the other warps of the row.
-DEVICE void row_sync(int row) {
-  if (PARTS == 1) __syncwarp();
-  else asm volatile("bar.sync %0, %1;" : : "r"(row + 1), "n"(PARTS * 32) : "memory");
+#if MMA
+// The sums on the tensor cores. A warp's 16 channels x 16 states are the fragment of a 16 x 16 matrix as they lie in its lanes: a thread
+// holds rows g and g + 8 (its two channels, g = lane / 4) and four columns, which are its four states (the order of the columns does not
+// matter as long as the other factor has the same). Sums over states multiply that matrix by B_t and B_l, or by ones, in alternate
+// columns, so that every lane of a group gets both sums. Sums over channels multiply its transpose by the weights of the channels.
+static_assert(CH == 2 && NS == 4 && NG == 4 && sizeof(real) == 4, "the tile of the tensor cores");
+DEVICE int weight_place(int ch) { return (ch & 7) / 2 * 4 + (ch >> 3) * 2 + (ch & 1); }
+DEVICE u32 pack_bf16(float low, float high) {
+  u32 v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
 }
-// A warp's count of finished columns, for the warp of the neighbouring row that waits for it.
-DEVICE void report_column(volatile int* counter, int count, int lane) {
-  __syncwarp();
-  if (lane == 0) {
-    __threadfence_block();
-    *counter = count;
-  }
+struct Fragment { u32 v[4]; };  // 16 x 16
+DEVICE Fragment pack_fragment(const float (&m)[2][4]) {
+  Fragment f;
+  f.v[0] = pack_bf16(m[0][0], m[0][1]), f.v[1] = pack_bf16(m[1][0], m[1][1]);
+  f.v[2] = pack_bf16(m[0][2], m[0][3]), f.v[3] = pack_bf16(m[1][2], m[1][3]);
+  return f;
 }
-DEVICE void wait_column(volatile int* counter, int count) {
-  while (*counter < count) __nanosleep(32);
-  __threadfence_block();
-  __syncwarp();
+DEVICE u32 transpose_bf16(u32 v) {
+  u32 w;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(w) : "r"(v));
+  return w;
 }
+DEVICE Fragment transpose(const Fragment& f) {
+  Fragment t;
+  t.v[0] = transpose_bf16(f.v[0]), t.v[1] = transpose_bf16(f.v[2]), t.v[2] = transpose_bf16(f.v[1]), t.v[3] = transpose_bf16(f.v[3]);
+  return t;
+}
+DEVICE void multiply(const Fragment& a, const Pack<u32, 2>& b, float (&sum)[4]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+               : "r"(a.v[0]), "r"(a.v[1]), "r"(a.v[2]), "r"(a.v[3]), "r"(b.v[0]), "r"(b.v[1]));
+}
+#endif
+
+// Meet the neighbouring row: `row` and `row - 1` of the strip use barrier `row`.
+DEVICE void meet(int row) { asm volatile("bar.sync %0, 64;" : : "r"(row) : "memory"); }
 template <typename T> DEVICE void prefetch(const T* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(const __grid_constant__ BackwardArguments p) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ int ticket;
   Space& space = *reinterpret_cast<Space*>(memory);
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, ng = lane % NG, eg = lane / NG, r = warp / PARTS, part = warp % PARTS;
+  const int lane = threadIdx.x & 31, r = uniform(threadIdx.x >> 5), ng = lane % NG, eg = lane / NG;
   const bool chained = p.strips > 1 || p.groups > 1;
 
   int job = blockIdx.x;
   if (chained) {
     if (threadIdx.x == 0) ticket = atomicAdd(p.flags, 1);
     __syncthreads();
-    job = ticket;
+    job = uniform(ticket);
   }
   // All images of the lowest strip first, and all images of a channel group before the next group
   const int image = job % p.images, group = (job / p.images) % p.groups, order = job / (p.images * p.groups);
-  const int strip = p.strips - 1 - order, e0 = group * BG, H = p.height, W = p.width;
+  const int strip = p.strips - 1 - order, e0 = group * CG, H = p.height, W = p.width;
   int* const progress = p.flags + 1 + (i64(image) * p.groups + group) * p.strips + order;
   const int row = strip * STRIP + r;
   const bool active = row < H, last_group = group == p.groups - 1;
   const i64 b = image, pixel = i64(p.channels_padded) * NP;
-  const int own_channel = e0 + part * CG + eg;               // of c = 0
-  const i64 lane_states = i64(own_channel) * NP + ng * NS;
-  real* const handover = p.handover + b * W * pixel + lane_states;
+  const int lane_states = (e0 + eg) * NP + ng * NS;  // this lane's first states in padded storage
+  real* const handover = p.handover + b * W * pixel;
 
   real A_t[CH][NS], A_l[CH][NS], sum_A_t[CH][NS], sum_A_l[CH][NS], sent_left[CH][NS], h[CH][NS];
 #pragma unroll
   for (int c = 0; c < CH; ++c)
 #pragma unroll
     for (int k = 0; k < NS; ++k) {
-      const int e = own_channel + c * EG, n = ng * NS + k;
+      const int e = e0 + c * EG + eg, n = ng * NS + k;
       const bool there = e < p.channels && n < STATES;
       A_t[c][k] = there ? to_real(p.A_t[i64(e) * STATES + n]) * log2e : real(0);
       A_l[c][k] = there ? to_real(p.A_l[i64(e) * STATES + n]) * log2e : real(0);
       sum_A_t[c][k] = sum_A_l[c][k] = sent_left[c][k] = 0;
     }
 
-  // The channel and the sums this lane writes, and where: at its row's last column, from where it walks to the left
-  const int written = e0 + part * CG + lane;
-  const bool writes = lane < CG && written < p.channels;
+  // The channel this lane writes
+  const int own = MMA ? ng * EG + eg : lane, written = e0 + own;
+  const bool writes = own < CG && written < p.channels;
   const real skip = SKIP && writes ? to_real(p.D[written]) : real(0);
   real sum_D = 0, sum_bias_t = 0, sum_bias_l = 0;
-  i64 at = b * p.se.b + row * p.se.h + (W - 1) * p.se.w + written;
-  const X_T* x = p.x + b * p.sx.b + row * p.sx.h + (W - 1) * p.sx.w + written;
-  constexpr int N_SUMS = (3 * NP + PARTS * 32 - 1) / (PARTS * 32);
-  constexpr bool ONE_TYPE = same_type<BT_T, BL_T> && same_type<BT_T, C_T>;
-  i64 at_n = b * p.sn.b + row * p.sn.h + (W - 1) * p.sn.w, at_sums = ((b * H + row) * W + W - 1) * 3 * STATES;
+  const OFFSET row_e = OFFSET(row * p.se.h) + written, row_n = OFFSET(row * p.sn.h), step_e = OFFSET(p.se.w), step_n = OFFSET(p.sn.w);
+  X_T* const grad_x = p.grad_x + b * p.se.b;
+  DT_T* const grad_delta_t = p.grad_delta_t + b * p.se.b;
+  DL_T* const grad_delta_l = p.grad_delta_l + b * p.se.b;
+  constexpr int N_SUMS = (3 * NP + 31) / 32;
 
-  __shared__ real bias[2][BG];
-  for (int ch = threadIdx.x; ch < BG; ch += THREADS) {
+  __shared__ real bias[2][CG];
+  for (int ch = threadIdx.x; ch < CG; ch += THREADS) {
     const int e = min(e0 + ch, p.channels - 1);
     bias[0][ch] = BIAS_T ? to_real(p.bias_t[e]) : real(0);
     bias[1][ch] = BIAS_L ? to_real(p.bias_l[e]) : real(0);
   }
-
-  __shared__ volatile int recomputed[STRIP][PARTS], adjoined[STRIP][PARTS];  // columns finished by each warp in either sweep
-  if (threadIdx.x < WARPS) recomputed[threadIdx.x / PARTS][threadIdx.x % PARTS] = adjoined[threadIdx.x / PARTS][threadIdx.x % PARTS] = 0;
   __syncthreads();
 
-  // From here to the end of the loop rows wait for their neighbours only. A row begins a tile when it has finished the one before; it can
-  // overtake nobody, since the first sweep needs the row above and the second the row below.
+  // From here to the end of the loop rows meet their neighbours only, and keep to memory of their own: a row begins a tile when it has
+  // finished the one before. It cannot run ahead, since the first sweep needs the row above and the second the row below.
+  const bool meets_above = r > 0, meets_below = r + 1 < STRIP && row + 1 < H;
   const int tiles = (W + SPAN - 1) / SPAN, first_tile = active ? tiles - 1 : -1;
-  const int warps_here = min(STRIP, H - strip * STRIP) * PARTS, warps_below = min(STRIP, H - (strip + 1) * STRIP) * PARTS;
-  int finished = 0;  // columns of the tiles before
+  real* const own_h = space.h + r * SPAN * TILE + lane * NS;  // the pixel above this row's column 0, c = 0
+#if MMA
+  const int fragment_column = eg & 1;
+  Pack<u32, 2> even, odd;  // ones in the even columns, ones in the odd ones
+  even.v[0] = even.v[1] = fragment_column ? 0u : 0x3f803f80u;
+  odd.v[0] = odd.v[1] = fragment_column ? 0x3f803f80u : 0u;
+#else
+  real* const scratch = space.sums[r];
+#endif
 #pragma unroll 1
   for (int tile = first_tile; tile >= 0; --tile) {
     const int j0 = tile * SPAN, cols = min(SPAN, W - j0);
+    const bool inside_row = row > 0;
 
-    // ------------------------------------------------------------------------------------------- load the tile
-    constexpr int X_WIDTH = BG / VECTOR, N_WIDTH = NP / VECTOR;
-    States left[CH];  // the states to the left of the tile in this warp's row
+    // ------------------------------------------------------------------------------------------- load this row of the tile
+    const real* const left = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + tile - 1) * H + row) * pixel;
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
-      const bool there = own_channel + c * EG < p.channels;
+      const bool there = e0 + c * EG + eg < p.channels;
+      States s;
 #pragma unroll
-      for (int k = 0; k < NS; ++k) left[c].v[k] = 0;
-      if (tile > 0 && active && there) {
-        const real* const from = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + tile - 1) * H + row) * pixel + lane_states + c * EG * NP;
-        left[c] = load_states(from);
-        if (tile > 1) prefetch(from - H * pixel);
+      for (int k = 0; k < NS; ++k) s.v[k] = 0;
+      if (tile > 0 && there) {
+        s = load_states(left + (lane_states + c * EG * NP));
+        if (tile > 1) prefetch(left + (lane_states + c * EG * NP) - H * pixel);
       }
+#pragma unroll
+      for (int k = 0; k < NS; ++k) h[c][k] = s.v[k];
       if (r == 0) {
 #pragma unroll 4
         for (int j = 0; j < cols; ++j) {
@@ -176,259 +219,318 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
           for (int k = 0; k < NS; ++k) above.v[k] = 0;
           if (strip > 0 && there) {
-            const real* const from = p.saved + ((b * p.saved_rows + strip - 1) * W + j0 + j) * pixel + lane_states + c * EG * NP;
+            const real* const from = p.saved + ((b * p.saved_rows + strip - 1) * W + j0 + j) * pixel + (lane_states + c * EG * NP);
             above = load_states(from);
             if (tile > 0) prefetch(from - SPAN * pixel);
           }
-          store_states(space.h + j * BLOCK_TILE + part * TILE + (c * 32 + lane) * NS, above);
+          store_states(own_h + j * TILE + c * 32 * NS, above);
         }
       }
     }
+    constexpr int X_WIDTH = CG / VECTOR, N_WIDTH = NP / VECTOR;
 #pragma unroll
-    for (int first = 0; first < SPAN * X_WIDTH; first += PARTS * 32) {
-      const int item = first + part * 32 + lane;
-      const int px = r * SPAN + item / X_WIDTH, ch = item % X_WIDTH * VECTOR, i = row, j = j0 + item / X_WIDTH;
-      if (item < SPAN * X_WIDTH && j < W) {
+    for (int first = 0; first < SPAN * X_WIDTH; first += 32) {
+      const int item = first + lane, ch = item % X_WIDTH * VECTOR, j = item / X_WIDTH;
+      if (item < SPAN * X_WIDTH && j < cols) {
         Raw<X_T, VECTOR> raw_x;
         Raw<DT_T, VECTOR> raw_dt;
         Raw<DL_T, VECTOR> raw_dl;
         Raw<G_T, VECTOR> raw_g;
-        const int e = min(e0 + ch, p.channels - VECTOR);
-        const X_T* const from_x = p.x + b * p.sx.b + i * p.sx.h + j * p.sx.w + e;
-        const DT_T* const from_dt = p.delta_t + b * p.sdt.b + i * p.sdt.h + j * p.sdt.w + e;
-        const DL_T* const from_dl = p.delta_l + b * p.sdl.b + i * p.sdl.h + j * p.sdl.w + e;
-        const G_T* const from_g = p.grad_y + b * p.sg.b + i * p.sg.h + j * p.sg.w + e;
+        const int e = min(e0 + ch, p.channels - VECTOR), col = j0 + j;
+        const X_T* const from_x = p.x + b * p.sx.b + row * p.sx.h + col * p.sx.w + e;
+        const DT_T* const from_dt = p.delta_t + b * p.sdt.b + row * p.sdt.h + col * p.sdt.w + e;
+        const DL_T* const from_dl = p.delta_l + b * p.sdl.b + row * p.sdl.h + col * p.sdl.w + e;
+        const G_T* const from_g = p.grad_y + b * p.sg.b + row * p.sg.h + col * p.sg.w + e;
         raw_x.load(from_x), raw_dt.load(from_dt), raw_dl.load(from_dl), raw_g.load(from_g);
         if (tile > 0) {
           prefetch(from_x - SPAN * p.sx.w), prefetch(from_dt - SPAN * p.sdt.w);
           prefetch(from_dl - SPAN * p.sdl.w), prefetch(from_g - SPAN * p.sg.w);
         }
-        const real ct = i == 0 ? real(0) : j == 0 ? real(1) : real(0.5), cl = i == 0 ? real(1) : j == 0 ? real(0) : real(0.5);
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
           Quad s;
-          real xv = raw_x.get(v), g = raw_g.get(v);
-          s.v[0] = raw_dt.get(v), s.v[1] = raw_dl.get(v);
+          s.v[0] = raw_dt.get(v), s.v[1] = raw_dl.get(v), s.v[2] = raw_x.get(v), s.v[3] = raw_g.get(v);
           if (BIAS_T) s.v[0] += bias[0][ch + v];
           if (BIAS_L) s.v[1] += bias[1][ch + v];
           if (SOFTPLUS) s.v[0] = softplus(s.v[0]), s.v[1] = softplus(s.v[1]);
-          s.v[2] = ct * s.v[0] * xv;
-          s.v[3] = cl * s.v[1] * xv;
-          if (e0 + ch + v >= p.channels) s.v[0] = s.v[1] = s.v[2] = s.v[3] = g = 0;
-          space.inputs[px * BG + channel_slot(ch + v)] = s;
-          space.gradient[px * BG + ch + v] = g;
+          if (e0 + ch + v >= p.channels) s.v[0] = s.v[1] = s.v[2] = s.v[3] = 0;
+          space.inputs[(r * SPAN + j) * CG + channel_slot(ch + v)] = s;
+#if MMA
+          const bool inside = row > 0 && col > 0;
+          const real ct = inside ? real(0.5) : row > 0 ? real(1) : real(0), cl = inside ? real(0.5) : row > 0 ? real(0) : real(1);
+          bf16* const to = space.weights + (r * SPAN + j) * 3 * CG + weight_place(ch + v);
+          from_real(ct * s.v[0] * s.v[2], to[0]);
+          from_real(cl * s.v[1] * s.v[2], to[CG]);
+          from_real(s.v[3], to[2 * CG]);
+#endif
         }
       }
     }
 #pragma unroll
-    for (int first = 0; first < SPAN * N_WIDTH; first += PARTS * 32) {
-      const int item = first + part * 32 + lane;
-      const int px = r * SPAN + item / N_WIDTH, n = item % N_WIDTH * VECTOR, i = row, j = j0 + item / N_WIDTH;
-      if (item < SPAN * N_WIDTH && j < W) {
+    for (int first = 0; first < SPAN * N_WIDTH; first += 32) {
+      const int item = first + lane, n = item % N_WIDTH * VECTOR, j = item / N_WIDTH;
+      if (item < SPAN * N_WIDTH && j < cols) {
         Raw<BT_T, VECTOR> raw_bt;
         Raw<BL_T, VECTOR> raw_bl;
         Raw<C_T, VECTOR> raw_c;
-        const int from = min(n, STATES - VECTOR);
-        const BT_T* const from_bt = p.B_t + b * p.sbt.b + i * p.sbt.h + j * p.sbt.w + from;
-        const BL_T* const from_bl = p.B_l + b * p.sbl.b + i * p.sbl.h + j * p.sbl.w + from;
-        const C_T* const from_c = p.C + b * p.sc.b + i * p.sc.h + j * p.sc.w + from;
+        const int from = min(n, STATES - VECTOR), col = j0 + j;
+        const BT_T* const from_bt = p.B_t + b * p.sbt.b + row * p.sbt.h + col * p.sbt.w + from;
+        const BL_T* const from_bl = p.B_l + b * p.sbl.b + row * p.sbl.h + col * p.sbl.w + from;
+        const C_T* const from_c = p.C + b * p.sc.b + row * p.sc.h + col * p.sc.w + from;
         raw_bt.load(from_bt), raw_bl.load(from_bl), raw_c.load(from_c);
         if (tile > 0) prefetch(from_bt - SPAN * p.sbt.w), prefetch(from_bl - SPAN * p.sbl.w), prefetch(from_c - SPAN * p.sc.w);
-        Pack<real, VECTOR> bt, bl, cc;
+        Pack<matrix_t, VECTOR> bt, bl, cc;
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
           const bool there = n + v < STATES;
-          bt.v[v] = there ? raw_bt.get(v) : real(0);
-          bl.v[v] = there ? raw_bl.get(v) : real(0);
-          cc.v[v] = there ? raw_c.get(v) : real(0);
+          from_real(there ? raw_bt.get(v) : real(0), bt.v[v]);
+          from_real(there ? raw_bl.get(v) : real(0), bl.v[v]);
+          from_real(there ? raw_c.get(v) : real(0), cc.v[v]);
         }
-        *reinterpret_cast<Pack<real, VECTOR>*>(space.matrices + (px * 3 + 0) * NP + n) = bt;
-        *reinterpret_cast<Pack<real, VECTOR>*>(space.matrices + (px * 3 + 1) * NP + n) = bl;
-        *reinterpret_cast<Pack<real, VECTOR>*>(space.matrices + (px * 3 + 2) * NP + n) = cc;
+        matrix_t* const to = space.matrices + (r * SPAN + j) * 3 * NP + n;
+        *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to) = bt;
+        *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + NP) = bl;
+        *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + 2 * NP) = cc;
       }
     }
-    row_sync(r);
+    __syncwarp();
 
     // ------------------------------------------------------------------------------------------- the states again
-    real* const own_h = space.h + r * SPAN * BLOCK_TILE + part * TILE + lane * NS;  // of the pixel above, column 0, c = 0
-#pragma unroll
-    for (int c = 0; c < CH; ++c)
-#pragma unroll
-      for (int k = 0; k < NS; ++k) h[c][k] = left[c].v[k];
 #pragma unroll 1
     for (int j = 0; j < cols; ++j) {
-        if (r > 0) wait_column(&recomputed[r - 1][part], finished + j + 1);
-        const int px = r * SPAN + j;
-        const real exponent = row > 0 && j0 + j > 0 ? real(-1) : real(0);
-        const real* const matrices = space.matrices + px * 3 * NP + ng * NS;
-        const States bt = load_states(matrices), bl = load_states(matrices + NP);
-        real* const tops = own_h + j * BLOCK_TILE;
+      if (meets_above) meet(r);
+      const int px = r * SPAN + j;
+      const bool inside = inside_row && j0 + j > 0;
+      const real exponent = inside ? real(-1) : real(0);
+      const real ct = inside ? real(0.5) : inside_row ? real(1) : real(0), cl = inside ? real(0.5) : inside_row ? real(0) : real(1);
+      const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
+      const States bt = load_matrix(matrices), bl = load_matrix(matrices + NP);
+      real* const tops = own_h + j * TILE;
 #pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          const Quad s = space.inputs[px * BG + channel_slot(part * CG + c * EG + eg)];
-          const States top = load_states(tops + c * 32 * NS);
-          States state;
+      for (int c = 0; c < CH; ++c) {
+        const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+        const real along_t = s.v[0] * (ct * s.v[2]), along_l = s.v[1] * (cl * s.v[2]);
+        const States top = load_states(tops + c * 32 * NS);
+        States state;
 #pragma unroll
-          for (int k = 0; k < NS; ++k) {
-            const real gate_t = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent);
-            const real injected = s.v[2] * bt.v[k] + s.v[3] * bl.v[k];
-            h[c][k] = state.v[k] = gate_t * top.v[k] + (gate_l * h[c][k] + injected);
-          }
-          store_states(tops + SPAN * BLOCK_TILE + c * 32 * NS, state);
+        for (int k = 0; k < NS; ++k) {
+          const real gate_t = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent);
+          const real injected = along_t * bt.v[k] + along_l * bl.v[k];
+          h[c][k] = state.v[k] = gate_t * top.v[k] + (gate_l * h[c][k] + injected);
         }
-        if (r < STRIP - 1) report_column(&recomputed[r][part], finished + j + 1, lane);
+        store_states(tops + SPAN * TILE + c * 32 * NS, state);
+      }
+      if (meets_below) meet(r + 1);
     }
 
     // ------------------------------------------------------------------------------------------- the adjoint
     // What comes from below: from the row below's place in shared memory; the last row of the strip or of the image finds it in its own
     // place, where it has put, one column before, what the strip below has sent, or zeros.
-    const bool edge = r == STRIP - 1 || row + 1 >= H, from_memory = edge && row + 1 < H;
-    if (lane == 0) {
-      if (from_memory) wait_for(progress - 1, (tiles - tile) * warps_below);
-      if (group > 0) wait_for(progress - p.strips, (tiles - tile) * warps_here);
+    const bool edge = !meets_below, from_memory = edge && row + 1 < H;
+    if (lane == 0 && chained) {
+      if (from_memory) wait_for(progress - 1, (tiles - tile) * min(STRIP, H - (strip + 1) * STRIP));
+      if (group > 0) wait_for(progress - p.strips, (tiles - tile) * min(STRIP, H - strip * STRIP));
     }
     __syncwarp();
-    States received[CH];
+    if (edge) {
 #pragma unroll
-    for (int c = 0; c < CH; ++c) {
+      for (int c = 0; c < CH; ++c) {
+        States received;
 #pragma unroll
-      for (int k = 0; k < NS; ++k) received[c].v[k] = 0;
-      if (from_memory) received[c] = load_states_l2(handover + (j0 + cols - 1) * pixel + c * EG * NP);
-      if (edge) store_states(own_h + (SPAN + cols - 1) * BLOCK_TILE + c * 32 * NS, received[c]);
+        for (int k = 0; k < NS; ++k) received.v[k] = 0;
+        if (from_memory) received = load_states_l2(handover + (j0 + cols - 1) * pixel + (lane_states + c * EG * NP));
+        store_states(own_h + (SPAN + cols - 1) * TILE + c * 32 * NS, received);
+      }
     }
-    const int below_offset = edge ? SPAN * BLOCK_TILE : 2 * SPAN * BLOCK_TILE;
+    const int below_offset = edge ? SPAN * TILE : 2 * SPAN * TILE;
 #pragma unroll 1
     for (int j = cols - 1; j >= 0; --j) {
-        if (!edge) wait_column(&adjoined[r + 1][part], finished + cols - j);
-        const int px = r * SPAN + j;
-        const bool row_inside = row > 0, col_inside = j0 + j > 0;
-        const real exponent = row_inside && col_inside ? real(-1) : real(0);
-        if (from_memory && j > 0) {
+      if (meets_below) meet(r + 1);
+      else finish_copies();
+      const int px = r * SPAN + j;
+      const bool inside = inside_row && j0 + j > 0;
+      const real exponent = inside ? real(-1) : real(0);
+      const real ct = inside ? real(0.5) : inside_row ? real(1) : real(0), cl = inside ? real(0.5) : inside_row ? real(0) : real(1);
+      real* const tops = own_h + j * TILE;
+      real* const here = tops + SPAN * TILE;
+      const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
+      const States cc = load_matrix(matrices + 2 * NP);
+#if MMA
+      real before[2] = {0, 0};  // the sums of the channel groups before this one
+      real* const kept = p.sums + ((b * H + row) * W + j0 + j) * 3 * STATES + (ng * STATES + eg / 2 * 4 + eg % 2);
+      if (group > 0 && ng < 3) {
+        if (eg / 2 * 4 + eg % 2 < STATES) load_l2(kept, &before[0]);
+        if (eg / 2 * 4 + eg % 2 + 2 < STATES) load_l2(kept + 2, &before[1]);
+      }
+      real found_dh[CH][NS], found_t[CH][NS], found_l[CH][NS], found_h[CH][NS];
+#else
+      const States bt = load_matrix(matrices), bl = load_matrix(matrices + NP);
+      States sum_bt, sum_bl, sum_c;
 #pragma unroll
-          for (int c = 0; c < CH; ++c) received[c] = load_states_l2(handover + (j0 + j - 1) * pixel + c * EG * NP);
+      for (int k = 0; k < NS; ++k) sum_bt.v[k] = sum_bl.v[k] = sum_c.v[k] = 0;
+#endif
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+        const real g = s.v[3], along_t = s.v[0] * s.v[2], along_l = s.v[1] * s.v[2];
+        const States top = load_states(tops + c * 32 * NS), below = load_states(tops + below_offset + c * 32 * NS);
+        States beside, up;
+        if (j > 0) beside = load_states(here - TILE + c * 32 * NS);
+        else if (tile > 0 && e0 + c * EG + eg < p.channels) beside = load_states(left + (lane_states + c * EG * NP));
+        else
+#pragma unroll
+          for (int k = 0; k < NS; ++k) beside.v[k] = 0;
+        Quad sums;
+        sums.v[0] = sums.v[1] = sums.v[2] = sums.v[3] = 0;
+#pragma unroll
+        for (int k = 0; k < NS; ++k) {
+          const real gate_t = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent);
+          const real dh = cc.v[k] * g + (below.v[k] + sent_left[c][k]), state = h[c][k];
+          h[c][k] = beside.v[k];
+          up.v[k] = gate_t * dh;
+          sent_left[c][k] = gate_l * dh;
+          const real through_t = up.v[k] * top.v[k], through_l = sent_left[c][k] * beside.v[k];
+          sum_A_t[c][k] += through_t * s.v[0];
+          sum_A_l[c][k] += through_l * s.v[1];
+#if MMA
+          found_dh[c][k] = dh, found_h[c][k] = state, found_t[c][k] = through_t * A_t[c][k], found_l[c][k] = through_l * A_l[c][k];
+#else
+          sums.v[0] += through_t * A_t[c][k];
+          sums.v[1] += through_l * A_l[c][k];
+          sums.v[2] += dh * bt.v[k];
+          sums.v[3] += dh * bl.v[k];
+          sum_bt.v[k] += dh * along_t;
+          sum_bl.v[k] += dh * along_l;
+          sum_c.v[k] += g * state;
+#endif
         }
-        real xv = 0;
-        if (writes) xv = to_real(*x);
-        real before[N_SUMS];  // the sums of the channel groups before this one
-#pragma unroll
-        for (int m = 0; m < N_SUMS; ++m) {
-          const int s = part * 32 + lane + PARTS * 32 * m, which = s / NP, n = s % NP;
-          before[m] = 0;
-          if (group > 0 && which < 3 && n < STATES) load_l2(p.sums + at_sums + which * STATES + n, &before[m]);
-        }
-        const real* const matrices = space.matrices + px * 3 * NP + ng * NS;
-        const States bt = load_states(matrices), bl = load_states(matrices + NP), cc = load_states(matrices + 2 * NP);
-        States sum_bt, sum_bl, sum_c;
-#pragma unroll
-        for (int k = 0; k < NS; ++k) sum_bt.v[k] = sum_bl.v[k] = sum_c.v[k] = 0;
-        real* const tops = own_h + j * BLOCK_TILE;
-        real* const here = tops + SPAN * BLOCK_TILE;
-        real* const scratch = space.sums[r];
-        States up[CH];
+        if (meets_above) store_states(here + c * 32 * NS, up);
+        else if (strip > 0) store_states(handover + (j0 + j) * pixel + (lane_states + c * EG * NP), up);
+#if !MMA
+        *reinterpret_cast<Quad*>(scratch + (c * EG + eg) * STATE_RUN + ng * 4) = sums;
+#endif
+      }
+      if (edge && j > 0) {
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
-          const Quad s = space.inputs[px * BG + channel_slot(part * CG + c * EG + eg)];
-          const real g = space.gradient[px * BG + part * CG + c * EG + eg];
-          const States top = load_states(tops + c * 32 * NS), below = load_states(tops + below_offset + c * 32 * NS);
-          States beside = left[c];
-          if (j > 0) beside = load_states(here - BLOCK_TILE + c * 32 * NS);
-          Quad sums;
-          sums.v[0] = sums.v[1] = sums.v[2] = sums.v[3] = 0;
+          if (from_memory) {
+            copy_states_l2(here - TILE + c * 32 * NS, handover + (j0 + j - 1) * pixel + (lane_states + c * EG * NP));
+          } else {
+            States none;
 #pragma unroll
-          for (int k = 0; k < NS; ++k) {
-            const real gate_t = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent);
-            const real dh = cc.v[k] * g + below.v[k] + sent_left[c][k];
-            sum_c.v[k] += g * h[c][k];
-            h[c][k] = beside.v[k];
-            up[c].v[k] = gate_t * dh;
-            sent_left[c][k] = gate_l * dh;
-            const real through_t = up[c].v[k] * top.v[k], through_l = sent_left[c][k] * beside.v[k];
-            sums.v[0] += through_t * A_t[c][k];
-            sums.v[1] += through_l * A_l[c][k];
-            sums.v[2] += dh * bt.v[k];
-            sums.v[3] += dh * bl.v[k];
-            sum_A_t[c][k] += through_t * s.v[0];
-            sum_A_l[c][k] += through_l * s.v[1];
-            sum_bt.v[k] += dh * s.v[2];
-            sum_bl.v[k] += dh * s.v[3];
+            for (int k = 0; k < NS; ++k) none.v[k] = 0;
+            store_states(here - TILE + c * 32 * NS, none);
           }
-          *reinterpret_cast<Quad*>(scratch + (part * CG + c * EG + eg) * STATE_RUN + ng * 4) = sums;
         }
-        if (r > 0) {
-#pragma unroll
-          for (int c = 0; c < CH; ++c) store_states(here + c * 32 * NS, up[c]);
-        } else if (strip > 0) {
-#pragma unroll
-          for (int c = 0; c < CH; ++c) store_states(handover + (j0 + j) * pixel + c * EG * NP, up[c]);
-        }
-        if (edge && j > 0) {
-#pragma unroll
-          for (int c = 0; c < CH; ++c) store_states(here - BLOCK_TILE + c * 32 * NS, received[c]);
-        }
-        report_column(&adjoined[r][part], finished + cols - j, lane);
-        __syncwarp();
+      }
+      if (meets_above) meet(r);
+      else __syncwarp();
 
-        // Sums over the states: lane = channel
-        Quad total;
-        total.v[0] = total.v[1] = total.v[2] = total.v[3] = 0;
-        if (lane < CG) {
-#pragma unroll
-          for (int m = 0; m < NG; ++m) {
-            const Quad one = *reinterpret_cast<const Quad*>(scratch + (part * CG + lane) * STATE_RUN + m * 4);
-#pragma unroll
-            for (int v = 0; v < 4; ++v) total.v[v] += one.v[v];
-          }
+#if MMA
+      // Sums over the states: lane ng of a group gets those of channel ng * 8 + eg, for ng < 2
+      Pack<u32, 2> factor = *reinterpret_cast<const Pack<u32, 2>*>(matrices + fragment_column * NP);
+      float injected[4] = {0, 0, 0, 0}, through[4] = {0, 0, 0, 0}, of_b[4] = {0, 0, 0, 0}, of_c[4] = {0, 0, 0, 0};
+      const Fragment adjoint = pack_fragment(found_dh);
+      multiply(adjoint, factor, injected);
+      multiply(pack_fragment(found_t), even, through);
+      multiply(pack_fragment(found_l), odd, through);
+      const bf16* const weights = space.weights + px * 3 * CG + ng * 4;
+      factor = *reinterpret_cast<const Pack<u32, 2>*>(weights + fragment_column * CG);
+      multiply(transpose(adjoint), factor, of_b);
+      factor = *reinterpret_cast<const Pack<u32, 2>*>(weights + 2 * CG);
+      multiply(transpose(pack_fragment(found_h)), factor, of_c);
+      if (writes) {
+        const Quad s = space.inputs[px * CG + channel_slot(ng * EG + eg)];
+        const real from_t = ct * (ng == 0 ? injected[0] : injected[2]), from_l = cl * (ng == 0 ? injected[1] : injected[3]);
+        real grad_t = ln2 * (ng == 0 ? through[0] : through[2]) + from_t * s.v[2];
+        real grad_l = ln2 * (ng == 0 ? through[1] : through[3]) + from_l * s.v[2];
+        if (SOFTPLUS) grad_t *= softplus_slope(s.v[0]), grad_l *= softplus_slope(s.v[1]);
+        sum_D += s.v[2] * s.v[3];
+        sum_bias_t += grad_t;
+        sum_bias_l += grad_l;
+        const OFFSET at = row_e + (j0 + j) * step_e;
+        from_real(from_t * s.v[0] + from_l * s.v[1] + skip * s.v[3], grad_x[at]);
+        from_real(grad_t, grad_delta_t[at]);
+        from_real(grad_l, grad_delta_l[at]);
+      }
+      // Sums over the channels: lanes 0, 1, 2 of a group write those of B_t, B_l, C for two states
+      if (ng < 3) {
+        const real first = (ng == 0 ? of_b[0] : ng == 1 ? of_b[1] : of_c[0]) + before[0];
+        const real second = (ng == 0 ? of_b[2] : ng == 1 ? of_b[3] : of_c[2]) + before[1];
+        const int n = eg / 2 * 4 + eg % 2;
+        bf16* const to = (ng == 0 ? (bf16*)p.grad_B_t : ng == 1 ? (bf16*)p.grad_B_l : (bf16*)p.grad_C) + b * p.sn.b + (row_n + (j0 + j) * step_n + n);
+        if (n < STATES) {
+          if (last_group) from_real(first, to[0]);
+          else kept[0] = first;
         }
-        row_sync(r);
-        // Sums over the channels, through the same space
-        real* const turn = scratch + ng * CHANNEL_RUN + (part * EG + eg) * NS;
-        store_states(turn, sum_bt);
-        store_states(turn + MATRIX_RUN, sum_bl);
-        store_states(turn + 2 * MATRIX_RUN, sum_c);
-        if (writes) {
-          const real ct = !row_inside ? real(0) : !col_inside ? real(1) : real(0.5);
-          const real cl = !row_inside ? real(1) : !col_inside ? real(0) : real(0.5);
-          const Quad s = space.inputs[px * BG + channel_slot(part * CG + lane)];
-          const real g = space.gradient[px * BG + part * CG + lane];
-          const real from_t = ct * total.v[2], from_l = cl * total.v[3];
-          real grad_t = ln2 * total.v[0] + from_t * xv, grad_l = ln2 * total.v[1] + from_l * xv;
-          const real grad_x = from_t * s.v[0] + from_l * s.v[1] + skip * g;
-          if (SOFTPLUS) grad_t *= softplus_slope(s.v[0]), grad_l *= softplus_slope(s.v[1]);
-          sum_D += xv * g;
-          sum_bias_t += grad_t;
-          sum_bias_l += grad_l;
-          from_real(grad_x, p.grad_x[at]);
-          from_real(grad_t, p.grad_delta_t[at]);
-          from_real(grad_l, p.grad_delta_l[at]);
+        if (n + 2 < STATES) {
+          if (last_group) from_real(second, to[2]);
+          else kept[2] = second;
         }
-        row_sync(r);
+      }
+#else
+      // Sums over the states: lane = channel
+      Quad total;
+      total.v[0] = total.v[1] = total.v[2] = total.v[3] = 0;
+      if (lane < CG) {
 #pragma unroll
-        for (int m = 0; m < N_SUMS; ++m) {
-          const int s = part * 32 + lane + PARTS * 32 * m, which = s / NP, n = s % NP;
-          if (which < 3 && n < STATES) {
-            const real* const from = scratch + which * MATRIX_RUN + n / NS * CHANNEL_RUN + n % NS;
-            real sum = before[m], second = 0;
+        for (int m = 0; m < NG; ++m) {
+          const Quad one = *reinterpret_cast<const Quad*>(scratch + lane * STATE_RUN + m * 4);
 #pragma unroll
-            for (int q = 0; q < PARTS * EG; q += 2) {
-              sum += from[q * NS];
-              if (q + 1 < PARTS * EG) second += from[(q + 1) * NS];
-            }
-            sum += second;
-            if (!last_group) p.sums[at_sums + which * STATES + n] = sum;
-            else if (ONE_TYPE) from_real(sum, (which == 0 ? p.grad_B_t : which == 1 ? (BT_T*)p.grad_B_l : (BT_T*)p.grad_C)[at_n + n]);
-            else if (which == 0) from_real(sum, p.grad_B_t[at_n + n]);
-            else if (which == 1) from_real(sum, p.grad_B_l[at_n + n]);
-            else from_real(sum, p.grad_C[at_n + n]);
-          }
+          for (int v = 0; v < 4; ++v) total.v[v] += one.v[v];
         }
-        at -= p.se.w, x -= p.sx.w, at_n -= p.sn.w, at_sums -= 3 * STATES;
-        row_sync(r);  // the room for the sums is free again
-    }
-    finished += cols;
-    if (chained) {
+      }
       __syncwarp();
-      if (lane == 0) add_release(progress, 1);
+      // Sums over the channels, through the same space; the lanes' places are turned so that they spread over the banks
+      real* const turned = scratch + (ng * EG + (eg ^ ((2 * ng) & (EG - 1)))) * NS;
+#pragma unroll
+      for (int k = 0; k < NS; ++k) sum_bt.v[k] *= ct, sum_bl.v[k] *= cl;
+      store_states(turned, sum_bt);
+      store_states(turned + MATRIX_RUN, sum_bl);
+      store_states(turned + 2 * MATRIX_RUN, sum_c);
+      if (writes) {
+        const Quad s = space.inputs[px * CG + channel_slot(lane)];
+        const real from_t = ct * total.v[2], from_l = cl * total.v[3];
+        real grad_t = ln2 * total.v[0] + from_t * s.v[2], grad_l = ln2 * total.v[1] + from_l * s.v[2];
+        if (SOFTPLUS) grad_t *= softplus_slope(s.v[0]), grad_l *= softplus_slope(s.v[1]);
+        sum_D += s.v[2] * s.v[3];
+        sum_bias_t += grad_t;
+        sum_bias_l += grad_l;
+        const OFFSET at = row_e + (j0 + j) * step_e;
+        from_real(from_t * s.v[0] + from_l * s.v[1] + skip * s.v[3], grad_x[at]);
+        from_real(grad_t, grad_delta_t[at]);
+        from_real(grad_l, grad_delta_l[at]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int m = 0; m < N_SUMS; ++m) {
+        const int s = lane + 32 * m, which = s / NP, n = s % NP;
+        if (which < 3 && n < STATES) {
+          const real* const from = scratch + which * MATRIX_RUN + n / NS * EG * NS + n % NS;
+          real sum = from[0], second = 0;
+#pragma unroll
+          for (int q = 1; q < EG; q += 2) {
+            second += from[q * NS];
+            if (q + 1 < EG) sum += from[(q + 1) * NS];
+          }
+          sum += second;
+          real* const kept = p.sums + ((b * H + row) * W + j0 + j) * 3 * STATES + (which * STATES + n);
+          if (group > 0) {
+            real before;  // the sum of the channel groups before this one
+            load_l2(kept, &before);
+            sum += before;
+          }
+          const OFFSET at = row_n + (j0 + j) * step_n + n;
+          if (!last_group) *kept = sum;
+          else if (which == 0) from_real(sum, (p.grad_B_t + b * p.sn.b)[at]);
+          else if (which == 1) from_real(sum, (p.grad_B_l + b * p.sn.b)[at]);
+          else from_real(sum, (p.grad_C + b * p.sn.b)[at]);
+        }
+      }
+      __syncwarp();
+#endif
     }
+    if (chained && lane == 0) add_release(progress, 1);
   }
   __syncthreads();
 
@@ -438,28 +540,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   for (int c = 0; c < CH; ++c)
 #pragma unroll
     for (int k = 0; k < NS; ++k) {
-      const int place = (part * CG + c * EG + eg) * NP + ng * NS + k;
-      totals[(r * 2 + 0) * BLOCK_TILE + place] = sum_A_t[c][k];
-      totals[(r * 2 + 1) * BLOCK_TILE + place] = sum_A_l[c][k];
+      const int place = (c * EG + eg) * NP + ng * NS + k;
+      totals[(r * 2 + 0) * TILE + place] = sum_A_t[c][k];
+      totals[(r * 2 + 1) * TILE + place] = sum_A_l[c][k];
     }
-  real* const rest = totals + STRIP * 2 * BLOCK_TILE;
-  if (lane < CG) {
-    rest[(r * 3 + 0) * BG + part * CG + lane] = sum_D;
-    rest[(r * 3 + 1) * BG + part * CG + lane] = sum_bias_t;
-    rest[(r * 3 + 2) * BG + part * CG + lane] = sum_bias_l;
+  real* const rest = totals + STRIP * 2 * TILE;
+  if (own < CG) {
+    rest[(r * 3 + 0) * CG + own] = sum_D;
+    rest[(r * 3 + 1) * CG + own] = sum_bias_t;
+    rest[(r * 3 + 2) * CG + own] = sum_bias_l;
   }
   __syncthreads();
   const i64 padded = p.channels_padded;
   real* const out = p.partial + (b * p.strips + strip) * (2 * padded * NP + 3 * padded);
-  for (int place = threadIdx.x; place < 2 * BLOCK_TILE; place += THREADS) {
+  for (int place = threadIdx.x; place < 2 * TILE; place += THREADS) {
     real sum = 0;
-    for (int w = 0; w < STRIP; ++w) sum += totals[w * 2 * BLOCK_TILE + place];
-    out[(place / BLOCK_TILE) * padded * NP + i64(e0) * NP + place % BLOCK_TILE] = sum;
+    for (int w = 0; w < STRIP; ++w) sum += totals[w * 2 * TILE + place];
+    out[(place / TILE) * padded * NP + i64(e0) * NP + place % TILE] = sum;
   }
-  for (int place = threadIdx.x; place < 3 * BG; place += THREADS) {
+  for (int place = threadIdx.x; place < 3 * CG; place += THREADS) {
     real sum = 0;
-    for (int w = 0; w < STRIP; ++w) sum += rest[w * 3 * BG + place];
-    out[2 * padded * NP + (place / BG) * padded + e0 + place % BG] = sum;
+    for (int w = 0; w < STRIP; ++w) sum += rest[w * 3 * CG + place];
+    out[2 * padded * NP + (place / CG) * padded + e0 + place % CG] = sum;
   }
 }
 

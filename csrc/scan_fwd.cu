@@ -54,7 +54,7 @@ struct WarpSpace {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const __grid_constant__ ForwardArguments p) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ int ticket;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  const int lane = threadIdx.x & 31, warp = uniform(threadIdx.x >> 5), warps = blockDim.x >> 5;
   const int ng = lane % NG, eg = lane / NG;
   WarpSpace* const spaces = reinterpret_cast<WarpSpace*>(memory);
   WarpSpace& own = spaces[warp];
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   if (CHAINED) {
     if (threadIdx.x == 0) ticket = atomicAdd(p.flags, 1);
     __syncthreads();
-    job = ticket;
+    job = uniform(ticket);
   }
   const int group = job % p.groups, image = (job / p.groups) % p.images, strip = CHAINED ? job / (p.groups * p.images) : 0;
   const int e0 = group * CG, H = p.height, W = p.width;

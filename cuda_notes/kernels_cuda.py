@@ -200,28 +200,31 @@ def _lanes(n):
 class _BackwardTile(NamedTuple):
     "The tile of the backward pass."
     channels_per_thread: int
-    parts: int  # warps of a row
     span: int  # columns
     channels: int  # of a block
     shared: int  # bytes of shared memory
 
-backward_tile_override = {}  # for measurements: n -> list of (channels per thread, parts, span) to try
+backward_tile_override = {}  # for measurements: number of states -> (channels per thread, columns) to try
 
 @lru_cache(maxsize=None)
 def _backward_tile(n, real, shared_limit):
     "The first tile in order of preference that fits into `shared_limit` bytes of shared memory, for `n` states of `real` bytes."
     lanes = _lanes(n)
     few = lanes.groups == 1 or lanes.per_thread == 8
-    choices = ((2, 2, 8), (2, 1, 8), (1, 2, 8), (1, 1, 8), (2, 2, 4), (2, 1, 4), (1, 2, 4), (1, 1, 4), (1, 1, 2), (1, 1, 1))
-    for channels, parts, span in backward_tile_override.get(n, choices):
+    for channels, span in backward_tile_override.get(n, ((2, 8), (1, 8), (2, 4), (1, 4), (1, 2), (1, 1))):
         group = 32 // lanes.groups * channels
-        if (few and channels > 1) or group * parts > 32: continue
-        tile, pixels, padded_n = 32 * channels * lanes.per_thread * parts, _strip * span, lanes.per_thread * lanes.groups
-        channel_run = parts * (32 // lanes.groups) * lanes.per_thread + (8 if lanes.groups <= 8 else 0)
-        sums = max(group * parts * (lanes.groups * 4 + 4), 3 * (lanes.groups * channel_run + 4))
-        shared = real * ((_strip + 1) * span * tile + pixels * (5 * group * parts + 3 * padded_n) + _strip * -(-sums // 4) * 4)
-        if shared + 1536 <= shared_limit: return _BackwardTile(channels, parts, span, group * parts, shared)
+        if few and channels > 1: continue
+        tile, pixels, padded_n = 32 * channels * lanes.per_thread, _strip * span, lanes.per_thread * lanes.groups
+        sums = max(group * (lanes.groups * 4 + 4), 3 * (padded_n * (32 // lanes.groups) + 4))
+        shared = real * ((_strip + 1) * span * tile + pixels * (4 * group + 3 * padded_n) + _strip * -(-sums // 4) * 4)
+        if shared + 1536 <= shared_limit: return _BackwardTile(channels, span, group, shared)
     return None
+
+def _mma_shared(span):
+    "Bytes of shared memory of the backward pass on the tensor cores: 16 channels and 16 states, no room for sums, B, C and weights in bf16."
+    return 4 * (_strip + 1) * span * 256 + _strip * span * (16 * 16 + 3 * 16 * 2 + 3 * 16 * 2)
+
+_card_memory = {75: 65536, 80: 167936, 87: 167936, 90: 233472, 100: 233472, 103: 233472}  # shared memory of a multiprocessor; else 102400
 
 @lru_cache(maxsize=None)
 def _card(index):
@@ -235,7 +238,7 @@ test_eq(_lanes(1), (1, 1)); test_eq(_lanes(16), (4, 4)); test_eq(_lanes(17), (4,
 for limit in (65536, 101376, 166912, 232448):                 # every card since Turing
     assert all(_backward_tile(n, 4, limit) for n in range(1, 257))
     assert all(_backward_tile(n, 8, limit) for n in range(1, 65))  # float64 with more states needs a larger card
-test_eq(_backward_tile(16, 4, 232448)[:3], (2, 2, 8))
+test_eq(_backward_tile(16, 4, 232448)[:2], (2, 8))
 #%% md
 ### Launching
 
@@ -311,7 +314,8 @@ def _describe(tensors, flags, device):
     names = ("X_T", "DT_T", "DL_T", "AT_T", "AL_T", "BT_T", "BL_T", "C_T", "D_T", "ZT_T", "ZL_T")
     plan.macros = {name: _type_names[t.dtype] if t is not None else "f32" for name, t in zip(names, tensors)}
     softplus, aligned = flags
-    plan.macros |= dict(REAL="double" if plan.double else "float", STATES=plan.n, NS=plan.lanes.per_thread, NG=plan.lanes.groups, STRIP=_strip,
+    offsets = max(sum((size - 1) * abs(stride) for size, stride in zip(t.shape[1:], t.stride()[1:])) for t in tensors if t is not None and t.dim() == 4)
+    plan.macros |= dict(OFFSET="int" if offsets < 2**31 - 4096 else "i64", REAL="double" if plan.double else "float", STATES=plan.n, NS=plan.lanes.per_thread, NG=plan.lanes.groups, STRIP=_strip,
                         SPAN=plan.tile.span, SOFTPLUS=int(softplus), SKIP=int(tensors[8] is not None), BIAS_T=int(tensors[9] is not None),
                         BIAS_L=int(tensors[10] is not None))
     plan.saved_rows, plan.saved_cols, plan.channels_padded, plan.saved_shape = _saved_layout(x.shape, plan.n, plan.double, plan.shared_limit)
@@ -436,12 +440,18 @@ def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
     lanes, size, tile, group = plan.lanes, 8 if plan.double else 4, plan.tile, plan.tile.channels
     padded_n = lanes.per_thread * lanes.groups
     plan.aligned = plan.aligned and all(s % 4 == 0 for s in grad_y.stride()[:3])
-    macros = plan.macros | dict(CH=tile.channels_per_thread, PARTS=tile.parts, VECTOR=4 if plan.aligned and group % 4 == 0 else 1, G_T=_type_names[grad_y.dtype], BLOCKS=1)
-    plan.kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward", macros, plan.tile.shared)
+    # bf16 tensors let the tensor cores form the sums, in bf16 products and float32 sums
+    mma = plan.capability >= 80 and lanes == (4, 4) and tile.channels_per_thread == 2 and not plan.double and all(
+        tensors[k].dtype == torch.bfloat16 for k in (0, 5, 6, 7))
+    plan.shared = _mma_shared(tile.span) if mma else tile.shared
+    blocks = 1 if plan.double else max(1, min(2, _card_memory.get(plan.capability, 102400) // (plan.shared + 1536)))
+    macros = plan.macros | dict(CH=tile.channels_per_thread, VECTOR=4 if plan.aligned and group % 4 == 0 else 1, G_T=_type_names[grad_y.dtype], BLOCKS=blocks,
+                                MMA=int(mma))
+    plan.kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward", macros, plan.shared)
     plan.sum_kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward_sum", macros, 0)
     b, h, w, e, n = plan.images, plan.height, plan.width, plan.channels, plan.n
     plan.groups, plan.strips = -(-e // group), -(-h // _strip)
-    plan.grid, plan.block = b * plan.groups * plan.strips, _strip * tile.parts * 32
+    plan.grid, plan.block = b * plan.groups * plan.strips, _strip * 32
     chained = plan.groups > 1 or plan.strips > 1
     plan.flags = plan.grid + 1 if chained else 0
     plan.handover = b * w * plan.channels_padded * padded_n if plan.strips > 1 else 0
@@ -499,7 +509,7 @@ def _run_backward(device, tensors, grad_y, saved, softplus, reverse):
     out = [grads[k].data_ptr() + offset for k, offset in zip((0, 1, 2, 5, 6, 7), plan.offsets_out)]
     arguments = plan.pack(*map(int.__add__, pointers[:11], plan.offsets), pointers[11] + plan.offset_grad, saved.data_ptr(), *out, partial, handover,
                           sums, flags) + plan.tail
-    plan.kernel(plan.grid, plan.block, plan.tile.shared, stream, arguments)
+    plan.kernel(plan.grid, plan.block, plan.shared, stream, arguments)
     arguments = plan.sum_pack(partial, *(grads[k].data_ptr() for k in (3, 4, 8, 9, 10)), *plan.sum_tail)
     plan.sum_kernel(plan.sum_grid, 512, 0, stream, arguments)
     return tuple(grads)
