@@ -154,11 +154,9 @@ DEVICE int load_acquire(const int* pointer) {
   return v;
 }
 DEVICE void store_release(int* pointer, int v) {
-  __threadfence();
   asm volatile("st.release.gpu.global.s32 [%0], %1;" : : "l"(pointer), "r"(v) : "memory");
 }
 DEVICE void add_release(int* pointer, int v) {
-  __threadfence();
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" : : "l"(pointer), "r"(v) : "memory");
 }
 DEVICE void wait_for(const int* progress, int wanted) {

@@ -15,7 +15,7 @@
 //   STRIP, SPAN      rows and columns of a tile
 //   SOFTPLUS, BIAS_T, BIAS_L, SKIP    1: softplus, a bias, D
 //   G_T              element type of the gradient of y
-//   MMA              1: bf16 tensors, CH = 2 and NS = NG = 4: the sums over states and over channels run on the tensor cores
+//   MMA              1: bf16 tensors, CH <= 2 and NS = NG = 4: the sums over states and over channels run on the tensor cores
 //   BLOCKS           launch bound
 #include "scan.cuh"
 
@@ -47,7 +47,7 @@ struct BackwardArguments {
   int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols, spare;
 };
 
-constexpr int PIXELS = STRIP * SPAN, THREADS = STRIP * 32;
+constexpr int PIXELS = STRIP * SPAN, THREADS = STRIP * 32, ROW = (SPAN + 1) * TILE;
 static_assert(CG <= 32, "a lane writes the gradients of one channel");
 
 // Room of a row for the sums over states (one run of entries a channel), and then for those over channels (one run for each of B_t, B_l
@@ -61,7 +61,7 @@ typedef bf16 matrix_t;
 typedef real matrix_t;
 #endif
 struct Space {
-  real h[(STRIP + 1) * SPAN * TILE];  // row 0: the states above the tile; row r + 1: row r
+  real h[(STRIP + 1) * ROW];  // row 0: the states above the tile; row r + 1: row r; each begins with the state to the left of the tile
   Quad inputs[PIXELS * CG];           // delta_t, delta_l, x, gradient of y
   alignas(16) matrix_t matrices[PIXELS * 3 * NP];  // B_t, B_l, C
 #if MMA
@@ -91,18 +91,24 @@ template <typename A> constexpr bool same_type<A, A> = true;
 // holds rows g and g + 8 (its two channels, g = lane / 4) and four columns, which are its four states (the order of the columns does not
 // matter as long as the other factor has the same). Sums over states multiply that matrix by B_t and B_l, or by ones, in alternate
 // columns, so that every lane of a group gets both sums. Sums over channels multiply its transpose by the weights of the channels.
-static_assert(CH == 2 && NS == 4 && NG == 4 && sizeof(real) == 4, "the tile of the tensor cores");
-DEVICE int weight_place(int ch) { return (ch & 7) / 2 * 4 + (ch >> 3) * 2 + (ch & 1); }
+static_assert(CH <= 2 && NS == 4 && NG == 4 && sizeof(real) == 4, "the tile of the tensor cores");
+DEVICE int weight_place(int ch) { return CH == 1 ? ch : (ch & 7) / 2 * 4 + (ch >> 3) * 2 + (ch & 1); }
 DEVICE u32 pack_bf16(float low, float high) {
   u32 v;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
 struct Fragment { u32 v[4]; };  // 16 x 16
-DEVICE Fragment pack_fragment(const float (&m)[2][4]) {
+DEVICE Pack<u32, 2> load_weights(const bf16* p, int ng) {
+  Pack<u32, 2> w;
+  if (CH == 2) w = reinterpret_cast<const Pack<u32, 2>*>(p)[ng];
+  else w.v[0] = reinterpret_cast<const u32*>(p)[ng], w.v[1] = 0;
+  return w;
+}
+DEVICE Fragment pack_fragment(const float (&m)[CH][4]) {
   Fragment f;
-  f.v[0] = pack_bf16(m[0][0], m[0][1]), f.v[1] = pack_bf16(m[1][0], m[1][1]);
-  f.v[2] = pack_bf16(m[0][2], m[0][3]), f.v[3] = pack_bf16(m[1][2], m[1][3]);
+  f.v[0] = pack_bf16(m[0][0], m[0][1]), f.v[1] = CH == 2 ? pack_bf16(m[CH - 1][0], m[CH - 1][1]) : 0u;
+  f.v[2] = pack_bf16(m[0][2], m[0][3]), f.v[3] = CH == 2 ? pack_bf16(m[CH - 1][2], m[CH - 1][3]) : 0u;
   return f;
 }
 DEVICE u32 transpose_bf16(u32 v) {
@@ -112,7 +118,8 @@ DEVICE u32 transpose_bf16(u32 v) {
 }
 DEVICE Fragment transpose(const Fragment& f) {
   Fragment t;
-  t.v[0] = transpose_bf16(f.v[0]), t.v[1] = transpose_bf16(f.v[2]), t.v[2] = transpose_bf16(f.v[1]), t.v[3] = transpose_bf16(f.v[3]);
+  t.v[0] = transpose_bf16(f.v[0]), t.v[1] = transpose_bf16(f.v[2]);
+  t.v[2] = CH == 2 ? transpose_bf16(f.v[1]) : 0u, t.v[3] = CH == 2 ? transpose_bf16(f.v[3]) : 0u;
   return t;
 }
 DEVICE void multiply(const Fragment& a, const Pack<u32, 2>& b, float (&sum)[4]) {
@@ -184,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   // finished the one before. It cannot run ahead, since the first sweep needs the row above and the second the row below.
   const bool meets_above = r > 0, meets_below = r + 1 < STRIP && row + 1 < H;
   const int tiles = (W + SPAN - 1) / SPAN, first_tile = active ? tiles - 1 : -1;
-  real* const own_h = space.h + r * SPAN * TILE + lane * NS;  // the pixel above this row's column 0, c = 0
+  real* const own_h = space.h + r * ROW + TILE + lane * NS;  // the pixel above this row's column 0, c = 0
 #if MMA
   const int fragment_column = eg & 1;
   Pack<u32, 2> even, odd;  // ones in the even columns, ones in the odd ones
@@ -199,31 +206,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
     const bool inside_row = row > 0;
 
     // ------------------------------------------------------------------------------------------- load this row of the tile
+    // First the states to the left and, for the first row, above, which are copied in the background
     const real* const left = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + tile - 1) * H + row) * pixel;
+    const real* const above = p.saved + ((b * p.saved_rows + strip - 1) * W + j0) * pixel;
+    States none;
+#pragma unroll
+    for (int k = 0; k < NS; ++k) none.v[k] = 0;
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       const bool there = e0 + c * EG + eg < p.channels;
-      States s;
-#pragma unroll
-      for (int k = 0; k < NS; ++k) s.v[k] = 0;
-      if (tile > 0 && there) {
-        s = load_states(left + (lane_states + c * EG * NP));
-        if (tile > 1) prefetch(left + (lane_states + c * EG * NP) - H * pixel);
-      }
-#pragma unroll
-      for (int k = 0; k < NS; ++k) h[c][k] = s.v[k];
+      const int from = lane_states + c * EG * NP;
+      if (tile > 0 && there) copy_states_l2(own_h + ROW - TILE + c * 32 * NS, left + from);
+      else store_states(own_h + ROW - TILE + c * 32 * NS, none);
+      if (tile > 1 && there) prefetch(left + from - H * pixel);
       if (r == 0) {
-#pragma unroll 4
+#pragma unroll 1
         for (int j = 0; j < cols; ++j) {
-          States above;
-#pragma unroll
-          for (int k = 0; k < NS; ++k) above.v[k] = 0;
           if (strip > 0 && there) {
-            const real* const from = p.saved + ((b * p.saved_rows + strip - 1) * W + j0 + j) * pixel + (lane_states + c * EG * NP);
-            above = load_states(from);
-            if (tile > 0) prefetch(from - SPAN * pixel);
+            copy_states_l2(own_h + j * TILE + c * 32 * NS, above + j * pixel + from);
+            if (tile > 0) prefetch(above + (j - SPAN) * pixel + from);
+          } else {
+            store_states(own_h + j * TILE + c * 32 * NS, none);
           }
-          store_states(own_h + j * TILE + c * 32 * NS, above);
         }
       }
     }
@@ -293,9 +297,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + 2 * NP) = cc;
       }
     }
+    finish_copies();
     __syncwarp();
 
     // ------------------------------------------------------------------------------------------- the states again
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const States s = load_states(own_h + ROW - TILE + c * 32 * NS);
+#pragma unroll
+      for (int k = 0; k < NS; ++k) h[c][k] = s.v[k];
+    }
 #pragma unroll 1
     for (int j = 0; j < cols; ++j) {
       if (meets_above) meet(r);
@@ -318,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
           const real injected = along_t * bt.v[k] + along_l * bl.v[k];
           h[c][k] = state.v[k] = gate_t * top.v[k] + (gate_l * h[c][k] + injected);
         }
-        store_states(tops + SPAN * TILE + c * 32 * NS, state);
+        store_states(tops + ROW + c * 32 * NS, state);
       }
       if (meets_below) meet(r + 1);
     }
@@ -339,10 +350,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
         for (int k = 0; k < NS; ++k) received.v[k] = 0;
         if (from_memory) received = load_states_l2(handover + (j0 + cols - 1) * pixel + (lane_states + c * EG * NP));
-        store_states(own_h + (SPAN + cols - 1) * TILE + c * 32 * NS, received);
+        store_states(own_h + ROW + (cols - 1) * TILE + c * 32 * NS, received);
       }
     }
-    const int below_offset = edge ? SPAN * TILE : 2 * SPAN * TILE;
+    const int below_offset = edge ? ROW : 2 * ROW;
 #pragma unroll 1
     for (int j = cols - 1; j >= 0; --j) {
       if (meets_below) meet(r + 1);
@@ -352,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       const real exponent = inside ? real(-1) : real(0);
       const real ct = inside ? real(0.5) : inside_row ? real(1) : real(0), cl = inside ? real(0.5) : inside_row ? real(0) : real(1);
       real* const tops = own_h + j * TILE;
-      real* const here = tops + SPAN * TILE;
+      real* const here = tops + ROW;
       const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
       const States cc = load_matrix(matrices + 2 * NP);
 #if MMA
@@ -374,12 +385,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
         const real g = s.v[3], along_t = s.v[0] * s.v[2], along_l = s.v[1] * s.v[2];
         const States top = load_states(tops + c * 32 * NS), below = load_states(tops + below_offset + c * 32 * NS);
-        States beside, up;
-        if (j > 0) beside = load_states(here - TILE + c * 32 * NS);
-        else if (tile > 0 && e0 + c * EG + eg < p.channels) beside = load_states(left + (lane_states + c * EG * NP));
-        else
-#pragma unroll
-          for (int k = 0; k < NS; ++k) beside.v[k] = 0;
+        const States beside = load_states(here - TILE + c * 32 * NS);
+        States up;
         Quad sums;
         sums.v[0] = sums.v[1] = sums.v[2] = sums.v[3] = 0;
 #pragma unroll
@@ -428,17 +435,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 
 #if MMA
       // Sums over the states: lane ng of a group gets those of channel ng * 8 + eg, for ng < 2
-      Pack<u32, 2> factor = *reinterpret_cast<const Pack<u32, 2>*>(matrices + fragment_column * NP);
+      const Pack<u32, 2> factor = *reinterpret_cast<const Pack<u32, 2>*>(matrices + fragment_column * NP);
       float injected[4] = {0, 0, 0, 0}, through[4] = {0, 0, 0, 0}, of_b[4] = {0, 0, 0, 0}, of_c[4] = {0, 0, 0, 0};
       const Fragment adjoint = pack_fragment(found_dh);
       multiply(adjoint, factor, injected);
       multiply(pack_fragment(found_t), even, through);
       multiply(pack_fragment(found_l), odd, through);
-      const bf16* const weights = space.weights + px * 3 * CG + ng * 4;
-      factor = *reinterpret_cast<const Pack<u32, 2>*>(weights + fragment_column * CG);
-      multiply(transpose(adjoint), factor, of_b);
-      factor = *reinterpret_cast<const Pack<u32, 2>*>(weights + 2 * CG);
-      multiply(transpose(pack_fragment(found_h)), factor, of_c);
+      const bf16* const weights = space.weights + px * 3 * CG;
+      multiply(transpose(adjoint), load_weights(weights + fragment_column * CG, ng), of_b);
+      multiply(transpose(pack_fragment(found_h)), load_weights(weights + 2 * CG, ng), of_c);
       if (writes) {
         const Quad s = space.inputs[px * CG + channel_slot(ng * EG + eg)];
         const real from_t = ct * (ng == 0 ? injected[0] : injected[2]), from_l = cl * (ng == 0 ? injected[1] : injected[3]);

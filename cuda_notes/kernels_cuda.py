@@ -216,13 +216,15 @@ def _backward_tile(n, real, shared_limit):
         if few and channels > 1: continue
         tile, pixels, padded_n = 32 * channels * lanes.per_thread, _strip * span, lanes.per_thread * lanes.groups
         sums = max(group * (lanes.groups * 4 + 4), 3 * (padded_n * (32 // lanes.groups) + 4))
-        shared = real * ((_strip + 1) * span * tile + pixels * (4 * group + 3 * padded_n) + _strip * -(-sums // 4) * 4)
+        shared = real * ((_strip + 1) * (span + 1) * tile + pixels * (4 * group + 3 * padded_n) + _strip * -(-sums // 4) * 4)
         if shared + 1536 <= shared_limit: return _BackwardTile(channels, span, group, shared)
     return None
 
-def _mma_shared(span):
-    "Bytes of shared memory of the backward pass on the tensor cores: 16 channels and 16 states, no room for sums, B, C and weights in bf16."
-    return 4 * (_strip + 1) * span * 256 + _strip * span * (16 * 16 + 3 * 16 * 2 + 3 * 16 * 2)
+def _mma_shared(span, channels):
+    "Bytes of shared memory of the backward pass on the tensor cores: 16 states, no room for sums, B, C and weights in bf16."
+    return 4 * (_strip + 1) * (span + 1) * 128 * channels + _strip * span * (16 * 8 * channels + 3 * 16 * 2 + 3 * 8 * channels * 2)
+
+mma_channels = 2  # per thread
 
 _card_memory = {75: 65536, 80: 167936, 87: 167936, 90: 233472, 100: 233472, 103: 233472}  # shared memory of a multiprocessor; else 102400
 
@@ -236,8 +238,8 @@ def _card(index):
 #%%
 test_eq(_lanes(1), (1, 1)); test_eq(_lanes(16), (4, 4)); test_eq(_lanes(17), (4, 8)); test_eq(_lanes(256), (8, 32))
 for limit in (65536, 101376, 166912, 232448):                 # every card since Turing
-    assert all(_backward_tile(n, 4, limit) for n in range(1, 257))
-    assert all(_backward_tile(n, 8, limit) for n in range(1, 65))  # float64 with more states needs a larger card
+    assert all(_backward_tile(n, 4, limit) for n in range(1, 129))  # beyond these numbers of states a small card takes the reference
+    assert all(_backward_tile(n, 8, limit) for n in range(1, 33))
 test_eq(_backward_tile(16, 4, 232448)[:2], (2, 8))
 #%% md
 ### Launching
@@ -441,12 +443,13 @@ def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
     padded_n = lanes.per_thread * lanes.groups
     plan.aligned = plan.aligned and all(s % 4 == 0 for s in grad_y.stride()[:3])
     # bf16 tensors let the tensor cores form the sums, in bf16 products and float32 sums
-    mma = plan.capability >= 80 and lanes == (4, 4) and tile.channels_per_thread == 2 and not plan.double and all(
-        tensors[k].dtype == torch.bfloat16 for k in (0, 5, 6, 7))
-    plan.shared = _mma_shared(tile.span) if mma else tile.shared
-    blocks = 1 if plan.double else max(1, min(2, _card_memory.get(plan.capability, 102400) // (plan.shared + 1536)))
-    macros = plan.macros | dict(CH=tile.channels_per_thread, VECTOR=4 if plan.aligned and group % 4 == 0 else 1, G_T=_type_names[grad_y.dtype], BLOCKS=blocks,
-                                MMA=int(mma))
+    mma = plan.capability >= 80 and lanes == (4, 4) and not plan.double and all(tensors[k].dtype == torch.bfloat16 for k in (0, 5, 6, 7))
+    channels, plan.shared = tile.channels_per_thread, tile.shared
+    if mma:
+        channels = min(mma_channels, tile.channels_per_thread)
+        group, plan.shared = 8 * channels, _mma_shared(tile.span, channels)
+    blocks = 1 if plan.double else max(1, min(4 - channels if mma else 2, _card_memory.get(plan.capability, 102400) // (plan.shared + 1280)))
+    macros = plan.macros | dict(CH=channels, VECTOR=4 if plan.aligned and group % 4 == 0 else 1, G_T=_type_names[grad_y.dtype], BLOCKS=blocks, MMA=int(mma))
     plan.kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward", macros, plan.shared)
     plan.sum_kernel = _load_kernel(device, "scan_bwd.cu", "scan_backward_sum", macros, 0)
     b, h, w, e, n = plan.images, plan.height, plan.width, plan.channels, plan.n
@@ -552,6 +555,6 @@ def cuda_why_not(x, A_t):
     if A_t.shape[1] > _max_states: return f"N = {A_t.shape[1]} is above {_max_states}"
     usable, reason = cuda_kernel_status()
     if not usable: return reason
-    if _backward_tile(A_t.shape[1], 8, _card(x.device.index or 0)[1]) is None and torch.float64 in (x.dtype, A_t.dtype):
-        return f"float64 with N = {A_t.shape[1]} needs more shared memory than this card has"
+    if _backward_tile(A_t.shape[1], 8 if torch.float64 in (x.dtype, A_t.dtype) else 4, _card(x.device.index or 0)[1]) is None:
+        return f"N = {A_t.shape[1]} needs more shared memory than this card has"
     return None
