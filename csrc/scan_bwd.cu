@@ -232,28 +232,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       }
     }
     constexpr int X_WIDTH = CG / VECTOR, N_WIDTH = NP / VECTOR;
-#pragma unroll
-    for (int first = 0; first < SPAN * X_WIDTH; first += 32) {
-      const int item = first + lane, ch = item % X_WIDTH * VECTOR, j = item / X_WIDTH;
-      if (item < SPAN * X_WIDTH && j < cols) {
-        Raw<X_T, VECTOR> raw_x;
-        Raw<DT_T, VECTOR> raw_dt;
-        Raw<DL_T, VECTOR> raw_dl;
-        Raw<G_T, VECTOR> raw_g;
-        const int e = min(e0 + ch, p.channels - VECTOR), col = j0 + j;
-        const X_T* const from_x = p.x + b * p.sx.b + row * p.sx.h + col * p.sx.w + e;
-        const DT_T* const from_dt = p.delta_t + b * p.sdt.b + row * p.sdt.h + col * p.sdt.w + e;
-        const DL_T* const from_dl = p.delta_l + b * p.sdl.b + row * p.sdl.h + col * p.sdl.w + e;
-        const G_T* const from_g = p.grad_y + b * p.sg.b + row * p.sg.h + col * p.sg.w + e;
-        raw_x.load(from_x), raw_dt.load(from_dt), raw_dl.load(from_dl), raw_g.load(from_g);
+    constexpr int X_LOADS = (SPAN * X_WIDTH + 31) / 32, N_LOADS = (SPAN * N_WIDTH + 31) / 32;
+    constexpr bool TOGETHER = X_LOADS + N_LOADS <= 4;  // all loads before the first use, if there are registers for them
+    Raw<X_T, VECTOR> raw_x[TOGETHER ? X_LOADS : 1];
+    Raw<DT_T, VECTOR> raw_dt[TOGETHER ? X_LOADS : 1];
+    Raw<DL_T, VECTOR> raw_dl[TOGETHER ? X_LOADS : 1];
+    Raw<G_T, VECTOR> raw_g[TOGETHER ? X_LOADS : 1];
+    Raw<BT_T, VECTOR> raw_bt[TOGETHER ? N_LOADS : 1];
+    Raw<BL_T, VECTOR> raw_bl[TOGETHER ? N_LOADS : 1];
+    Raw<C_T, VECTOR> raw_c[TOGETHER ? N_LOADS : 1];
+    auto load_x = [&](int q) {
+      const int item = 32 * q + lane, to = TOGETHER ? q : 0, ch = item % X_WIDTH * VECTOR, col = j0 + item / X_WIDTH;
+      if (item < SPAN * X_WIDTH && col < W) {
+        const int e = min(e0 + ch, p.channels - VECTOR);
+        const X_T* const from_x = p.x + b * p.sx.b + row * p.sx.h + (OFFSET(col) * OFFSET(p.sx.w) + e);
+        const DT_T* const from_dt = p.delta_t + b * p.sdt.b + row * p.sdt.h + (OFFSET(col) * OFFSET(p.sdt.w) + e);
+        const DL_T* const from_dl = p.delta_l + b * p.sdl.b + row * p.sdl.h + (OFFSET(col) * OFFSET(p.sdl.w) + e);
+        const G_T* const from_g = p.grad_y + b * p.sg.b + row * p.sg.h + (OFFSET(col) * OFFSET(p.sg.w) + e);
+        raw_x[to].load(from_x), raw_dt[to].load(from_dt), raw_dl[to].load(from_dl), raw_g[to].load(from_g);
         if (tile > 0) {
           prefetch(from_x - SPAN * p.sx.w), prefetch(from_dt - SPAN * p.sdt.w);
           prefetch(from_dl - SPAN * p.sdl.w), prefetch(from_g - SPAN * p.sg.w);
         }
+      }
+    };
+    auto load_n = [&](int q) {
+      const int item = 32 * q + lane, to = TOGETHER ? q : 0, n = item % N_WIDTH * VECTOR, col = j0 + item / N_WIDTH;
+      if (item < SPAN * N_WIDTH && col < W) {
+        const int from = min(n, STATES - VECTOR);
+        const BT_T* const from_bt = p.B_t + b * p.sbt.b + row * p.sbt.h + (OFFSET(col) * OFFSET(p.sbt.w) + from);
+        const BL_T* const from_bl = p.B_l + b * p.sbl.b + row * p.sbl.h + (OFFSET(col) * OFFSET(p.sbl.w) + from);
+        const C_T* const from_c = p.C + b * p.sc.b + row * p.sc.h + (OFFSET(col) * OFFSET(p.sc.w) + from);
+        raw_bt[to].load(from_bt), raw_bl[to].load(from_bl), raw_c[to].load(from_c);
+        if (tile > 0) prefetch(from_bt - SPAN * p.sbt.w), prefetch(from_bl - SPAN * p.sbl.w), prefetch(from_c - SPAN * p.sc.w);
+      }
+    };
+    auto stage_x = [&](int q) {
+      const int item = 32 * q + lane, at = TOGETHER ? q : 0, ch = item % X_WIDTH * VECTOR, j = item / X_WIDTH, col = j0 + j;
+      if (item < SPAN * X_WIDTH && col < W) {
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
           Quad s;
-          s.v[0] = raw_dt.get(v), s.v[1] = raw_dl.get(v), s.v[2] = raw_x.get(v), s.v[3] = raw_g.get(v);
+          s.v[0] = raw_dt[at].get(v), s.v[1] = raw_dl[at].get(v), s.v[2] = raw_x[at].get(v), s.v[3] = raw_g[at].get(v);
           if (BIAS_T) s.v[0] += bias[0][ch + v];
           if (BIAS_L) s.v[1] += bias[1][ch + v];
           if (SOFTPLUS) s.v[0] = softplus(s.v[0]), s.v[1] = softplus(s.v[1]);
@@ -269,33 +289,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #endif
         }
       }
-    }
-#pragma unroll
-    for (int first = 0; first < SPAN * N_WIDTH; first += 32) {
-      const int item = first + lane, n = item % N_WIDTH * VECTOR, j = item / N_WIDTH;
-      if (item < SPAN * N_WIDTH && j < cols) {
-        Raw<BT_T, VECTOR> raw_bt;
-        Raw<BL_T, VECTOR> raw_bl;
-        Raw<C_T, VECTOR> raw_c;
-        const int from = min(n, STATES - VECTOR), col = j0 + j;
-        const BT_T* const from_bt = p.B_t + b * p.sbt.b + row * p.sbt.h + col * p.sbt.w + from;
-        const BL_T* const from_bl = p.B_l + b * p.sbl.b + row * p.sbl.h + col * p.sbl.w + from;
-        const C_T* const from_c = p.C + b * p.sc.b + row * p.sc.h + col * p.sc.w + from;
-        raw_bt.load(from_bt), raw_bl.load(from_bl), raw_c.load(from_c);
-        if (tile > 0) prefetch(from_bt - SPAN * p.sbt.w), prefetch(from_bl - SPAN * p.sbl.w), prefetch(from_c - SPAN * p.sc.w);
+    };
+    auto stage_n = [&](int q) {
+      const int item = 32 * q + lane, at = TOGETHER ? q : 0, n = item % N_WIDTH * VECTOR, j = item / N_WIDTH;
+      if (item < SPAN * N_WIDTH && j0 + j < W) {
         Pack<matrix_t, VECTOR> bt, bl, cc;
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) {
           const bool there = n + v < STATES;
-          from_real(there ? raw_bt.get(v) : real(0), bt.v[v]);
-          from_real(there ? raw_bl.get(v) : real(0), bl.v[v]);
-          from_real(there ? raw_c.get(v) : real(0), cc.v[v]);
+          from_real(there ? raw_bt[at].get(v) : real(0), bt.v[v]);
+          from_real(there ? raw_bl[at].get(v) : real(0), bl.v[v]);
+          from_real(there ? raw_c[at].get(v) : real(0), cc.v[v]);
         }
         matrix_t* const to = space.matrices + (r * SPAN + j) * 3 * NP + n;
         *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to) = bt;
         *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + NP) = bl;
         *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + 2 * NP) = cc;
       }
+    };
+    if (TOGETHER) {
+#pragma unroll
+      for (int q = 0; q < X_LOADS; ++q) load_x(q);
+#pragma unroll
+      for (int q = 0; q < N_LOADS; ++q) load_n(q);
+#pragma unroll
+      for (int q = 0; q < X_LOADS; ++q) stage_x(q);
+#pragma unroll
+      for (int q = 0; q < N_LOADS; ++q) stage_n(q);
+    } else {
+#pragma unroll 1
+      for (int q = 0; q < X_LOADS; ++q) load_x(q), stage_x(q);
+#pragma unroll 1
+      for (int q = 0; q < N_LOADS; ++q) load_n(q), stage_n(q);
     }
     finish_copies();
     __syncwarp();
@@ -309,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
     }
 #pragma unroll 1
     for (int j = 0; j < cols; ++j) {
-      if (meets_above) meet(r);
+      // What does not need the row above comes before the meeting with it.
       const int px = r * SPAN + j;
       const bool inside = inside_row && j0 + j > 0;
       const real exponent = inside ? real(-1) : real(0);
@@ -317,18 +342,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
       const States bt = load_matrix(matrices), bl = load_matrix(matrices + NP);
       real* const tops = own_h + j * TILE;
+      real gate_t[CH][NS];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
         const real along_t = s.v[0] * (ct * s.v[2]), along_l = s.v[1] * (cl * s.v[2]);
+#pragma unroll
+        for (int k = 0; k < NS; ++k) {
+          gate_t[c][k] = exp2_fast(s.v[0] * A_t[c][k] + exponent);
+          const real gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent), injected = along_t * bt.v[k] + along_l * bl.v[k];
+          h[c][k] = gate_l * h[c][k] + injected;
+        }
+      }
+      if (meets_above) meet(r);
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
         const States top = load_states(tops + c * 32 * NS);
         States state;
 #pragma unroll
-        for (int k = 0; k < NS; ++k) {
-          const real gate_t = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent);
-          const real injected = along_t * bt.v[k] + along_l * bl.v[k];
-          h[c][k] = state.v[k] = gate_t * top.v[k] + (gate_l * h[c][k] + injected);
-        }
+        for (int k = 0; k < NS; ++k) h[c][k] = state.v[k] = gate_t[c][k] * top.v[k] + h[c][k];
         store_states(tops + ROW + c * 32 * NS, state);
       }
       if (meets_below) meet(r + 1);
@@ -356,8 +388,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
     const int below_offset = edge ? ROW : 2 * ROW;
 #pragma unroll 1
     for (int j = cols - 1; j >= 0; --j) {
-      if (meets_below) meet(r + 1);
-      else finish_copies();
+      // First what does not need the row below, then the short chain from row to row, then the rest.
       const int px = r * SPAN + j;
       const bool inside = inside_row && j0 + j > 0;
       const real exponent = inside ? real(-1) : real(0);
@@ -365,7 +396,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       real* const tops = own_h + j * TILE;
       real* const here = tops + ROW;
       const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
-      const States cc = load_matrix(matrices + 2 * NP);
 #if MMA
       real before[2] = {0, 0};  // the sums of the channel groups before this one
       real* const kept = p.sums + ((b * H + row) * W + j0 + j) * 3 * STATES + (ng * STATES + eg / 2 * 4 + eg % 2);
@@ -373,7 +403,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         if (eg / 2 * 4 + eg % 2 < STATES) load_l2(kept, &before[0]);
         if (eg / 2 * 4 + eg % 2 + 2 < STATES) load_l2(kept + 2, &before[1]);
       }
-      real found_dh[CH][NS], found_t[CH][NS], found_l[CH][NS], found_h[CH][NS];
+#endif
+      real gate_t[CH][NS], gate_l[CH][NS], dh[CH][NS];
+      States top[CH], beside[CH];
+      {
+        const States cc = load_matrix(matrices + 2 * NP);
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+          top[c] = load_states(tops + c * 32 * NS), beside[c] = load_states(here - TILE + c * 32 * NS);
+#pragma unroll
+          for (int k = 0; k < NS; ++k) {
+            gate_t[c][k] = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l[c][k] = exp2_fast(s.v[1] * A_l[c][k] + exponent);
+            dh[c][k] = cc.v[k] * s.v[3] + sent_left[c][k];
+          }
+        }
+      }
+      if (meets_below) meet(r + 1);
+      else finish_copies();
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        const States below = load_states(tops + below_offset + c * 32 * NS);
+        States up;
+#pragma unroll
+        for (int k = 0; k < NS; ++k) {
+          dh[c][k] += below.v[k];
+          up.v[k] = gate_t[c][k] *= dh[c][k];
+        }
+        if (meets_above) store_states(here + c * 32 * NS, up);
+        else if (strip > 0) store_states(handover + (j0 + j) * pixel + (lane_states + c * EG * NP), up);
+      }
+      if (meets_above) meet(r);
+      if (edge && j > 0) {
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          if (from_memory) copy_states_l2(here - TILE + c * 32 * NS, handover + (j0 + j - 1) * pixel + (lane_states + c * EG * NP));
+          else store_states(here - TILE + c * 32 * NS, none);
+        }
+      }
+
+#if MMA
+      real found_t[CH][NS], found_l[CH][NS];
 #else
       const States bt = load_matrix(matrices), bl = load_matrix(matrices + NP);
       States sum_bt, sum_bl, sum_c;
@@ -383,67 +453,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
-        const real g = s.v[3], along_t = s.v[0] * s.v[2], along_l = s.v[1] * s.v[2];
-        const States top = load_states(tops + c * 32 * NS), below = load_states(tops + below_offset + c * 32 * NS);
-        const States beside = load_states(here - TILE + c * 32 * NS);
-        States up;
+#pragma unroll
+        for (int k = 0; k < NS; ++k) {
+          sent_left[c][k] = gate_l[c][k] * dh[c][k];
+          const real through_t = gate_t[c][k] * top[c].v[k], through_l = sent_left[c][k] * beside[c].v[k];
+          sum_A_t[c][k] += through_t * s.v[0];
+          sum_A_l[c][k] += through_l * s.v[1];
+#if MMA
+          found_t[c][k] = through_t * A_t[c][k], found_l[c][k] = through_l * A_l[c][k];
+        }
+      }
+#else
+          gate_t[c][k] = through_t * A_t[c][k], gate_l[c][k] = through_l * A_l[c][k];
+          sum_bt.v[k] += dh[c][k] * (s.v[0] * s.v[2]);
+          sum_bl.v[k] += dh[c][k] * (s.v[1] * s.v[2]);
+          sum_c.v[k] += s.v[3] * h[c][k];
+        }
         Quad sums;
         sums.v[0] = sums.v[1] = sums.v[2] = sums.v[3] = 0;
 #pragma unroll
         for (int k = 0; k < NS; ++k) {
-          const real gate_t = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent);
-          const real dh = cc.v[k] * g + (below.v[k] + sent_left[c][k]), state = h[c][k];
-          h[c][k] = beside.v[k];
-          up.v[k] = gate_t * dh;
-          sent_left[c][k] = gate_l * dh;
-          const real through_t = up.v[k] * top.v[k], through_l = sent_left[c][k] * beside.v[k];
-          sum_A_t[c][k] += through_t * s.v[0];
-          sum_A_l[c][k] += through_l * s.v[1];
-#if MMA
-          found_dh[c][k] = dh, found_h[c][k] = state, found_t[c][k] = through_t * A_t[c][k], found_l[c][k] = through_l * A_l[c][k];
-#else
-          sums.v[0] += through_t * A_t[c][k];
-          sums.v[1] += through_l * A_l[c][k];
-          sums.v[2] += dh * bt.v[k];
-          sums.v[3] += dh * bl.v[k];
-          sum_bt.v[k] += dh * along_t;
-          sum_bl.v[k] += dh * along_l;
-          sum_c.v[k] += g * state;
-#endif
+          sums.v[0] += gate_t[c][k];
+          sums.v[1] += gate_l[c][k];
+          sums.v[2] += dh[c][k] * bt.v[k];
+          sums.v[3] += dh[c][k] * bl.v[k];
         }
-        if (meets_above) store_states(here + c * 32 * NS, up);
-        else if (strip > 0) store_states(handover + (j0 + j) * pixel + (lane_states + c * EG * NP), up);
-#if !MMA
         *reinterpret_cast<Quad*>(scratch + (c * EG + eg) * STATE_RUN + ng * 4) = sums;
+      }
+      __syncwarp();
 #endif
-      }
-      if (edge && j > 0) {
-#pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          if (from_memory) {
-            copy_states_l2(here - TILE + c * 32 * NS, handover + (j0 + j - 1) * pixel + (lane_states + c * EG * NP));
-          } else {
-            States none;
-#pragma unroll
-            for (int k = 0; k < NS; ++k) none.v[k] = 0;
-            store_states(here - TILE + c * 32 * NS, none);
-          }
-        }
-      }
-      if (meets_above) meet(r);
-      else __syncwarp();
 
 #if MMA
       // Sums over the states: lane ng of a group gets those of channel ng * 8 + eg, for ng < 2
       const Pack<u32, 2> factor = *reinterpret_cast<const Pack<u32, 2>*>(matrices + fragment_column * NP);
       float injected[4] = {0, 0, 0, 0}, through[4] = {0, 0, 0, 0}, of_b[4] = {0, 0, 0, 0}, of_c[4] = {0, 0, 0, 0};
-      const Fragment adjoint = pack_fragment(found_dh);
+      const Fragment adjoint = pack_fragment(dh);
       multiply(adjoint, factor, injected);
       multiply(pack_fragment(found_t), even, through);
       multiply(pack_fragment(found_l), odd, through);
       const bf16* const weights = space.weights + px * 3 * CG;
       multiply(transpose(adjoint), load_weights(weights + fragment_column * CG, ng), of_b);
-      multiply(transpose(pack_fragment(found_h)), load_weights(weights + 2 * CG, ng), of_c);
+      multiply(transpose(pack_fragment(h)), load_weights(weights + 2 * CG, ng), of_c);
       if (writes) {
         const Quad s = space.inputs[px * CG + channel_slot(ng * EG + eg)];
         const real from_t = ct * (ng == 0 ? injected[0] : injected[2]), from_l = cl * (ng == 0 ? injected[1] : injected[3]);
@@ -534,6 +584,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       }
       __syncwarp();
 #endif
+#pragma unroll
+      for (int c = 0; c < CH; ++c)
+#pragma unroll
+        for (int k = 0; k < NS; ++k) h[c][k] = beside[c].v[k];
     }
     if (chained && lane == 0) add_release(progress, 1);
   }

@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   int* const progress = p.flags + 1 + (i64(image) * p.groups + group) * p.strips + strip;
   const bool follows = CHAINED && strip > 0 && warp == 0, leads = CHAINED && strip + 1 < p.strips && warp == warps - 1;
   const i64 pixel = i64(p.channels_padded) * NP;      // states of a pixel in padded storage
-  const i64 lane_states = i64(e0 + eg) * NP + ng * NS;  // this lane's first states in it; those of channel c are c * EG * NP further
+  const int lane_states = (e0 + eg) * NP + ng * NS;  // this lane's first states in it; those of channel c are c * EG * NP further
 
   real A_t[CH][NS], A_l[CH][NS], h[ROWS][CH][NS];
 #pragma unroll
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       for (int r = 0; r < ROWS; ++r) h[r][c][k] = 0;
     }
 
-  // What a lane loads of a column: X_LOADS vectors of channels, N_LOADS vectors of B and C; item = lane + 32 * load. The pointers walk
+  // What a lane loads of a column: X_LOADS vectors of channels, N_LOADS vectors of B and C; item = lane + 32 * load. The offsets walk
   // along the columns with the item of load 0.
   Raw<X_T, VECTOR> raw_x[X_LOADS];
   Raw<DT_T, VECTOR> raw_dt[X_LOADS];
@@ -96,13 +96,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   Raw<C_T, VECTOR> raw_c[N_LOADS];
   const i64 b = image, i0 = row0;
   const int x_row = lane / X_WIDTH, x_ch = lane % X_WIDTH * VECTOR, n_row = lane / N_WIDTH, n_first = lane % N_WIDTH * VECTOR;
-  const X_T* x = p.x + b * p.sx.b + (i0 + x_row) * p.sx.h + e0 + x_ch;
-  const DT_T* delta_t = p.delta_t + b * p.sdt.b + (i0 + x_row) * p.sdt.h + e0 + x_ch;
-  const DL_T* delta_l = p.delta_l + b * p.sdl.b + (i0 + x_row) * p.sdl.h + e0 + x_ch;
-  const BT_T* B_t = p.B_t + b * p.sbt.b + (i0 + n_row) * p.sbt.h + n_first;
-  const BL_T* B_l = p.B_l + b * p.sbl.b + (i0 + n_row) * p.sbl.h + n_first;
-  const C_T* C = p.C + b * p.sc.b + (i0 + n_row) * p.sc.h + n_first;
-  X_T* y = p.y + b * p.sy.b + (i0 + x_row) * p.sy.h + e0 + x_ch;
+  OFFSET at_x = OFFSET((i0 + x_row) * p.sx.h) + e0 + x_ch;
+  OFFSET at_delta_t = OFFSET((i0 + x_row) * p.sdt.h) + e0 + x_ch;
+  OFFSET at_delta_l = OFFSET((i0 + x_row) * p.sdl.h) + e0 + x_ch;
+  OFFSET at_B_t = OFFSET((i0 + n_row) * p.sbt.h) + n_first;
+  OFFSET at_B_l = OFFSET((i0 + n_row) * p.sbl.h) + n_first;
+  OFFSET at_C = OFFSET((i0 + n_row) * p.sc.h) + n_first;
+  OFFSET at_y = OFFSET((i0 + x_row) * p.sy.h) + e0 + x_ch;
 
   // Row and first channel (or state) of load q, relative to load 0
   auto x_rows = [&](int q) { return 32 % X_WIDTH == 0 ? q * (32 / X_WIDTH) : (lane + 32 * q) / X_WIDTH - x_row; };
@@ -120,21 +120,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
     for (int q = 0; q < X_LOADS; ++q) {
       const int dr = x_rows(q), dch = x_chs(q);
       if (x_row + dr < rows && e0 + x_ch + dch < p.channels) {
-        raw_x[q].load(x + dr * p.sx.h + dch);
-        raw_dt[q].load(delta_t + dr * p.sdt.h + dch);
-        raw_dl[q].load(delta_l + dr * p.sdl.h + dch);
+        raw_x[q].load(p.x + b * p.sx.b + (at_x + OFFSET(dr * p.sx.h) + dch));
+        raw_dt[q].load(p.delta_t + b * p.sdt.b + (at_delta_t + OFFSET(dr * p.sdt.h) + dch));
+        raw_dl[q].load(p.delta_l + b * p.sdl.b + (at_delta_l + OFFSET(dr * p.sdl.h) + dch));
       }
     }
 #pragma unroll
     for (int q = 0; q < N_LOADS; ++q) {
       const int dr = n_rows(q), dn = n_firsts(q);
       if (n_row + dr < rows && n_first + dn < STATES) {
-        raw_bt[q].load(B_t + dr * p.sbt.h + dn);
-        raw_bl[q].load(B_l + dr * p.sbl.h + dn);
-        raw_c[q].load(C + dr * p.sc.h + dn);
+        raw_bt[q].load(p.B_t + b * p.sbt.b + (at_B_t + OFFSET(dr * p.sbt.h) + dn));
+        raw_bl[q].load(p.B_l + b * p.sbl.b + (at_B_l + OFFSET(dr * p.sbl.h) + dn));
+        raw_c[q].load(p.C + b * p.sc.b + (at_C + OFFSET(dr * p.sc.h) + dn));
       }
     }
-    x += p.sx.w, delta_t += p.sdt.w, delta_l += p.sdl.w, B_t += p.sbt.w, B_l += p.sbl.w, C += p.sc.w;
+    at_x += OFFSET(p.sx.w), at_delta_t += OFFSET(p.sdt.w), at_delta_l += OFFSET(p.sdl.w);
+    at_B_t += OFFSET(p.sbt.w), at_B_l += OFFSET(p.sbl.w), at_C += OFFSET(p.sc.w);
   };
 
   // Bias and skip of the block's channels
@@ -147,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   }
   __syncthreads();
 
-  real* const handover = p.handover + i64(image) * W * pixel + lane_states;
+  real* const handover = p.handover + i64(image) * W * pixel;
   States waiting[CH];  // the strip above's states of the next column
   int allowed = 0;     // columns known to be finished above
   auto load_handover = [&](int j) {
@@ -158,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       allowed = wanted;
     }
 #pragma unroll
-    for (int c = 0; c < CH; ++c) waiting[c] = load_states_l2(handover + j * pixel + c * EG * NP);
+    for (int c = 0; c < CH; ++c) waiting[c] = load_states_l2(handover + j * pixel + (lane_states + c * EG * NP));
   };
 
   if (rows > 0) load_column();
@@ -243,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       }
       if (SAVE || WRITE_H) {
         const bool keep_col = SAVE && j % SPAN == SPAN - 1 && j + 1 < W;
-        real* const at_row = p.saved + ((b * p.saved_rows + row0 / STRIP) * W + j) * pixel + lane_states;
-        real* const at_col = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + j / SPAN) * H + row0) * pixel + lane_states;
+        real* const at_row = p.saved + ((b * p.saved_rows + row0 / STRIP) * W + j) * pixel;
+        real* const at_col = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + j / SPAN) * H + row0) * pixel;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
           const int i = row0 + r;
@@ -255,8 +256,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
               States s;
 #pragma unroll
               for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
-              if (keep_row) store_states(at_row + i64((row0 % STRIP + r) / STRIP) * W * pixel + c * EG * NP, s);
-              if (keep_col) store_states(at_col + r * pixel + c * EG * NP, s);
+              if (keep_row) store_states(at_row + i64((row0 % STRIP + r) / STRIP) * W * pixel + (lane_states + c * EG * NP), s);
+              if (keep_col) store_states(at_col + r * pixel + (lane_states + c * EG * NP), s);
               if (WRITE_H) {
                 const int e = e0 + c * EG + eg;
                 real* const at = p.h + b * p.sh.b + i * p.sh.h + j * p.sh.w + i64(e) * STATES + ng * NS;
@@ -283,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
           States s;
 #pragma unroll
           for (int k = 0; k < NS; ++k) s.v[k] = h[ROWS - 1][c][k];
-          store_states(handover + j * pixel + c * EG * NP, s);
+          store_states(handover + j * pixel + (lane_states + c * EG * NP), s);
         }
         if (j % CHUNK == CHUNK - 1 || j == W - 1) {
           __syncwarp();
@@ -310,10 +311,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
             }
             from_real(sum, out.v[v]);
           }
-          *reinterpret_cast<Pack<X_T, VECTOR>*>(y + dr * p.sy.h + dch) = out;
+          *reinterpret_cast<Pack<X_T, VECTOR>*>(p.y + b * p.sy.b + (at_y + OFFSET(dr * p.sy.h) + dch)) = out;
         }
       }
-      y += p.sy.w;
+      at_y += OFFSET(p.sy.w);
     }
     __syncthreads();
   }
