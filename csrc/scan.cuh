@@ -198,6 +198,12 @@ DEVICE void copy_states_l2(real* shared, const real* p) {
 #endif
   *reinterpret_cast<States*>(shared) = load_states_l2(p);
 }
+// Eight bytes in the same way; only for kernels that are compiled for such cards
+DEVICE void copy_eight(void* shared, const void* p) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" : : "r"(u32(__cvta_generic_to_shared(shared))), "l"(p) : "memory");
+#endif
+}
 DEVICE void finish_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" : : : "memory");

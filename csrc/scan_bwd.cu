@@ -136,6 +136,7 @@ template <typename T> DEVICE void prefetch(const T* p) { asm volatile("prefetch.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(const __grid_constant__ BackwardArguments p) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ int ticket;
+  __shared__ real unused;
   Space& space = *reinterpret_cast<Space*>(memory);
   const int lane = threadIdx.x & 31, r = uniform(threadIdx.x >> 5), ng = lane % NG, eg = lane / NG;
   const bool chained = p.strips > 1 || p.groups > 1;
@@ -250,10 +251,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         const DL_T* const from_dl = p.delta_l + b * p.sdl.b + row * p.sdl.h + (OFFSET(col) * OFFSET(p.sdl.w) + e);
         const G_T* const from_g = p.grad_y + b * p.sg.b + row * p.sg.h + (OFFSET(col) * OFFSET(p.sg.w) + e);
         raw_x[to].load(from_x), raw_dt[to].load(from_dt), raw_dl[to].load(from_dl), raw_g[to].load(from_g);
-        if (tile > 0) {
-          prefetch(from_x - SPAN * p.sx.w), prefetch(from_dt - SPAN * p.sdt.w);
-          prefetch(from_dl - SPAN * p.sdl.w), prefetch(from_g - SPAN * p.sg.w);
-        }
       }
     };
     auto load_n = [&](int q) {
@@ -263,8 +260,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         const BT_T* const from_bt = p.B_t + b * p.sbt.b + row * p.sbt.h + (OFFSET(col) * OFFSET(p.sbt.w) + from);
         const BL_T* const from_bl = p.B_l + b * p.sbl.b + row * p.sbl.h + (OFFSET(col) * OFFSET(p.sbl.w) + from);
         const C_T* const from_c = p.C + b * p.sc.b + row * p.sc.h + (OFFSET(col) * OFFSET(p.sc.w) + from);
+#if MMA
+        if (VECTOR == 4) {  // as they are
+          bf16* const copy = space.matrices + (r * SPAN + item / N_WIDTH) * 3 * NP + n;
+          if (n < STATES) {
+            copy_eight(copy, from_bt), copy_eight(copy + NP, from_bl), copy_eight(copy + 2 * NP, from_c);
+          } else {
+#pragma unroll
+            for (int m = 0; m < 3; ++m) *reinterpret_cast<Pack<u32, 2>*>(copy + m * NP) = Pack<u32, 2>{{0, 0}};
+          }
+          return;
+        }
+#endif
         raw_bt[to].load(from_bt), raw_bl[to].load(from_bl), raw_c[to].load(from_c);
-        if (tile > 0) prefetch(from_bt - SPAN * p.sbt.w), prefetch(from_bl - SPAN * p.sbl.w), prefetch(from_c - SPAN * p.sc.w);
       }
     };
     auto stage_x = [&](int q) {
@@ -291,6 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       }
     };
     auto stage_n = [&](int q) {
+      if (MMA && VECTOR == 4) return;
       const int item = 32 * q + lane, at = TOGETHER ? q : 0, n = item % N_WIDTH * VECTOR, j = item / N_WIDTH;
       if (item < SPAN * N_WIDTH && j0 + j < W) {
         Pack<matrix_t, VECTOR> bt, bl, cc;
@@ -354,6 +363,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
           h[c][k] = gate_l * h[c][k] + injected;
         }
       }
+      // The compiler would compute the gates behind the barrier, where the row below waits for them: a store that depends on them (and
+      // hardly ever happens) keeps them before it.
+      real ready = 0;
+#pragma unroll
+      for (int c = 0; c < CH; ++c)
+#pragma unroll
+        for (int k = 0; k < NS; ++k) ready += gate_t[c][k];
+      if (ready > real(1e30)) *const_cast<volatile real*>(&unused) = ready;
       if (meets_above) meet(r);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {

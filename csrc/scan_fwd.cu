@@ -14,7 +14,7 @@
 //   SPAN, STRIP      SAVE = 1: states of every STRIP-th row and every SPAN-th column are kept for the backward pass
 //   WRITE_H          1: write all states
 //   SOFTPLUS, BIAS_T, BIAS_L, SKIP    1: softplus, a bias, D
-//   CHAINED          1: an image has several strips
+//   CHAINED, CHUNK   CHAINED = 1: an image has several strips, which report every CHUNK columns
 //   THREADS, BLOCKS  launch bounds
 #include "scan.cuh"
 
@@ -39,7 +39,6 @@ struct ForwardArguments {
   int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols, spare;
 };
 
-constexpr int CHUNK = 8;                                      // columns between two reports to the strip below
 constexpr int X_WIDTH = CG / VECTOR, X_ITEMS = ROWS * X_WIDTH, X_LOADS = (X_ITEMS + 31) / 32;  // vectors of channels: of a pixel, of
 constexpr int N_WIDTH = NP / VECTOR, N_ITEMS = ROWS * N_WIDTH, N_LOADS = (N_ITEMS + 31) / 32;  // a column, of one lane; same for B, C
 

@@ -336,15 +336,16 @@ def _saved_layout(shape, n, double, shared_limit):
     return rows, cols, padded, (pixels * padded * lanes.per_thread * lanes.groups * (2 if double else 1),)
 
 def _forward_tile(plan):
-    "(channels per thread, rows per warp, warps) of the forward pass."
-    lanes = plan.lanes
-    channels = 1 if plan.double or lanes.per_thread == 8 else 2
-    group = 32 // lanes.groups * channels
-    chains = plan.images * -(-plan.channels // group)
-    choices = [2] if plan.n > 64 or plan.double else [7, 4, 2]
-    rows = next((r for r in choices if chains * -(-plan.height // r) >= 8 * plan.processors), choices[-1])
-    warps = min(8, -(-plan.height // rows))
-    return channels, rows, warps
+    "(channels per thread, rows per warp, warps) of the forward pass; chosen by what was fastest on an H100."
+    images, height, channels = plan.images, plan.height, plan.channels
+    lanes_of_channel = 32 // plan.lanes.groups
+    if plan.double or plan.n > 64: return 1, 2, min(8, -(-height // 2))
+    chains = images * -(-channels // (2 * lanes_of_channel))
+    rows = 7 if height <= 56 else 8
+    if chains * -(-height // rows) >= 8 * plan.processors and (height <= 64 or images > 4):  # a large batch: whole images in a block
+        return 2, rows, min(8, -(-height // rows))
+    if height <= 64: return 1, 4, min(16, -(-height // 4))                                    # a few small images
+    return (2 if chains * height * plan.width > 2**21 else 1), 4, 8                           # large images: many strips at once
 
 def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, aligned, device):
     "Compile and pack what a forward call with this key needs."
@@ -353,7 +354,7 @@ def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, 
     if forward_tile_override:
         channels, rows, warps = (forward_tile_override.get(k, v) for k, v in zip(("channels", "rows", "warps"), (channels, rows, warps)))
         warps = min(warps, -(-plan.height // rows))
-    lanes, size = plan.lanes, 8 if plan.double else 4
+    lanes, size = _Lanes(*forward_tile_override.get("lanes", plan.lanes)), 8 if plan.double else 4
     group, padded_n = 32 // lanes.groups * channels, lanes.per_thread * lanes.groups
     vector = 4 if plan.aligned and group % 4 == 0 else 1
     shared_warp = size * (64 * channels * lanes.per_thread + 4 * rows * group + 3 * rows * padded_n + rows * group * lanes.groups)
@@ -361,7 +362,8 @@ def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, 
     while warps > 1 and warps * shared_warp + 2048 > plan.shared_limit: warps -= 1
     strips = -(-plan.height // (warps * rows))
     threads = warps * 32
-    macros = plan.macros | dict(CH=channels, ROWS=rows, VECTOR=vector, SAVE=int(for_backward), WRITE_H=int(return_states), THREADS=threads, CHAINED=int(strips > 1),
+    macros = plan.macros | dict(CH=channels, ROWS=rows, VECTOR=vector, SAVE=int(for_backward), WRITE_H=int(return_states), THREADS=threads, CHAINED=int(strips > 1), NS=lanes.per_thread, NG=lanes.groups,
+                                CHUNK=forward_tile_override.get('chunk', 8),
                                 BLOCKS=1 if plan.double else forward_tile_override.get("blocks", max(1, 512 // threads)))
     plan.kernel = _load_kernel(device, "scan_fwd.cu", "scan_forward", macros, warps * shared_warp)
     plan.shared = warps * shared_warp
