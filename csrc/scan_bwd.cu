@@ -42,7 +42,7 @@ struct BackwardArguments {
   real* partial;      // (B, strips, 2 · E padded · NP + 3 · E padded): gradients of A_t, A_l, D, bias_t, bias_l of each strip
   real* handover;     // (B, W, E padded, NP)
   real* sums;         // (B, H, W, 3, N): gradients of B_t, B_l, C up to a channel group, where there are several
-  int* flags;         // ticket, then warps times tiles finished of every (image, channel group, strip)
+  int* flags;         // ticket, then rows times tiles finished of every (image, channel group, strip)
   Strides sx, sdt, sdl, sbt, sbl, sc, sg, se, sn;  // se, sn: of the gradients with E and with N channels
   int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols, spare;
 };
@@ -606,6 +606,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #pragma unroll
         for (int k = 0; k < NS; ++k) h[c][k] = beside[c].v[k];
     }
+    __syncwarp();
     if (chained && lane == 0) add_release(progress, 1);
   }
   __syncthreads();

@@ -18,13 +18,15 @@ import tempfile
 import threading
 import warnings
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 #%%
 #| hide
-import subprocess, time
+import time
 
 from fastcore.test import test_eq, test_fail
 #%% md
@@ -110,7 +112,8 @@ is written beside its place and then renamed, so that several processes can buil
 @lru_cache(maxsize=None)
 def _cuda_sources():
     "Texts of the CUDA sources by file name, from the installed package or from the repository."
-    for folder in (Path(__file__).parent / "csrc", Path(__file__).parent.parent / "csrc"):
+    package = Path(find_spec("mamba2d").origin).parent
+    for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / "scan.cuh").is_file():
             return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.suffix in (".cu", ".cuh")}
     raise CudaKernelError("the CUDA sources are missing from this installation (csrc/scan.cuh)")
@@ -249,6 +252,8 @@ once for each combination of shapes, strides and dtypes (a *plan*), and a call p
 of strides as well: pointers go to the last pixel, and the strides of rows and columns change their sign.
 #%%
 #| export
+_one_argument = ctypes.c_char_p * 1
+
 class _Kernel:
     "A kernel loaded on one device, ready to be started."
     def __init__(self, code, name):
@@ -266,7 +271,7 @@ class _Kernel:
 
     def __call__(self, grid, block, shared, stream, arguments):
         "Start the kernel on `stream` with the bytes of its one argument."
-        pointers = (ctypes.c_void_p * 1)(ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p))
+        pointers = _one_argument(arguments)  # the driver reads the array of pointers to arguments before it returns
         status = self.launch(self.function, grid, 1, 1, block, 1, 1, shared, stream, pointers, None)
         if status: _check_driver(status, f"starting {self.name}")
 
@@ -286,10 +291,6 @@ def _stream(device):
     "The handle of torch's current stream on the device of that index."
     try: return torch._C._cuda_getCurrentRawStream(device)
     except AttributeError: return torch.cuda.current_stream(device).cuda_stream
-
-def _dense_last(t):
-    "`t`, or a copy whose last dimension is dense."
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 def _strides(strides, shape, reverse):
     "(offset in elements of the first logical pixel, strides of image, row, column) of a tensor (B, H, W, ...)."
@@ -336,25 +337,26 @@ def _saved_layout(shape, n, double, shared_limit):
     return rows, cols, padded, (pixels * padded * lanes.per_thread * lanes.groups * (2 if double else 1),)
 
 def _forward_tile(plan):
-    "(channels per thread, rows per warp, warps) of the forward pass; chosen by what was fastest on an H100."
-    images, height, channels = plan.images, plan.height, plan.channels
-    lanes_of_channel = 32 // plan.lanes.groups
-    if plan.double or plan.n > 64: return 1, 2, min(8, -(-height // 2))
-    chains = images * -(-channels // (2 * lanes_of_channel))
+    "(layout of a warp, channels per thread, rows per warp, warps) of the forward pass; chosen by what was fastest on an H100."
+    images, height, lanes = plan.images, plan.height, plan.lanes
+    if plan.double or plan.n > 64: return lanes, 1, 2, min(8, -(-height // 2))
+    chains = images * -(-plan.channels // (2 * (32 // lanes.groups)))
     rows = 7 if height <= 56 else 8
     if chains * -(-height // rows) >= 8 * plan.processors and (height <= 64 or images > 4):  # a large batch: whole images in a block
-        return 2, rows, min(8, -(-height // rows))
-    if height <= 64: return 1, 4, min(16, -(-height // 4))                                    # a few small images
-    return (2 if chains * height * plan.width > 2**21 else 1), 4, 8                           # large images: many strips at once
+        return lanes, 2, rows, min(8, -(-height // rows))
+    if height <= 64:  # a few small images: many blocks of few channels
+        few = _Lanes(1, 16) if plan.n in range(9, 17) and chains <= plan.processors // 8 else lanes
+        return few, 1, 4, min(16, -(-height // 4))
+    return lanes, (2 if chains * height * plan.width > 2**21 else 1), 4, 8  # large images: many strips at once
 
 def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, aligned, device):
     "Compile and pack what a forward call with this key needs."
     plan = _describe(tensors, (softplus, aligned), device)
-    channels, rows, warps = _forward_tile(plan)
+    lanes, channels, rows, warps = _forward_tile(plan)
     if forward_tile_override:
         channels, rows, warps = (forward_tile_override.get(k, v) for k, v in zip(("channels", "rows", "warps"), (channels, rows, warps)))
         warps = min(warps, -(-plan.height // rows))
-    lanes, size = _Lanes(*forward_tile_override.get("lanes", plan.lanes)), 8 if plan.double else 4
+    lanes, size = _Lanes(*forward_tile_override.get("lanes", lanes)), 8 if plan.double else 4
     group, padded_n = 32 // lanes.groups * channels, lanes.per_thread * lanes.groups
     vector = 4 if plan.aligned and group % 4 == 0 else 1
     shared_warp = size * (64 * channels * lanes.per_thread + 4 * rows * group + 3 * rows * padded_n + rows * group * lanes.groups)
@@ -363,7 +365,7 @@ def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, 
     strips = -(-plan.height // (warps * rows))
     threads = warps * 32
     macros = plan.macros | dict(CH=channels, ROWS=rows, VECTOR=vector, SAVE=int(for_backward), WRITE_H=int(return_states), THREADS=threads, CHAINED=int(strips > 1), NS=lanes.per_thread, NG=lanes.groups,
-                                CHUNK=forward_tile_override.get('chunk', 8),
+                                CHUNK=forward_tile_override.get("chunk", 4),
                                 BLOCKS=1 if plan.double else forward_tile_override.get("blocks", max(1, 512 // threads)))
     plan.kernel = _load_kernel(device, "scan_fwd.cu", "scan_forward", macros, warps * shared_warp)
     plan.shared = warps * shared_warp
@@ -385,42 +387,49 @@ def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, 
     _plans[key] = plan
     return plan
 
-def _key(tensors, *rest):
-    "What distinguishes calls that need different plans."
-    parts = list(rest)
-    for t in tensors: parts.append(None if t is None else (t.dtype, t.shape, t.stride()))
-    return tuple(parts)
+def _prepare_tensors(tensors):
+    """(tensors with a dense last dimension, their addresses, a key of their layout); nothing is copied where nothing has to be.
 
-def _pointers(tensors):
-    "Addresses of the tensors (0 for None), and whether all allow vectors of four."
-    pointers, aligned = [], True
-    for t in tensors:
-        pointer = 0 if t is None else t.data_ptr()
-        if pointer & 7 or (pointer & 31 and t.element_size() > 2 and pointer % (4 * t.element_size())): aligned = False
+    This runs at every call, so it asks each tensor as little as it can."""
+    prepared, layout, pointers, together = list(tensors), [], [], 0
+    for k, t in enumerate(tensors):
+        if t is None:
+            layout.append(None)
+            pointers.append(0)
+            continue
+        if 2 < k < 5 or 7 < k < 11:  # A, D and the biases: small, and dense as they are made
+            if not t.is_contiguous(): prepared[k] = t = t.contiguous()
+        else:
+            strides = t.stride()
+            if strides[3] != 1 and t.shape[3] > 1:
+                prepared[k] = t = t.contiguous()
+                strides = t.stride()
+            layout.append(strides)
+        layout.append(t.dtype)
+        pointer = t.data_ptr()
+        together |= pointer
         pointers.append(pointer)
-    return pointers, aligned
+    aligned = not together & 15 or not any(
+        pointer % (4 * t.element_size()) for pointer, t in zip(pointers, prepared) if t is not None and t.element_size() < 8)
+    layout.append(aligned)
+    return prepared, pointers, aligned, tuple(layout)
 
 def cuda_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward):
     "(y, h, saved) of the 2D selective scan by the CUDA kernel; h and saved are empty unless asked for."
     device = x.device.index
-    tensors = (_dense_last(x), _dense_last(delta_t), _dense_last(delta_l), A_t.contiguous(), A_l.contiguous(), _dense_last(B_t), _dense_last(B_l),
-               _dense_last(C), D, delta_bias_t, delta_bias_l)
-    if D is not None or delta_bias_t is not None or delta_bias_l is not None:
-        tensors = (*tensors[:8], *(None if t is None else t.contiguous() for t in tensors[8:]))
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run_forward(device, tensors, delta_softplus, reverse, return_states, for_backward)
-    return _run_forward(device, tensors, delta_softplus, reverse, return_states, for_backward)
+    tensors = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    if device == torch.cuda.current_device(): return _run_forward(device, tensors, delta_softplus, reverse, return_states, for_backward)
+    with torch.cuda.device(device): return _run_forward(device, tensors, delta_softplus, reverse, return_states, for_backward)
 
 def _run_forward(device, tensors, softplus, reverse, return_states, for_backward, keep=None):
-    "`cuda_forward` on the current device, with prepared tensors; `keep` takes the saved states in place of a new tensor."
-    pointers, aligned = _pointers(tensors)
-    key = _key(tensors, "forward", device, softplus, reverse, return_states, for_backward, aligned, *forward_tile_override.values())
-    plan = _plans.get(key) or _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, aligned, device)
+    "`cuda_forward` on the current device; `keep` takes the saved states in place of a new tensor."
+    tensors, pointers, aligned, layout = _prepare_tensors(tensors)
     x, A_t = tensors[0], tensors[3]
+    key = (x.shape, A_t.shape[1], layout, device, softplus, reverse, return_states, for_backward, *forward_tile_override.values())
+    plan = _plans.get(key) or _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, aligned, device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    h = torch.empty((*x.shape, plan.n) if return_states else (0,), dtype=plan.real, device=x.device)
-    saved = torch.empty(cuda_saved_shape(x, A_t) if for_backward and keep is None else (0,), dtype=torch.float32, device=x.device)
+    h = x.new_empty((*x.shape, plan.n) if return_states else 0, dtype=plan.real)
+    saved = x.new_empty(cuda_saved_shape(x, A_t) if for_backward and keep is None else 0, dtype=torch.float32)
     if keep is None: keep = saved
     if for_backward and keep.shape != plan.saved_shape:  # only in float64 where neither x nor A is: the backward pass computes it again
         keep = torch.empty(plan.saved_shape, dtype=torch.float32, device=x.device)
@@ -481,19 +490,17 @@ def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
 def cuda_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse):
     "Gradients of the eleven inputs (empty for an input that is None), by the CUDA kernels."
     device = x.device.index
-    tensors = (_dense_last(x), _dense_last(delta_t), _dense_last(delta_l), A_t.contiguous(), A_l.contiguous(), _dense_last(B_t), _dense_last(B_l),
-               _dense_last(C), *(None if t is None else t.contiguous() for t in (D, delta_bias_t, delta_bias_l)))
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _run_backward(device, tensors, _dense_last(grad_y), saved, delta_softplus, reverse)
-    return _run_backward(device, tensors, _dense_last(grad_y), saved, delta_softplus, reverse)
+    tensors = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, grad_y)
+    if device == torch.cuda.current_device(): return _run_backward(device, tensors, saved, delta_softplus, reverse)
+    with torch.cuda.device(device): return _run_backward(device, tensors, saved, delta_softplus, reverse)
 
-def _run_backward(device, tensors, grad_y, saved, softplus, reverse):
-    "`cuda_backward` on the current device, with prepared tensors."
-    pointers, aligned = _pointers((*tensors, grad_y))
-    key = _key((*tensors, grad_y), "backward", device, softplus, reverse, aligned)
-    plan = _plans.get(key) or _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device)
+def _run_backward(device, tensors, saved, softplus, reverse):
+    "`cuda_backward` on the current device; the last of the tensors is the gradient of y."
+    tensors, pointers, aligned, layout = _prepare_tensors(tensors)
+    *tensors, grad_y = tensors
     x = tensors[0]
+    key = (x.shape, tensors[3].shape[1], layout, device, softplus, reverse)
+    plan = _plans.get(key) or _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device)
     grads = [x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
     if x.numel() == 0: return tuple(g.zero_() for g in grads)
     if saved.shape != plan.saved_shape:
@@ -533,9 +540,15 @@ def _saved_shape(shape, n, double, shared_limit): return _saved_layout(shape, n,
 says is what `mamba2d-doctor` reports. If there is a CUDA device but something on the way fails, one warning says so, and scans run on the reference.
 #%%
 #| export
-@lru_cache(maxsize=None)
 def cuda_kernel_status() -> tuple[bool, str]:  # (usable, why or why not)
     "Whether the CUDA kernels run on this machine; tried once for each process."
+    if not torch.version.hip and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return True, "not tried yet, since a CUDA graph is being captured"
+    with _disable_current_modes(): return _try_cuda_kernel()  # real tensors, also while a graph is traced with fake ones
+
+@lru_cache(maxsize=None)
+def _try_cuda_kernel():
+    "The work of `cuda_kernel_status`."
     if torch.version.hip: return False, "this is a ROCm build of torch; the kernels are for CUDA"
     if not torch.cuda.is_available():
         return False, "torch sees no CUDA device" if torch.version.cuda else "this build of torch has no CUDA support"
@@ -547,7 +560,7 @@ def cuda_kernel_status() -> tuple[bool, str]:  # (usable, why or why not)
         if y.item() != 1: raise CudaKernelError(f"the kernel computed {y.item()} in place of 1")
     except Exception as error:  # whatever it is, there is a slower path
         reason = f"{error}".strip() or type(error).__name__
-        warnings.warn(f"the CUDA kernels of mamba2d do not run here, the slow reference takes their place: {reason}\nmamba2d-doctor says more.", stacklevel=2)
+        warnings.warn(f"the CUDA kernels of mamba2d do not run here, the slow reference takes their place: {reason}\nmamba2d-doctor says more.", stacklevel=3)
         return False, reason
     return True, f"compute capability {capability / 10}, NVRTC {'.'.join(map(str, nvrtc_version()))}, cache in {cuda_cache_folder()}"
 
@@ -560,3 +573,105 @@ def cuda_why_not(x, A_t):
     if _backward_tile(A_t.shape[1], 8 if torch.float64 in (x.dtype, A_t.dtype) else 4, _card(x.device.index or 0)[1]) is None:
         return f"N = {A_t.shape[1]} needs more shared memory than this card has"
     return None
+#%% md
+### Every card's compiler, without a card
+
+NVRTC needs no GPU, so representative variants are compiled here for each generation of cards, from Turing (7.5) to Blackwell (12.0): the usual one
+(bf16, 16 states), one with odd sizes, and float64. A kernel that does not compile never lands.
+#%%
+def variant(capability, n=16, dtype="bf16", real="float"):
+    "Macros of a forward and a backward kernel as the plans would make them."
+    limit = {75: 65536, 80: 166912, 90: 232448, 100: 232448}.get(capability, 101376)
+    lanes, tile = _lanes(n), _backward_tile(n, 8 if real == "double" else 4, limit)
+    scalar = "f64" if real == "double" else "f32"
+    macros = dict.fromkeys(("X_T", "DT_T", "DL_T", "BT_T", "BL_T", "C_T", "G_T"), dtype) | dict.fromkeys(("AT_T", "AL_T", "D_T", "ZT_T", "ZL_T"), scalar)
+    macros |= dict(REAL=real, STATES=n, NS=lanes.per_thread, NG=lanes.groups, STRIP=_strip, SPAN=tile.span, OFFSET="int", SOFTPLUS=1, SKIP=1, BIAS_T=1, BIAS_L=1)
+    channels = 1 if real == "double" or lanes.per_thread == 8 else 2
+    vector = lambda group: 4 if group % 4 == 0 and n % 4 == 0 else 1
+    forward = macros | dict(CH=channels, ROWS=2, VECTOR=vector(32 // lanes.groups * channels), SAVE=1, WRITE_H=1, CHAINED=1, CHUNK=4, THREADS=256, BLOCKS=1)
+    mma = int(dtype == "bf16" and n == 16 and capability >= 80)
+    backward = macros | dict(CH=tile.channels_per_thread, VECTOR=vector(tile.channels), BLOCKS=1, MMA=mma)
+    return ("scan_fwd.cu", forward), ("scan_bwd.cu", backward)
+
+try: can_compile = bool(_nvrtc_architectures())
+except CudaKernelError as error: can_compile = False; print(error)
+if can_compile:
+    for capability in (75, 80, 86, 89, 90, 100, 120):
+        for kernel, macros in (*variant(capability), *(variant(capability, 3, "fp16") if capability in (75, 90) else ())):
+            assert len(compile_cuda(kernel, macros, capability, cache=False)) > 1000
+    print("compiled with NVRTC", nvrtc_version())
+#%% md
+All numbers of states, dtypes and options, which takes minutes:
+#%%
+#| slow
+if can_compile:
+    for capability in (75, 80, 86, 89, 90, 100, 120):
+        for n in (1, 2, 3, 4, 8, 16, 24, 32, 64, 128):
+            for dtype, real in (("bf16", "float"), ("fp16", "float"), ("f32", "float"), *((("f64", "double"),) if n <= 32 else ())):
+                for kernel, macros in variant(capability, n, dtype, real): compile_cuda(kernel, macros, capability, cache=False)
+#%% md
+The cache gives back what was compiled, notices a damaged entry, and survives several processes that want the same variant at once.
+#%%
+if can_compile:
+    with tempfile.TemporaryDirectory() as folder:
+        before, os.environ["MAMBA2D_CACHE"] = os.environ.get("MAMBA2D_CACHE"), folder
+        kernel, macros = variant(90, 1)[0]
+        code = compile_cuda(kernel, macros, 90)
+        entry, = cuda_cache_folder().iterdir()
+        start = time.perf_counter()
+        again = compile_cuda(kernel, macros, 90)
+        assert time.perf_counter() - start < 0.1 and again == code
+        entry.write_bytes(entry.read_bytes()[:-7])          # damaged
+        assert compile_cuda(kernel, macros, 90) == code
+        test_eq(len(entry.read_bytes()), len(code) + 32)    # and rebuilt
+        if before is None: del os.environ["MAMBA2D_CACHE"]
+        else: os.environ["MAMBA2D_CACHE"] = before
+    test_fail(lambda: compile_cuda("scan_fwd.cu", {"REAL": "nonsense"}, 90, cache=False), contains="could not compile")
+#%% md
+What this machine says:
+#%%
+cuda_kernel_status()
+#%% md
+On a machine with a card: the kernel against the recurrence itself, written as a loop, with outputs filled with NaN before each run, at shapes that cross
+the tiles and strips; and the same bits in every run.
+#%%
+#| cuda
+def scan_and_gradients(arguments, grad_y, reverse):
+    "y, the states and the gradients of all inputs, by the kernels."
+    y, h, saved = cuda_forward(*arguments, False, reverse, True, True)
+    return y, h, *cuda_backward(grad_y, *arguments, saved, False, reverse)
+
+def scan_by_autograd(arguments, grad_y, reverse):
+    "The same in float64 by a loop over pixels and autograd."
+    x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l = leaves = [a.double().requires_grad_() for a in arguments]
+    flip = lambda t: t.flip(1, 2) if reverse else t
+    v, dt, dl, bt, bl, c = map(flip, (x, delta_t + bias_t, delta_l + bias_l, B_t, B_l, C))
+    states = {}
+    for i in range(x.shape[1]):
+        for j in range(x.shape[2]):
+            at = lambda t: t[:, i, j]
+            left = at(dl)[..., None] * at(bl)[:, None] * at(v)[..., None]
+            if j: left = left + (at(dl)[..., None] * A_l).exp() * states[i, j - 1]
+            if i: top = (at(dt)[..., None] * A_t).exp() * states[i - 1, j] + at(dt)[..., None] * at(bt)[:, None] * at(v)[..., None]
+            states[i, j] = left if i == 0 else top if j == 0 else (left + top) / 2
+    h = flip(torch.stack([torch.stack([states[i, j] for j in range(x.shape[2])], 1) for i in range(x.shape[1])], 1))
+    y = (h * C[:, :, :, None]).sum(-1) + D * x
+    return y.detach(), h.detach(), *torch.autograd.grad((y * grad_y.double()).sum(), leaves)
+
+torch.use_deterministic_algorithms(True, warn_only=True)  # fills new tensors with NaN
+for seed, (b, h, w, e, n, dtype, tolerance) in enumerate(((2, 9, 10, 5, 3, torch.float32, 1e-5), (1, 1, 12, 64, 16, torch.float32, 1e-5),
+                                                          (1, 17, 1, 33, 16, torch.bfloat16, 1e-2), (1, 18, 17, 40, 16, torch.bfloat16, 1e-2),
+                                                          (2, 8, 9, 12, 64, torch.float16, 1e-2), (1, 10, 9, 7, 20, torch.float64, 1e-11))):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
+    delta = lambda: 0.01 + 0.2 * draw(b, h, w, e).abs()
+    arguments = [draw(b, h, w, e), delta(), delta(), -draw(e, n).exp(), -draw(e, n).exp(), draw(b, h, w, n), draw(b, h, w, n), draw(b, h, w, n), draw(e),
+                 0.1 * draw(e).abs(), 0.1 * draw(e).abs()]
+    arguments = [a.to("cuda", dtype) for a in arguments]
+    grad_y = draw(b, h, w, e).to("cuda", dtype)
+    for reverse in (False, True):
+        found = scan_and_gradients(arguments, grad_y, reverse)
+        for got, wanted in zip(found, scan_by_autograd(arguments, grad_y, reverse)): assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
+        for _ in range(9):
+            assert all(torch.equal(one, other) for one, other in zip(found, scan_and_gradients(arguments, grad_y, reverse)))
+torch.use_deterministic_algorithms(False)
