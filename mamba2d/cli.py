@@ -171,7 +171,7 @@ def diagnosis() -> list[tuple[str, str]]:
     "What this machine has, and which backend the scan gets, as (name, finding) rows."
     import platform
     import torch
-    from mamba2d.kernels import cpu_kernel_status
+    from mamba2d.kernels import cpu_kernel_status, cuda_kernel_status
     from mamba2d.scan import available_backends
     rows = [("mamba2d", mamba2d.__version__), ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
             ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
@@ -182,7 +182,10 @@ def diagnosis() -> list[tuple[str, str]]:
     rows.append(("GPU", ", ".join(gpus) if gpus else "Apple GPU" if torch.backends.mps.is_available() else "none"))
     usable, finding = cpu_kernel_status()
     rows.append(("scan on the CPU", f"compiled kernel: {finding}" if usable else f"plain PyTorch, slower: {finding}"))
-    if gpus or torch.backends.mps.is_available(): rows.append(("scan on the GPU", "plain PyTorch on the device"))
+    if gpus or torch.backends.mps.is_available():
+        usable, finding = cuda_kernel_status()
+        rows.append(("scan on the GPU", f"plain PyTorch; compiled kernel on request (MAMBA2D_BACKEND=cuda): {finding}" if usable
+                     else f"plain PyTorch: {finding}"))
     rows.append(("backends of the scan", ", ".join(available_backends())))
     forced = os.environ.get("MAMBA2D_BACKEND")
     if forced: rows.append(("MAMBA2D_BACKEND", f"{forced}" + ("" if forced in available_backends() else ": CANNOT RUN HERE, unset it")))

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_why_not
+from .kernels import (cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_why_not, cuda_backward, cuda_forward,
+                             cuda_kernel_status, cuda_saved_shape, cuda_why_not)
 
 # %% ../nbs/01_scan.ipynb #6a48199b
 class _Wavefront(NamedTuple):
@@ -248,7 +249,11 @@ class ScanKernels(NamedTuple):
     why_not: object  # (x, A_t) -> None if it can run this problem, else the reason as text
     status: object = lambda: (True, "")  # () -> whether it can run on this machine at all, and the reason as text; may build it
 
-_kernels: dict[str, ScanKernels] = {"cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_why_not, cpu_kernel_status)}
+_kernels: dict[str, ScanKernels] = {
+    "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_why_not, cpu_kernel_status),
+    "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_why_not, cuda_kernel_status),
+}
+_on_request = {"cuda"}  # not settled yet (csrc/NOTES.md): they run when asked for by name, the reference runs otherwise
 _forced_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
 
 def _backend_status(name):
@@ -294,8 +299,9 @@ def _kernels_for(backend, x, A_t):
     "The `ScanKernels` that shall compute this problem, None for the reference; raises if a forced backend cannot."
     if backend == "reference": return None
     _require_backend(backend)
-    kernels = _kernels.get(x.device.type if backend == "auto" else backend)
-    if kernels is None: return None
+    name = x.device.type if backend == "auto" else backend
+    kernels = _kernels.get(name)
+    if kernels is None or backend == "auto" and name in _on_request: return None
     reason = kernels.why_not(x, A_t)
     if backend == "auto":
         if reason: return None
