@@ -121,6 +121,7 @@ def make_readme(target, timeout):
         text = re.sub(r"```python\n#\| echo: false\n.*?\n```\n+", "", text, flags=re.S)
         text = re.sub(r"<!-- WARNING: .*? -->\n+", "", text).replace("](index_files/", "](nbs/index_files/")
         text = re.sub(r"\]\((\d\d_[\w.]+\.ipynb)\)", r"](nbs/\1)", text)  # links between notebooks
+        text = re.sub(r"\[(`[^`]+`)\]\(https://mamba2d\.github\.io[^)]*\)", r"\1", text)  # nbdev's links to documentation pages, of which there are none yet
         text = re.sub(r"\n[ \t]+\n", "\n\n", text)
         text = re.sub(r"\n{3,}", "\n\n", text)
         text = f"<!-- Written from nbs/index.ipynb by `make prepare`: edit that. -->\n\n# {title}\n\n> {description}\n\n{text.lstrip()}"
