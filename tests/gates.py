@@ -163,6 +163,7 @@ def gate_tests(budget, marks, counts):
         print(output, flush=True)
         suite = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
     if suite is not None: counts.update({k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")})
+    if code == 5 and marks == "slow": return []  # no test is that slow at present
     return [] if code == 0 and counts.get("tests") else [f"pytest ended with exit code {code}, {counts.get('tests', 0)} tests"]
 
 
