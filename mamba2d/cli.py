@@ -76,6 +76,12 @@ def _quiet_imports():
     "fastai still uses torch.jit.script when imported; its users cannot do anything about the warning."
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
+def _check_backend():
+    "Whether the backend that MAMBA2D_BACKEND forces can run here."
+    from mamba2d.scan import _forced_backend, _require_backend
+    try: _require_backend(_forced_backend)
+    except (ValueError, RuntimeError) as error: raise _Mistake(f"MAMBA2D_BACKEND: {error}") from error
+
 def _device(name):
     "A torch device that exists here, or None."
     import torch
@@ -119,6 +125,7 @@ def _run(prog, action, parser, argv):
 
 def _train(args):
     _quiet_imports()
+    _check_backend()
     from mamba2d.training import Recipe, mamba2d_learner, set_seed, train_run
     import dataclasses
     data, size = args.data or "digits", args.size or "n"
@@ -145,9 +152,10 @@ def train(argv: list[str] | None = None):
     "`mamba2d-train`."
     _run("mamba2d-train", _train, train_parser(), argv)
 
-# %% ../nbs/07_cli.ipynb #aef7814c
+# %% ../nbs/07_cli.ipynb #356684f4
 def _validate(args):
     _quiet_imports()
+    _check_backend()
     from mamba2d.models import read_weights
     from mamba2d.training import accuracies, mamba2d_learner
     try: saved = read_weights(args.weights)
