@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Downsample', 'Stage', 'Classifier', 'Mamba2D', 'draw_architecture']
 
-# %% ../nbs/03_backbone.ipynb #95214489
+# %% ../nbs/03_backbone.ipynb #e6009dcd
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from .blocks import Attention, Block, M2DMixer, mixers as mixer_types

@@ -89,13 +89,15 @@ def _device(name):
     try: return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error: raise _Mistake(f"argument --device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
+def _image_size(args, data):
+    "Side of the pictures: the one asked for, or what suits the data."
+    return args.image_size or (32 if data == "digits" else 224)
+
 def _load_data(args, data):
     "DataLoaders for `--data`."
     from mamba2d.data import digits_dls, folder_dls
-    options = dict(batch_size=args.batch_size, device=_device(args.device))
-    try:
-        if data == "digits": return digits_dls(size=args.image_size or 32, **options)
-        return folder_dls(data, size=args.image_size or 224, **options)
+    options = dict(size=_image_size(args, data), batch_size=args.batch_size, device=_device(args.device))
+    try: return digits_dls(**options) if data == "digits" else folder_dls(data, **options)
     except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
 
 def _build(size, **kwargs):
@@ -141,9 +143,9 @@ def _train(args):
     learn = mamba2d_learner(dls, model, recipe)
     print(f"training mamba2d_{size} ({sum(p.numel() for p in model.parameters()):,} parameters) on {data}: {len(dls.train_ds)} pictures, "
           f"{len(dls.valid_ds)} held out, {dls.c} classes, {recipe.epochs} epochs, on {dls.device}")
-    config = {"size": size, "num_classes": dls.c}
-    settings = {"data": data, "image_size": args.image_size or (32 if data == "digits" else 224), "batch_size": args.batch_size, "weights": args.weights}
-    result = train_run(learn, out, {**config, "data": data, "image_size": settings["image_size"]}, settings, overwrite=args.overwrite)
+    source = {"data": data, "image_size": _image_size(args, data)}
+    result = train_run(learn, out, {"size": size, "num_classes": dls.c, **source},
+                       {**source, "batch_size": args.batch_size, "weights": args.weights}, overwrite=args.overwrite)
     print()
     _print_table([*_result_rows(result), ("seconds of training", f"{result['seconds']:.0f}"),
                   ("run folder", f"{out}: " + ", ".join(sorted(p.name for p in out.iterdir() if p.is_file())))])

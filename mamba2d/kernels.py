@@ -199,15 +199,15 @@ def _tensor_words(tensor):
     strides = tensor.stride()[:4]
     return (tensor.data_ptr(), _type_codes[tensor.dtype], *strides, *(0,) * (4 - len(strides)))
 
-def _compute_dtype(tensors):
-    "float64 if any of the tensors is, else float32."
+def _compute_dtype(*tensors):
+    "The dtype of the arithmetic and of the states: float64 if any tensor is float64, else float32."
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 def _launch(inputs, delta_softplus, reverse, outputs, backward):
     "Run the kernel on the eleven inputs; `outputs` are y, h, saved, grad_y and the eleven gradients."
     x, A_t = inputs[0], inputs[3]
     sizes = (*x.shape, A_t.shape[1])
-    words = [*sizes, _type_codes[_compute_dtype(inputs)], int(delta_softplus), int(reverse), torch.get_num_threads()]
+    words = [*sizes, _type_codes[_compute_dtype(*inputs)], int(delta_softplus), int(reverse), torch.get_num_threads()]
     for tensor in (*inputs, *outputs): words.extend(_tensor_words(tensor))
     status = _cpu_library().mamba2d_cpu_scan((ctypes.c_int64 * len(words))(*words), 8 * len(words), int(backward))
     if status == 1: raise MemoryError(f"the scan of (B, H, W, E, N) = {sizes} ran out of memory")
@@ -232,7 +232,7 @@ def cpu_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, del
                 for_backward):
     "The operator `mamba2d::scan_forward` on the CPU: y, h and saved, the latter two empty if not asked for."
     inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    dtype = _compute_dtype(inputs)
+    dtype = _compute_dtype(*inputs)
     y = x.new_empty(x.shape)
     h = x.new_empty((*x.shape, A_t.shape[1]) if return_states else (0,), dtype=dtype)
     saved = x.new_empty(cpu_saved_shape(x, A_t, dtype) if for_backward else (0,), dtype=torch.float32)
@@ -242,7 +242,7 @@ def cpu_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, del
 def cpu_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse):
     "The operator `mamba2d::scan_backward` on the CPU: the gradients of the eleven inputs, empty for an input that is None."
     inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    if saved.numel() != cpu_saved_shape(x, A_t, _compute_dtype(inputs))[0]:  # the forward pass did not know that this would come
+    if saved.numel() != cpu_saved_shape(x, A_t, _compute_dtype(*inputs))[0]:  # the forward pass did not know that this would come
         saved = cpu_forward(*inputs, delta_softplus, reverse, False, True)[2]
     grads = tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
     _launch(inputs, delta_softplus, reverse, (None, None, saved, grad_y, *grads), backward=True)
@@ -488,8 +488,8 @@ def _describe(tensors, flags, device):
     x, _, _, A_t = tensors[:4]
     plan = _Plan()
     plan.capability, plan.shared_limit, plan.processors = _card(device)
-    plan.double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    plan.real = torch.float64 if plan.double else torch.float32
+    plan.real = _compute_dtype(*tensors)
+    plan.double = plan.real == torch.float64
     plan.n, plan.images, plan.height, plan.width, plan.channels = A_t.shape[1], *x.shape
     plan.lanes = _lanes(plan.n)
     plan.tile = _backward_tile(plan.n, 8 if plan.double else 4, plan.shared_limit)
@@ -564,7 +564,6 @@ def _plan_forward(tensors, key, softplus, reverse, return_states, for_backward, 
     plan.tail = struct.pack("24q10i", *(s for m in (*moved, out, states) for s in m[1]), b, h, w, e, plan.channels_padded, plan.groups, plan.strips,
                             plan.saved_rows, plan.saved_cols, 0)
     plan.pack = struct.Struct("16Q").pack
-    plan.return_states, plan.saving = return_states, for_backward
     _plans[key] = plan
     return plan
 
@@ -629,7 +628,7 @@ def _run_forward(device, tensors, softplus, reverse, return_states, for_backward
 def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
     "Compile and pack what a backward call with this key needs."
     plan = _describe(tensors, (softplus, aligned), device)
-    lanes, size, tile, group = plan.lanes, 8 if plan.double else 4, plan.tile, plan.tile.channels
+    lanes, tile, group = plan.lanes, plan.tile, plan.tile.channels
     padded_n = lanes.per_thread * lanes.groups
     plan.aligned = plan.aligned and all(s % 4 == 0 for s in grad_y.stride()[:3])
     # bf16 tensors let the tensor cores form the sums, in bf16 products and float32 sums

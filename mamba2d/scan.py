@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import (cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_why_not, cuda_backward, cuda_forward,
-                             cuda_kernel_status, cuda_saved_shape, cuda_why_not)
+from .kernels import (_compute_dtype, cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_why_not, cuda_backward,
+                             cuda_forward, cuda_kernel_status, cuda_saved_shape, cuda_why_not)
 
 # %% ../nbs/01_scan.ipynb #6a48199b
 class _Wavefront(NamedTuple):
@@ -77,10 +77,6 @@ def _check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have shape {meaning} = {shape} for x {tuple(x.shape)} and A_t {tuple(A_t.shape)}, "
                                  f"got {tuple(value.shape)}")
-
-def _compute_dtype(*tensors):
-    "The dtype of the arithmetic and of the states: float64 if any tensor is float64, else float32."
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 # %% ../nbs/01_scan.ipynb #de3bbe37
 class _Prepared(NamedTuple):
@@ -258,8 +254,7 @@ _forced_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
 
 def _backend_status(name):
     "Whether the backend `name` can run on this machine, and if not, why."
-    if name == "reference": return True, ""
-    return _kernels[name].status() if name in _kernels else (False, "this machine has no device for it")
+    return (True, "") if name == "reference" else _kernels[name].status()
 
 def available_backends() -> tuple[str, ...]:
     "Names of the backends that can run on this machine, the fastest first; \"reference\" is always there."
@@ -307,7 +302,7 @@ def _kernels_for(backend, x, A_t):
         if reason: return None
         usable, reason = kernels.status()
         if usable: return kernels
-        _warn_once(x.device.type, reason)
+        _warn_once(name, reason)
         return None
     if reason: raise RuntimeError(f"backend {backend!r} cannot compute this scan: {reason}")
     return kernels

@@ -17,6 +17,7 @@ import tomllib
 from functools import partial
 from pathlib import Path
 
+import fastai.vision.learner  # registers how `show_results` draws pictures
 import matplotlib
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ from fastai.losses import LabelSmoothingCrossEntropyFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper, set_item_pg
 from fastai.torch_core import set_seed
-from fastai.vision import learner as _  # registers how `show_results` draws pictures
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import nn
@@ -230,7 +230,6 @@ def plot_predictions(
 
 def versions() -> dict[str, str]:
     "What a result depends on besides its settings."
-    import fastai
     import torchvision
     return {"mamba2d": mamba2d.__version__, "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
             "fastai": fastai.__version__, "numpy": np.__version__, "matplotlib": matplotlib.__version__}

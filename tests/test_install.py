@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from gates import copy_of_project
 
 root = Path(__file__).resolve().parent.parent
 
@@ -21,12 +22,8 @@ def run(*command, **kwargs):
 def packages(tmp_path_factory):
     "A wheel and an sdist, built from a copy of the files that git would commit."
     folder = tmp_path_factory.mktemp("packages")
-    source = folder / "source"
-    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=root).splitlines():
-        if (root / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((root / name).read_bytes())
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", source)
+    (folder / "source").mkdir()
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", copy_of_project(folder / "source"))
     return {kind: next((folder / "dist").glob(pattern)) for kind, pattern in (("wheel", "*.whl"), ("sdist", "*.tar.gz"))}
 
 
