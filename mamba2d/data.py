@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, CategoryMap, IntToFloatTensor, Normalize, get_image_files
-from fastai.torch_core import TensorImage, default_device
+from fastai.torch_core import TensorImage, default_device, to_detach
 from fastai.vision.augment import RandomResizedCrop, aug_transforms
 from fastai.vision.core import PILImage, imagenet_stats
 from fastai.vision.data import ImageDataLoaders
@@ -132,6 +132,10 @@ class KeyedDL(TfmdDL):
 
     def do_item(self, s):
         with keyed_random(self.seed, self.epoch + 1 if self.shuffle else 0, s or 0): return super().do_item(s)
+
+    def to_detach(self, b, cpu=True, gather=True):
+        "What fastai's metrics add up: this process's values. Its own way gathers them from all processes, which need not have equally many batches."
+        return to_detach(b, cpu=cpu, gather=False)
 
     def __iter__(self):
         yield from super().__iter__()
