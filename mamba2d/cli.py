@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['train_parser', 'validate_parser', 'train', 'validate', 'diagnosis', 'doctor', 'main']
 
-# %% ../nbs/07_cli.ipynb #a614355e
+# %% ../nbs/07_cli.ipynb #f47f3990
 import argparse
+import dataclasses
+import json
 import os
 import sys
 import warnings
@@ -33,39 +35,74 @@ def _at_least(smallest, kind=int):
         return value
     return convert
 
+def _field(text):
+    "An argparse type: NAME=VALUE for a field of the recipe; values as in TOML, or words."
+    import tomllib
+    name, equals, value = text.partition("=")
+    if not equals: raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try: return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError: return name.strip(), None if value.strip().lower() == "none" else value.strip()
+
 def _add_data_arguments(parser):
     "The arguments that training and validation share."
-    parser.add_argument("--data", default=None, metavar="WHAT", help="'digits' (the default: scikit-learn's, nothing to download), or a folder with "
-                        "one folder of pictures per class, or with train/ and val/ of such inside")
+    parser.add_argument("--data", default=None, metavar="WHAT", help="'digits' (the default: scikit-learn's, nothing to download), or a folder: ImageNet in any of its "
+                        "usual layouts, train/ and val/ with a folder of pictures per class, or only a folder per class")
+    parser.add_argument("--labels", default=None, metavar="FILE", help="classes of a flat ImageNet validation folder (default: looked for beside it)")
     parser.add_argument("--size", choices=("n", "t", "s", "t_v1"), default=None, help="which published network (default: n)")
-    parser.add_argument("--batch-size", type=_at_least(1), default=64, metavar="B", help="pictures per step (default: 64)")
+    parser.add_argument("--batch-size", type=_at_least(1), default=None, metavar="B", help="pictures at a time in each process (default: 128 with a published recipe, else 64)")
     parser.add_argument("--image-size", type=_at_least(8), default=None, metavar="PIXELS", help="side of the pictures (default: 32 for digits, else 224)")
+    parser.add_argument("--workers", type=_at_least(0), default=None, metavar="N", help="processes that load pictures, per training process (default: one per core, at most 16)")
+    parser.add_argument("--skip-broken", action="store_true", help="read every picture once before, report those that cannot be read and leave them out")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one)")
 
 def train_parser(prog: str = "mamba2d-train") -> argparse.ArgumentParser:
     "Arguments of `mamba2d-train`."
-    parser = _parser(prog, "Train Mamba2D and leave a run folder with weights, history, curves, predictions and settings.\n"
-                     "Without arguments: M2D-N on scikit-learn's digits, a few minutes on two CPU cores.",
+    parser = _parser(prog, "Train Mamba2D and leave a run folder with weights, history, curves, predictions, settings and checkpoints.\n"
+                     "Without arguments: M2D-N on scikit-learn's digits, a few minutes on two CPU cores.\n"
+                     "The same command goes on where a run was interrupted. SIGTERM or SIGINT writes a checkpoint and exits with code 75.",
                      epilog="examples:\n  mamba2d-train\n  mamba2d-train --epochs 3 --seed 1 --out runs/quick\n"
-                            "  mamba2d-train --data my/pictures --size t --weights M2D-T-backbone.ckpt --epochs 20")
+                            "  mamba2d-train --data imagenet --size t --checkpoint-minutes 20\n"
+                            "  mamba2d-train --data my/pictures --size t --weights M2D-T-backbone.ckpt --epochs 20\n"
+                            "  mamba2d-train --recipe runs/quick/recipe.toml --set drop_path=0.1\n"
+                            "  torchrun --nproc-per-node 8 -m mamba2d.cli train --data imagenet --size t")
     _add_data_arguments(parser)
     parser.add_argument("--weights", default=None, metavar="FILE", help="start from these: a file, or DEFAULT for the published ones (downloaded)")
-    parser.add_argument("--epochs", type=_at_least(1), default=None, metavar="N", help="passes over the training pictures (default: 12)")
-    parser.add_argument("--lr", type=_at_least(0, float), default=None, help="highest learning rate (default: 1e-3)")
-    parser.add_argument("--weight-decay", type=_at_least(0, float), default=None, metavar="W", help="of AdamW (default: 0.05)")
-    parser.add_argument("--seed", type=_at_least(0), default=None, metavar="S", help="the same seed gives the same numbers (default: 0)")
-    parser.add_argument("--recipe", default=None, metavar="FILE", help="a recipe.toml to start from; the arguments above override it")
-    parser.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/DATA-SIZE)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out already holds")
+    recipe = parser.add_argument_group("recipe", "how to train; what is given here goes over the recipe that is chosen")
+    recipe.add_argument("--recipe", default=None, metavar="NAME|FILE", help="n, t, s, t_v1 (as published), finetune, digits, or a recipe.toml "
+                        "(default: digits for digits, finetune with --weights, else the size's)")
+    recipe.add_argument("--print-recipe", action="store_true", help="show the recipe and exit")
+    recipe.add_argument("--epochs", type=_at_least(1), default=None, metavar="N", help="passes over the training pictures")
+    recipe.add_argument("--lr", type=_at_least(0, float), default=None, help="highest learning rate")
+    recipe.add_argument("--weight-decay", type=_at_least(0, float), default=None, metavar="W", help="of AdamW")
+    recipe.add_argument("--effective-batch", type=_at_least(1), default=None, metavar="B", help="pictures per optimizer step over all processes; gradients are accumulated to reach it")
+    recipe.add_argument("--clip-grad", type=_at_least(0, float), default=None, metavar="NORM", help="longest gradient")
+    recipe.add_argument("--seed", type=_at_least(0), default=None, metavar="S", help="the same seed gives the same numbers")
+    recipe.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="bf16: autocast on GPUs")
+    recipe.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
+    recipe.add_argument("--set", type=_field, action="append", default=[], metavar="NAME=VALUE", help="any other field of the recipe (see --print-recipe); may be repeated")
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/DATA-SIZE); a run that it holds goes on")
+    run.add_argument("--overwrite", action="store_true", help="begin anew, whatever --out holds of a run")
+    run.add_argument("--checkpoint-minutes", type=_at_least(0, float), default=None, metavar="M", help="checkpoints within an epoch as well, M minutes apart")
+    run.add_argument("--max-bad-steps", type=_at_least(0), default=0, metavar="N", help="skip so many steps whose loss or gradient is not finite before giving up (default: 0)")
+    run.add_argument("--fast-dev-run", type=_at_least(1), nargs="?", const=2, default=None, metavar="N", help="one epoch of N steps and N batches of everything else (default: 2), to see whether all works")
+    run.add_argument("--check-data", action="store_true", help="read every picture once, report, and exit")
+    run.add_argument("--tensorboard", action="store_true", help="also write for TensorBoard, into the run folder")
+    run.add_argument("--wandb", action="store_true", help="also send to Weights & Biases (WANDB_MODE=offline: into the run folder)")
     return parser
 
 def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
     "Arguments of `mamba2d-validate`."
-    parser = _parser(prog, "Accuracy of saved weights on the validation part of a dataset, and without the scan.",
+    parser = _parser(prog, "Accuracy of saved weights on the validation part of a dataset.",
                      epilog="examples:\n  mamba2d-validate runs/digits-n/weights.pth\n"
-                            "  mamba2d-validate M2D-T-backbone.ckpt --size t --data my/pictures")
-    parser.add_argument("weights", help="weights.pth of a run (which knows its size and data), or any file of weights with --size and --data")
+                            "  mamba2d-validate --data imagenet --size t --weights M2D-T-backbone.ckpt --out validation\n"
+                            "  torchrun --nproc-per-node 8 -m mamba2d.cli validate runs/imagenet-t/checkpoints/best.pth")
+    parser.add_argument("file", nargs="?", default=None, metavar="FILE", help="weights or a checkpoint of a run (which know their size and data), or any file of weights with --size and --data")
+    parser.add_argument("--weights", default=None, metavar="FILE", help="the same; DEFAULT for the published ones (downloaded)")
     _add_data_arguments(parser)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast on GPUs (default: fp32)")
+    parser.add_argument("--without-scan", action="store_true", help="also the accuracy with the output of every scan set to zero")
+    parser.add_argument("--out", default=None, metavar="FOLDER", help="write predictions.csv, classes.csv and mistakes.png there")
     return parser
 
 # %% ../nbs/07_cli.ipynb #475fdb1a
@@ -82,22 +119,40 @@ def _check_backend():
     try: _require_backend(_forced_backend)
     except (ValueError, RuntimeError) as error: raise _Mistake(f"MAMBA2D_BACKEND: {error}") from error
 
-def _device(name):
-    "A torch device that exists here, or None."
+def _join(name):
+    "The processes that work together, and this one's device."
     import torch
-    if name is None: return None
-    try: return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error: raise _Mistake(f"argument --device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    from mamba2d.training import Processes
+    try:
+        if name is not None: torch.zeros(1, device=name)
+        return Processes.join(name)
+    except (RuntimeError, AssertionError, ValueError) as error: raise _Mistake(f"argument --device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
-def _image_size(args, data):
-    "Side of the pictures: the one asked for, or what suits the data."
-    return args.image_size or (32 if data == "digits" else 224)
+def _broken(args, data, out, processes):
+    "Pictures to leave out, as a dict from path to reason: found once, kept in the run folder, the same for every process and after every interruption."
+    if not args.skip_broken or data == "digits": return {}
+    from mamba2d.data import check_images, find_pictures
+    from mamba2d.runs import write_safely
+    path = out and out / "broken.json"
+    def find():
+        if path and path.exists() and not getattr(args, "overwrite", False): return json.loads(path.read_text())
+        broken = check_images(find_pictures(data, labels=args.labels).files, args.workers)
+        if path:
+            out.mkdir(parents=True, exist_ok=True)
+            write_safely(path, lambda file: file.write(json.dumps(broken, indent=1).encode()))
+        print(f"{len(broken)} pictures cannot be read and are left out" + "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10]) + ("\n  ..." if len(broken) > 10 else ""))
+        return broken
+    return processes.gather(processes.first_one_does(find))[0]
 
-def _load_data(args, data):
-    "DataLoaders for `--data`."
-    from mamba2d.data import digits_dls, folder_dls
-    options = dict(size=_image_size(args, data), batch_size=args.batch_size, device=_device(args.device))
-    try: return digits_dls(**options) if data == "digits" else folder_dls(data, **options)
+def _load_data(args, data, size, batch_size, processes, recipe=None, out=None):
+    "DataLoaders for `--data`; for training as the recipe says."
+    from mamba2d.data import digits_dls, imagenet_dls
+    options = dict(size=size, batch_size=batch_size, device=processes.device, seed=recipe.seed if recipe else 0)
+    if args.workers is not None: options["num_workers"] = args.workers
+    augment = bool(recipe) and dict(min_scale=recipe.min_scale, randaugment=recipe.randaugment_ops if recipe.randaugment else 0, magnitude=recipe.randaugment, erasing=recipe.erasing)
+    try:
+        if data == "digits": return digits_dls(**options)
+        return imagenet_dls(data, labels=args.labels, broken=_broken(args, data, out, processes), augment=augment, **options)
     except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
 
 def _build(size, **kwargs):
@@ -113,8 +168,10 @@ def _print_table(rows):
 
 def _result_rows(result):
     "What `accuracies` found, as rows of a table."
-    return [("validation accuracy", f"{100 * result['accuracy']:.2f} %, loss {result['loss']:.3f}"),
-            ("with the scan's output set to zero", f"{100 * result['accuracy_without_scan']:.2f} %, loss {result['loss_without_scan']:.3f}")]
+    rows = [("validation accuracy", f"{100 * result['accuracy']:.2f} %, among the first five {100 * result['top5']:.2f} %, loss {result['loss']:.3f}")]
+    if "accuracy_without_scan" in result:
+        rows.append(("with the scan's output set to zero", f"{100 * result['accuracy_without_scan']:.2f} %, loss {result['loss_without_scan']:.3f}"))
+    return rows
 
 def _run(prog, action, parser, argv):
     "Parse, act, and turn mistakes into one line and an exit code."
@@ -125,30 +182,80 @@ def _run(prog, action, parser, argv):
     except _Mistake as mistake: parser.exit(2, f"{prog}: error: {mistake}\n")
     except KeyboardInterrupt: parser.exit(130, f"\n{prog}: interrupted\n")
 
+def _check_data(args, data):
+    "Read every picture once and say what was found."
+    from mamba2d.data import check_images, find_pictures
+    if data == "digits": raise _Mistake("argument --check-data: the digits are part of scikit-learn; give --data FOLDER")
+    try: found = find_pictures(data, labels=args.labels)
+    except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
+    print(f"{data}: {found.layout}; {len(found.train)} training and {len(found.valid)} validation pictures of {len(found.vocab)} classes", flush=True)
+    broken = check_images(found.files, args.workers)
+    print("\n".join([f"{len(broken)} of {len(found.files)} pictures cannot be read", *(f"  {name}: {reason}" for name, reason in broken.items())]))
+    if broken: raise SystemExit(1)
+
+def _recipe(args, data, size):
+    "The recipe that the arguments ask for."
+    from mamba2d.training import Recipe, recipes
+    name = args.recipe or ("digits" if data == "digits" else "finetune" if args.weights else size)
+    given = {field: getattr(args, field) for field in ("epochs", "lr", "weight_decay", "effective_batch", "clip_grad", "seed", "precision", "compile", "image_size") if getattr(args, field) is not None}
+    given |= dict(args.set)
+    if args.fast_dev_run: given["epochs"] = 1
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    for field in given:
+        if field not in known: raise _Mistake(f"argument --set: the recipe has no field {field!r}; it has {', '.join(sorted(known))}")
+    try: return name, dataclasses.replace(recipes[name] if name in recipes else Recipe.load(name), **given)
+    except (OSError, ValueError) as error: raise _Mistake(f"recipe: {error}") from error
+
 def _train(args):
     _quiet_imports()
-    _check_backend()
-    from mamba2d.training import Recipe, mamba2d_learner, set_seed, train_run
-    import dataclasses
     data, size = args.data or "digits", args.size or "n"
-    out = Path(args.out or f"runs/{Path(data).name}-{size}")
-    if (out / "weights.pth").exists() and not args.overwrite:
-        raise _Mistake(f"argument --out: {str(out)!r} already holds a run; give another folder, or --overwrite")
-    given = {name: getattr(args, name) for name in ("epochs", "lr", "weight_decay", "seed") if getattr(args, name) is not None}
-    try: recipe = dataclasses.replace(Recipe.load(args.recipe) if args.recipe else Recipe(epochs=12), **given)
-    except (OSError, ValueError) as error: raise _Mistake(f"recipe: {error}") from error
-    if recipe.seed >= 0: set_seed(recipe.seed, reproducible=True)
-    dls = _load_data(args, data)
-    model = _build(size, weights=args.weights, num_classes=dls.c)
+    if args.check_data: return _check_data(args, data)
+    name, recipe = _recipe(args, data, size)
+    if args.print_recipe: return print(f"# {name}\n{recipe.toml()}", end="")
+    _check_backend()
+    from mamba2d.runs import RunInUse, StopRequested, dashboards, train_run
+    from mamba2d.training import FirstProcessFailed, mamba2d_learner, recipes, set_seed
+    boards = [maker for kind, maker in dashboards.items() if getattr(args, kind)]
+    for kind in ("tensorboard", "wandb"):
+        if getattr(args, kind):
+            try: __import__(kind)
+            except ImportError: raise _Mistake(f"argument --{kind}: the package {kind} is not installed; pip install {kind}") from None
+    processes = _join(args.device)
+    out = Path(args.out or f"runs/{Path(data).resolve().name if data != 'digits' else data}-{size}")
+    published = recipe.effective_batch is not None and args.effective_batch is None and name in recipes
+    batch_size = args.batch_size or (128 if published else 64)
+    if args.fast_dev_run and recipe.effective_batch:
+        recipe = dataclasses.replace(recipe, effective_batch=min(recipe.effective_batch, 2 * batch_size * processes.world))  # accumulation is tried, in two parts
+    image_size = recipe.image_size or (32 if data == "digits" else 224)
+    set_seed(recipe.seed, reproducible=True)
+    dls = _load_data(args, data, image_size, batch_size, processes, recipe, out)
+    drop_rates = {field: getattr(recipe, field) for field in ("drop_path", "head_dropout") if getattr(recipe, field) is not None}
+    model = _build(size, weights=args.weights, num_classes=dls.c, **drop_rates)
     learn = mamba2d_learner(dls, model, recipe)
-    print(f"training mamba2d_{size} ({sum(p.numel() for p in model.parameters()):,} parameters) on {data}: {len(dls.train_ds)} pictures, "
-          f"{len(dls.valid_ds)} held out, {dls.c} classes, {recipe.epochs} epochs, on {dls.device}")
-    source = {"data": data, "image_size": _image_size(args, data)}
-    result = train_run(learn, out, {"size": size, "num_classes": dls.c, **source},
-                       {**source, "batch_size": args.batch_size, "weights": args.weights}, overwrite=args.overwrite)
-    print()
-    _print_table([*_result_rows(result), ("seconds of training", f"{result['seconds']:.0f}"),
-                  ("run folder", f"{out}: " + ", ".join(sorted(p.name for p in out.iterdir() if p.is_file())))])
+    if processes.rank == 0:
+        print(f"training mamba2d_{size} ({sum(p.numel() for p in model.parameters()):,} parameters) on {data} ({dls.layout}): {len(dls.train_ds)} pictures, {len(dls.valid_ds)} held out, "
+              f"{dls.c} classes; recipe {name}, {recipe.epochs} epochs, on {dls.device}" + (f" in {processes.world} processes" if processes.world > 1 else ""), flush=True)
+    source = {"data": data, "image_size": image_size}
+    try:
+        with learn.no_bar(), learn.no_logging():
+            result = train_run(learn, out, {"size": size, "num_classes": dls.c, **source}, {"layout": dls.layout, "broken": len(dls.broken), "batch_size": batch_size, "weights": args.weights},
+                               overwrite=args.overwrite, processes=processes, checkpoint_minutes=args.checkpoint_minutes, limit=args.fast_dev_run, max_bad_steps=args.max_bad_steps,
+                               dashboards=boards, show_progress=True)
+    except (RunInUse, ValueError) as error: raise _Mistake(str(error)) from error
+    except StopRequested as stop: _end(processes, StopRequested.exit_code, f"mamba2d-train: {stop}")
+    except (FloatingPointError, OSError) as error: _end(processes, 1, f"mamba2d-train: error: {error}")
+    except FirstProcessFailed: raise SystemExit(1) from None
+    if processes.rank == 0:
+        print("the run is complete" if result.get("complete") else "")
+        _print_table([*_result_rows(result), ("seconds of training", f"{result['seconds']:.0f}"),
+                      ("run folder", f"{out}: " + ", ".join(sorted(p.name for p in out.iterdir() if not p.name.startswith("."))))])
+    processes.leave()
+
+def _end(processes, code, message):
+    "End with an exit code; the first process says why."
+    if processes.rank == 0: print(message, file=sys.stderr)
+    processes.leave()
+    raise SystemExit(code)
 
 def train(argv: list[str] | None = None):
     "`mamba2d-train`."
@@ -159,18 +266,37 @@ def _validate(args):
     _quiet_imports()
     _check_backend()
     from mamba2d.models import read_weights
-    from mamba2d.training import accuracies, mamba2d_learner
-    try: saved = read_weights(args.weights)
-    except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
-    config = saved.get("config", {}) if isinstance(saved, dict) else {}
+    from mamba2d.runs import write_evaluation
+    from mamba2d.training import evaluate, scan_silenced
+    weights = args.file or args.weights
+    if weights is None: raise _Mistake("the following arguments are required: a file of weights")
+    saved, config = weights, {}
+    if Path(weights).is_file() or args.size is None:
+        try: saved = read_weights(weights)
+        except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
+        config = saved.get("config", {}) if isinstance(saved, dict) else {}
     data, size = args.data or config.get("data", "digits"), args.size or config.get("size")
-    if size is None: raise _Mistake(f"argument --size: {args.weights!r} does not say which network it is for; give one of n, t, s, t_v1")
-    if args.image_size is None: args.image_size = config.get("image_size")
-    dls = _load_data(args, data)
-    model = _build(size, weights=saved)
+    if size is None: raise _Mistake(f"argument --size: {weights!r} does not say which network it is for; give one of n, t, s, t_v1")
+    processes = _join(args.device)
+    image_size = args.image_size or config.get("image_size") or (32 if data == "digits" else 224)
+    dls = _load_data(args, data, image_size, args.batch_size or 64, processes)
+    model = _build(size, weights=saved).to(dls.device)
     if model.num_classes != dls.c: raise _Mistake(f"argument --data: {data!r} has {dls.c} classes, the weights are for {model.num_classes}")
-    result = accuracies(mamba2d_learner(dls, model))
-    _print_table([("data", f"{data}, {len(dls.valid_ds)} pictures held out"), *_result_rows(result)])
+    found = evaluate(model, dls.valid, processes, args.precision)
+    result = {"accuracy": found.top(1), "top5": found.top(5), "loss": found.loss}
+    if args.without_scan:
+        with scan_silenced(model): silenced = evaluate(model, dls.valid, processes, args.precision)
+        result |= {"accuracy_without_scan": silenced.top(1), "loss_without_scan": silenced.loss}
+    if processes.rank == 0:
+        rows = [("data", f"{data} ({dls.layout}), {len(found.truth)} pictures held out, {image_size} pixels"), *_result_rows(result), ("images per second", f"{len(found.truth) / found.seconds:.0f}")]
+        pictures, right = found.per_class(dls.c)
+        shares = {str(c): r / n for c, n, r in zip(dls.vocab, pictures.tolist(), right.tolist()) if n}
+        rows.append(("lowest accuracy of a class", ", ".join(f"{c} {100 * share:.0f} %" for c, share in sorted(shares.items(), key=lambda item: item[1])[:5])))
+        if args.out:
+            write_evaluation(args.out, found, dls.valid, dls.vocab)
+            rows.append(("written", f"{args.out}: predictions.csv, classes.csv, mistakes.png"))
+        _print_table(rows)
+    processes.leave()
 
 def validate(argv: list[str] | None = None):
     "`mamba2d-validate`."

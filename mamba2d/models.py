@@ -7,7 +7,8 @@ __all__ = ['builders', 'published_names', 'published_state_dict', 'read_weights'
            'Mamba2D_T_Weights', 'Mamba2D_S_Weights', 'Mamba2D_T_V1_Weights', 'mamba2d_n', 'mamba2d_t', 'mamba2d_s',
            'mamba2d_t_v1']
 
-# %% ../nbs/04_models.ipynb #ab6a5b62
+# %% ../nbs/04_models.ipynb #da831323
+import json
 import pickle
 import re
 import urllib.error
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import safetensors
 import torch
 from torch import Tensor
 from torchvision.models._api import Weights, WeightsEnum
@@ -60,13 +62,18 @@ def published_state_dict(model: Mamba2D) -> dict[str, Tensor]:
     state = model.state_dict()
     return {published: state[name] for name, published in published_names(model).items()}
 
-# %% ../nbs/04_models.ipynb #e67dc3f4
+# %% ../nbs/04_models.ipynb #6cc04b93
 def read_weights(
-    path: str | Path,  # a file written by torch.save: a state dict, a Lightning checkpoint, or a run of `mamba2d-train`
+    path: str | Path,  # written by torch.save: a state dict, a Lightning checkpoint, weights or a checkpoint of `mamba2d-train`; or a .safetensors file
 ) -> dict:
     "What is in a file of weights, on the CPU. Raises `FileNotFoundError`, or `ValueError` for a file that is no such thing or holds code."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return {"model": {name: file.get_tensor(name) for name in file.keys()}, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
+        except safetensors.SafetensorError as error: raise ValueError(f"weights: {str(path)!r} is damaged or no safetensors file: {error}") from error
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         with path.open("rb") as file: start = file.read(2)
@@ -82,8 +89,8 @@ def read_weights(
         raise ValueError(f"weights: {str(path)!r} is damaged or was not written by torch.save: {str(error).splitlines()[0]}") from error
 
 def _tensors_in(source):
-    "The mapping from names to tensors in a loaded file: itself, a Lightning checkpoint's `state_dict`, or our `model`."
-    for key in ("state_dict", "model"):
+    "The mapping from names to tensors in a loaded file: itself, a Lightning checkpoint's `state_dict`, our `model`, or a run's averaged weights, which come first."
+    for key in ("average", "weights", "state_dict", "model"):
         if isinstance(source, Mapping) and isinstance(source.get(key), Mapping): source = source[key]
     if not isinstance(source, Mapping) or not source or not all(isinstance(v, Tensor) for v in source.values()):
         raise ValueError("weights: expected a state dict (names to tensors), alone or under 'state_dict' or 'model'; got "
