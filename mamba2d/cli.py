@@ -214,7 +214,7 @@ def _train(args):
     if args.print_recipe: return print(f"# {name}\n{recipe.toml()}", end="")
     _check_backend()
     from mamba2d.runs import RunInUse, StopRequested, dashboards, train_run
-    from mamba2d.training import FirstProcessFailed, mamba2d_learner, recipes, set_seed
+    from mamba2d.training import FirstProcessFailed, divide, mamba2d_learner, recipes, set_seed
     boards = [maker for kind, maker in dashboards.items() if getattr(args, kind)]
     for kind in ("tensorboard", "wandb"):
         if getattr(args, kind):
@@ -232,6 +232,8 @@ def _train(args):
     drop_rates = {field: getattr(recipe, field) for field in ("drop_path", "head_dropout") if getattr(recipe, field) is not None}
     model = _build(size, weights=args.weights, num_classes=dls.c, **drop_rates)
     learn = mamba2d_learner(dls, model, recipe)
+    try: divide(dls, recipe, processes)
+    except ValueError as error: raise _Mistake(str(error)) from error
     if processes.rank == 0:
         print(f"training mamba2d_{size} ({sum(p.numel() for p in model.parameters()):,} parameters) on {data} ({dls.layout}): {len(dls.train_ds)} pictures, {len(dls.valid_ds)} held out, "
               f"{dls.c} classes; recipe {name}, {recipe.epochs} epochs, on {dls.device}" + (f" in {processes.world} processes" if processes.world > 1 else ""), flush=True)

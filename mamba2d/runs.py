@@ -36,11 +36,11 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import mamba2d
 from .scan import available_backends
-from .training import Evaluation, Processes, Recipe, accuracies, evaluate
+from .training import Evaluation, Processes, accuracies, divide, evaluate
 
 # %% ../nbs/06a_runs.ipynb #67e21b7b
 def write_safely(
@@ -400,6 +400,7 @@ def train_run(
     Raises `RunInUse`, `StopRequested` after a signal, `ValueError` naming what differs where the run in `out` is another one,
     `FloatingPointError` for a loss that is not finite, `OSError` where the folder cannot be written."""
     out, processes = Path(out), Processes() if processes is None else processes
+    divide(learn.dls, learn.recipe, processes)
     lock = processes.first_one_does(lambda: _claim(out, overwrite))
     try: return _train_run(learn, out, config, settings or {}, processes, checkpoint_minutes, limit, max_bad_steps, dashboards, show_progress)
     finally:

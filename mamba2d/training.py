@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['recipes', 'Recipe', 'decays', 'layer_groups', 'LayerGroupAdamW', 'recipe_schedule', 'FirstProcessFailed', 'Processes',
-           'mamba2d_learner', 'PrepareModel', 'Progress', 'random_state', 'set_random_state', 'FollowRecipe',
+           'mamba2d_learner', 'PrepareModel', 'Progress', 'random_state', 'set_random_state', 'divide', 'FollowRecipe',
            'RecordEpochs', 'scan_silenced', 'Evaluation', 'evaluate', 'accuracies']
 
 # %% ../nbs/06_training.ipynb #29076e00
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
-from fastai.learner import AvgMetric, Learner
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper, set_item_pg
@@ -363,6 +363,19 @@ def set_random_state(state: dict):
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(state["cuda"])
 
+def divide(dls, recipe: Recipe, processes: Processes) -> int:
+    "Give this process its share of the pictures; returns how many batches it accumulates per step. Raises `ValueError` where the effective batch does not fit."
+    loader, share = dls.train, processes.world * dls.train.bs
+    wanted = recipe.effective_batch or share
+    if wanted % share: raise ValueError(f"effective_batch must be a multiple of {share} (batches of {loader.bs} in {processes.world} processes), got {wanted}")
+    if (recipe.mixup or recipe.cutmix) and loader.bs % 2: raise ValueError(f"MixUp and CutMix mix pairs: batch_size must be even, got {loader.bs}")
+    if isinstance(loader, KeyedDL):
+        loader.shard(processes.rank, processes.world, wanted // share)
+        dls.valid.shard(processes.rank, processes.world)
+    elif processes.world > 1: raise ValueError(f"several processes need loaders that divide their pictures (KeyedDL), got {type(loader).__name__}")
+    elif len(loader) < wanted // share: raise ValueError(f"effective_batch must be at most {len(loader) * share}, what an epoch has, got {wanted}")
+    return wanted // share
+
 class FollowRecipe(Callback):
     "Schedule, accumulation, mixing, clipping and keyed randomness; counts and records in `reached`."
     order, run_valid = 5, False  # before fastai's MixedPrecision
@@ -378,18 +391,9 @@ class FollowRecipe(Callback):
         self.reached, self.problem, self.last_checkpoint = Progress(**resume["progress"]) if resume else Progress(), None, None
 
     def before_fit(self):
-        loader, share = self.dls.train, self.processes.world * self.dls.train.bs
-        wanted = self.choices.effective_batch or share
-        if wanted % share:
-            raise ValueError(f"effective_batch must be a multiple of {share} (batches of {loader.bs} in {self.processes.world} processes), got {wanted}")
-        self.accumulate = wanted // share
-        self.keyed = isinstance(loader, KeyedDL)
-        if self.keyed:
-            loader.shard(self.processes.rank, self.processes.world, self.accumulate)
-            self.dls.valid.shard(self.processes.rank, self.processes.world)
-        elif self.processes.world > 1: raise ValueError(f"several processes need loaders that divide their pictures (KeyedDL), got {type(loader).__name__}")
+        loader = self.dls.train
+        self.keyed, self.accumulate = isinstance(loader, KeyedDL), divide(self.dls, self.choices, self.processes)
         self.epoch_steps = min(len(loader) // self.accumulate, self.limit or len(loader))
-        if not self.epoch_steps: raise ValueError(f"effective_batch must be at most {len(loader) * share}, what an epoch has, got {wanted}")
         self.rate = recipe_schedule(self.choices)
         self.trained, self.micro = [p for p in self.learn.model.parameters() if p.requires_grad], 0
         if self.restored:
@@ -502,6 +506,7 @@ def fit_recipe(
     recipe = getattr(self, "recipe", None)
     if recipe is None: raise ValueError("fit_recipe needs a learner made by mamba2d_learner")
     processes = Processes() if processes is None else processes
+    divide(self.dls, recipe, processes)  # says what does not fit before anything happens
     on_gpu = torch.device(self.dls.device).type == "cuda"
     set_seed(recipe.seed, reproducible=not on_gpu)
     if isinstance(self.dls.train, KeyedDL): self.dls.train.seed = recipe.seed
