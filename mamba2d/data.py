@@ -285,7 +285,7 @@ class ChannelsLast(Transform):
 def _dataloaders(train, valid, train_tfms, valid_tfms, mean, std, batch_size, seed, num_workers, device, path=".", **attributes):
     "Keyed loaders of two fastai `Datasets`, with transforms of their items; batches become normalised floats on the device."
     device = default_device() if device is None else torch.device(device)
-    if not 1 <= batch_size <= len(train): raise ValueError(f"batch_size must be between 1 and {len(train)}, the training pictures, got {batch_size}")
+    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     options = dict(num_workers=num_workers, seed=seed, device=device, pin_memory=device.type == "cuda",
                    after_batch=[ChannelsLast, IntToFloatTensor, Normalize.from_stats(mean, std, cuda=False)])
     dls = DataLoaders(KeyedDL(train, bs=batch_size, shuffle=True, after_item=train_tfms, **options),
