@@ -407,9 +407,10 @@ def train_run(
         if lock: lock.release()
 
 def _claim(out, overwrite):
-    "Lock the run folder, and empty it of an earlier run if that is asked for."
+    "Lock the run folder; clear away unfinished files, and an earlier run if that is asked for."
     out.mkdir(parents=True, exist_ok=True)
     lock = _Lock(out)
+    for left in [*out.glob(".*.tmp"), *(out / "checkpoints").glob(".*.tmp")]: left.unlink()  # unfinished files of a process that was killed
     if overwrite:
         for name in _files_of_a_run: (out / name).unlink(missing_ok=True)
         for name in _folders_of_a_run: shutil.rmtree(out / name, ignore_errors=True)

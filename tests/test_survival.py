@@ -89,6 +89,7 @@ def kill_often(folder, kills, in_checkpoints, unkilled, *arguments):
     code, out, err = complete(*arguments)
     assert code == 0, err
     assert same(content(folder), content(unkilled))
+    assert not [*folder.rglob("*.tmp")]  # what was left unfinished has been cleared away
     print(f"{done} kills, {unfinished} of them left an unfinished checkpoint; progress {progressed}")
     return unfinished
 
