@@ -12,6 +12,7 @@ __all__ = ['BrokenPicture', 'open_picture', 'keyed_random', 'epoch_order', 'Keye
 import contextlib
 import csv
 import dataclasses
+import gc
 import hashlib
 import io
 import os
@@ -102,7 +103,11 @@ def epoch_order(
     "The order in which an epoch goes through the training pictures, in all processes together."
     return np.random.Generator(np.random.Philox(_entropy(_ORDER, seed, epoch))).permutation(n)
 
-# %% ../nbs/05_data.ipynb #6c935951
+# %% ../nbs/05_data.ipynb #82478eb0
+def _start_worker(number=None):
+    "What the parent process has not cleaned up yet, such as the iterator of an epoch that was cut short, is not the worker's to clean up."
+    gc.freeze()
+
 class KeyedDL(TfmdDL):
     "A fastai `DataLoader` in which the order of the pictures and their random transforms depend on seed, epoch and picture only."
     def __init__(
@@ -179,6 +184,8 @@ class KeyedDL(TfmdDL):
         with keyed_random(self.seed, epoch + 1 if self.shuffle else 0, index or 0): return super().do_item(index)
 
     def do_item(self, s): return self._item(s, self.epoch)
+
+    def wif(self): _start_worker()
 
     def __iter__(self):
         try: yield from super().__iter__()
@@ -582,7 +589,8 @@ def check_images(
 ) -> dict[str, str]:  # path -> what is wrong, only for those that cannot be read
     "Decode every picture once, in parallel."
     files = [str(file) for file in files]
-    loader = DataLoader(_Check(files), batch_size=32, num_workers=_cores() if num_workers is None else num_workers, collate_fn=list, generator=torch.Generator())
+    loader = DataLoader(_Check(files), batch_size=32, num_workers=_cores() if num_workers is None else num_workers, collate_fn=list,
+                        generator=torch.Generator(), worker_init_fn=_start_worker)
     reasons = [reason for batch in (progress_bar(loader) if progress else loader) for reason in batch]
     return {file: reason for file, reason in zip(files, reasons) if reason}
 
