@@ -19,7 +19,6 @@ import os
 import random
 import tempfile
 import warnings
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -408,7 +407,9 @@ def _pictures(folder):
         found += [os.path.join(where, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
     return found
 
-def _folders(folder): return {entry.name: entry.path for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_dir() and not entry.name.startswith(".")}
+def _folders(folder):
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return {entry.name: entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
 
 def _classes(folder):
     "Pictures of each class folder: {class: paths}."
@@ -635,7 +636,8 @@ def imagenet_dls(
     if not isinstance(broken, dict): broken = dict.fromkeys(map(str, broken), "left out")
     train, valid = (_without(part, found.root, broken) for part in (found.train, found.valid))
     for part, name in ((train, "training"), (valid, "validation")):
-        if lost := sorted({*found.vocab} - {*part["label"]}): raise ValueError(f"data: without the broken pictures there are no {name} pictures of class {lost[0]!r}")
+        if lost := sorted({*found.vocab} - {*part["label"]}):
+            raise ValueError(f"data: without the broken pictures there are no {name} pictures of class {lost[0]!r}")
     data = [Datasets(part, [[OpenPicture(found.root, lazy)], [itemgetter("label"), Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
             for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False)))]
     evaluate = evaluation_transforms(size)
