@@ -12,13 +12,13 @@ __all__ = ['BrokenPicture', 'open_picture', 'keyed_random', 'epoch_order', 'Keye
 import contextlib
 import csv
 import dataclasses
+import gc
 import hashlib
 import io
 import os
 import random
 import tempfile
 import warnings
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -102,7 +102,11 @@ def epoch_order(
     "The order in which an epoch goes through the training pictures, in all processes together."
     return np.random.Generator(np.random.Philox(_entropy(_ORDER, seed, epoch))).permutation(n)
 
-# %% ../nbs/05_data.ipynb #6c935951
+# %% ../nbs/05_data.ipynb #82478eb0
+def _start_worker(number=None):
+    "What the parent process has not cleaned up yet, such as the iterator of an epoch that was cut short, is not the worker's to clean up."
+    gc.freeze()
+
 class KeyedDL(TfmdDL):
     "A fastai `DataLoader` in which the order of the pictures and their random transforms depend on seed, epoch and picture only."
     def __init__(
@@ -179,6 +183,8 @@ class KeyedDL(TfmdDL):
         with keyed_random(self.seed, epoch + 1 if self.shuffle else 0, index or 0): return super().do_item(index)
 
     def do_item(self, s): return self._item(s, self.epoch)
+
+    def wif(self): _start_worker()
 
     def to_detach(self, b, cpu=True, gather=True):
         "What fastai's metrics add up: this process's values. Its own way gathers them from all processes, which need not have equally many batches."
@@ -405,7 +411,9 @@ def _pictures(folder):
         found += [os.path.join(where, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
     return found
 
-def _folders(folder): return {entry.name: entry.path for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_dir() and not entry.name.startswith(".")}
+def _folders(folder):
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    return {entry.name: entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
 
 def _classes(folder):
     "Pictures of each class folder: {class: paths}."
@@ -586,7 +594,8 @@ def check_images(
 ) -> dict[str, str]:  # path -> what is wrong, only for those that cannot be read
     "Decode every picture once, in parallel."
     files = [str(file) for file in files]
-    loader = DataLoader(_Check(files), batch_size=32, num_workers=_cores() if num_workers is None else num_workers, collate_fn=list, generator=torch.Generator())
+    loader = DataLoader(_Check(files), batch_size=32, num_workers=_cores() if num_workers is None else num_workers, collate_fn=list,
+                        generator=torch.Generator(), worker_init_fn=_start_worker)
     reasons = [reason for batch in (progress_bar(loader) if progress else loader) for reason in batch]
     return {file: reason for file, reason in zip(files, reasons) if reason}
 
@@ -631,7 +640,8 @@ def imagenet_dls(
     if not isinstance(broken, dict): broken = dict.fromkeys(map(str, broken), "left out")
     train, valid = (_without(part, found.root, broken) for part in (found.train, found.valid))
     for part, name in ((train, "training"), (valid, "validation")):
-        if lost := sorted({*found.vocab} - {*part["label"]}): raise ValueError(f"data: without the broken pictures there are no {name} pictures of class {lost[0]!r}")
+        if lost := sorted({*found.vocab} - {*part["label"]}):
+            raise ValueError(f"data: without the broken pictures there are no {name} pictures of class {lost[0]!r}")
     data = [Datasets(part, [[OpenPicture(found.root, lazy)], [itemgetter("label"), Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
             for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False)))]
     evaluate = evaluation_transforms(size)
