@@ -12,7 +12,7 @@
 //   SAME_E, SAME_N         1: x and everything of its shape (1: B_t, B_l and C) have the same strides, so that one offset serves all
 //   SAVED_T                element type of the states that are kept for the backward pass
 //   LOCKSTEP               1: warps that hand states to each other meet at __syncthreads, all at once. Slower, with the same reads and
-//                          writes: for compute-sanitizer's racecheck, which cannot follow barriers of neighbours (checks/barriers.cu)
+//                          writes: for compute-sanitizer's racecheck, which cannot follow barriers of neighbours (tests/barriers.cu)
 //   ...                    see the kernels for the rest
 //
 // A warp's tile: lane = group of channels * NG + group of states. Channel c of lane group g is channel c * EG + g of the block, so
@@ -134,9 +134,9 @@ constexpr int TILE = 32 * CH * NS;   // states of a warp at one pixel
 static_assert(NP >= STATES && (NG & (NG - 1)) == 0 && NG <= 32, "the lanes do not cover the states");
 
 // Position of channel `ch` in a row of 16-byte entries: lanes that write four neighbouring channels each, and lanes that read
-// neighbouring channels, both spread over the banks.
-DEVICE int channel_slot(int ch) { return CG >= 16 ? ch ^ ((ch >> 2) & 3) : ch; }
-
+// neighbouring channels, both spread over the banks. The channels of one lane lie at a constant distance, EG.
+DEVICE int channel_slot(int ch) { return CG >= 8 ? ch ^ ((ch >> 2) & 1) : ch; }
+DEVICE int lane_slot(int eg, int c) { return EG % 8 == 0 ? channel_slot(eg) + c * EG : channel_slot(c * EG + eg); }  // of channel c of lane group eg
 // ---------------------------------------------------------------------------------------------------------- arguments
 // One image tensor: where logical pixel (i, j) of image b lies. `reverse` has moved the pointer to the last pixel and negated h, w.
 struct Strides { i64 b, h, w; };

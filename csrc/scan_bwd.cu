@@ -450,7 +450,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       real gate_t[CH][NS];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+        const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
         const real along_t = s.v[0] * (ct * s.v[2]), along_l = s.v[1] * (cl * s.v[2]);
 #pragma unroll
         for (int k = 0; k < NS; ++k) {
@@ -530,7 +530,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         const States cc = load_matrix(matrices + 2 * NP);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
-          const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+          const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
           top[c] = load_states(tops + c * 32 * NS), beside[c] = load_states(here - TILE + c * 32 * NS);
 #pragma unroll
           for (int k = 0; k < NS; ++k) {
@@ -587,7 +587,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #endif
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+        const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
 #pragma unroll
         for (int k = 0; k < NS; ++k) {
           sent_left[c][k] = gate_l[c][k] * dh[c][k];

@@ -225,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
         const States cc = load_states(own.matrices + (r * 3 + 2) * NP + ng * NS);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
-          const int slot = channel_slot(c * EG + eg);
+          const int slot = lane_slot(eg, c);
           const Quad s = own.inputs[r * CG + slot];
           real sum = 0;
 #pragma unroll

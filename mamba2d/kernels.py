@@ -8,9 +8,10 @@ __all__ = ['backward_tile_override', 'mma_channels', 'forward_tile_override', 'l
            'cpu_forward', 'cpu_backward', 'nvrtc_version', 'compile_cuda', 'cuda_forward', 'cuda_backward',
            'cuda_saved_shape', 'cuda_kernel_status', 'cuda_why_not']
 
-# %% ../nbs/00_kernels.ipynb #210f41e7
+# %% ../nbs/00_kernels.ipynb #af849585
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -439,11 +440,11 @@ class _Kernel:
         self.name, self.allowed, self.launch, self.context = name, 48 * 1024, driver.cuLaunchKernel, ctypes.c_void_p()
         _check_driver(driver.cuCtxGetCurrent(ctypes.byref(self.context)), "finding the current context")
 
-    def allow_shared(self, shared):
-        "Let the kernel be started with `shared` bytes of shared memory, and prefer shared memory to cache."
+    def allow_shared(self, shared, part):
+        "Let the kernel be started with `shared` bytes of shared memory, and make `part` of a multiprocessor's memory shared memory, the rest cache."
         if shared > self.allowed: _check_driver(_driver().cuFuncSetAttribute(self.function, 8, shared), "asking for shared memory")
         self.allowed = max(shared, self.allowed)
-        _check_driver(_driver().cuFuncSetAttribute(self.function, 9, 100), "preferring shared memory")
+        _check_driver(_driver().cuFuncSetAttribute(self.function, 9, min(100, math.ceil(100 * part))), "dividing a multiprocessor's memory")
 
     def __call__(self, grid, block, shared, stream, arguments):
         "Start the kernel on `stream` with the bytes of its one argument."
@@ -466,7 +467,7 @@ def _load_kernel(device, source, name, macros, shared):
     with _loading, torch.cuda.device(device):
         torch.cuda.current_stream()  # makes torch's context current
         if key not in _loaded: _loaded[key] = _Kernel(code, name)
-        if shared: _loaded[key].allow_shared(shared)
+        if shared: _loaded[key].allow_shared(shared, macros["BLOCKS"] * (shared + 2048) / _card_memory.get(_card(device)[0], 102400))
     return _loaded[key]
 
 try: from torch._C import _cuda_getCurrentRawStream as _stream
