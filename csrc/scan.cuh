@@ -9,6 +9,10 @@
 //   NG                     lanes that share the states of a channel; a warp holds 32 / NG groups of CH channels
 //   VECTOR                 elements loaded at once, 4 where alignment and sizes allow it, else 1
 //   OFFSET                 type of an offset within one image: int, or long long where int is too short
+//   SAME_E, SAME_N         1: x and everything of its shape (1: B_t, B_l and C) have the same strides, so that one offset serves all
+//   SAVED_T                element type of the states that are kept for the backward pass
+//   LOCKSTEP               1: warps that hand states to each other meet at __syncthreads, all at once. Slower, with the same reads and
+//                          writes: for compute-sanitizer's racecheck, which cannot follow barriers of neighbours (tests/barriers.cu)
 //   ...                    see the kernels for the rest
 //
 // A warp's tile: lane = group of channels * NG + group of states. Channel c of lane group g is channel c * EG + g of the block, so
@@ -98,16 +102,14 @@ DEVICE float reciprocal(float v) {
   return r;
 }
 
-// log(1 + exp(v)), accurate for every v: with e = exp(-|v|), log1p(e) = 2 atanh(e / (2 + e)), an odd series in s <= 1/3
+// log(1 + exp(v)), accurate for every v: with e = exp(-|v|), log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3, and atanh(s) / s - 1 over s^2 is
+// a cubic in s^2 (a fit of Chebyshev's: relative error of the result 3e-8). NaN comes out as NaN, through e.
 DEVICE float softplus(float v) {
   const float e = exp2_fast(-fabsf(v) * float(log2e)), s = e * reciprocal(2.f + e), q = s * s;
-  float r = fmaf(q, 1.f / 13, 1.f / 11);
-  r = fmaf(q, r, 1.f / 9);
-  r = fmaf(q, r, 1.f / 7);
-  r = fmaf(q, r, 1.f / 5);
-  r = fmaf(q, r, 1.f / 3);
-  r = fmaf(q * s, r, s);
-  return v != v ? v : fmaf(2.f, r, fmaxf(v, 0.f));
+  float r = fmaf(q, 0.134293046f, 0.141126023f);
+  r = fmaf(q, r, 0.200043704f);
+  r = fmaf(q, r, 0.333333087f);
+  return fmaf(2.f, fmaf(q * s, r, s), fmaxf(v, 0.f));
 }
 DEVICE double softplus(double v) { return v != v ? v : fmax(v, 0.) + log1p(exp(-fabs(v))); }
 
@@ -121,6 +123,8 @@ DEVICE float softplus_slope(float s) {
   return s < 0.25f ? -s * series : 1.f - exp2_fast(-s * float(log2e));
 }
 DEVICE double softplus_slope(double s) { return -expm1(-s); }
+// The same to 4e-5, enough for a result that is rounded to bf16
+DEVICE float softplus_slope_rough(float s) { return s < 1.f / 64 ? s - 0.5f * s * s : 1.f - exp2_fast(-s * float(log2e)); }
 
 // ---------------------------------------------------------------------------------------------------------- the thread tile
 constexpr int EG = 32 / NG;          // groups of channels in a warp
@@ -130,11 +134,34 @@ constexpr int TILE = 32 * CH * NS;   // states of a warp at one pixel
 static_assert(NP >= STATES && (NG & (NG - 1)) == 0 && NG <= 32, "the lanes do not cover the states");
 
 // Position of channel `ch` in a row of 16-byte entries: lanes that write four neighbouring channels each, and lanes that read
-// neighbouring channels, both spread over the banks.
-DEVICE int channel_slot(int ch) { return CG >= 16 ? ch ^ ((ch >> 2) & 3) : ch; }
-
-// One image tensor: where logical pixel (i, j) of image b lies. `reverse` has moved the pointer to the last pixel and negated sh, sw.
+// neighbouring channels, both spread over the banks. The channels of one lane lie at a constant distance, EG.
+DEVICE int channel_slot(int ch) { return CG >= 8 ? ch ^ ((ch >> 2) & 1) : ch; }
+DEVICE int lane_slot(int eg, int c) { return EG % 8 == 0 ? channel_slot(eg) + c * EG : channel_slot(c * EG + eg); }  // of channel c of lane group eg
+// ---------------------------------------------------------------------------------------------------------- arguments
+// One image tensor: where logical pixel (i, j) of image b lies. `reverse` has moved the pointer to the last pixel and negated h, w.
 struct Strides { i64 b, h, w; };
+
+struct Inputs {
+  const X_T* x;
+  const DT_T* delta_t;
+  const DL_T* delta_l;
+  const AT_T* A_t;
+  const AL_T* A_l;
+  const BT_T* B_t;
+  const BL_T* B_l;
+  const C_T* C;
+  const D_T* D;
+  const ZT_T* bias_t;
+  const ZL_T* bias_l;
+};
+struct Layout {
+  Strides sx, sdt, sdl, sbt, sbl, sc;
+  int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols, spare;
+  DEVICE_METHOD const Strides& delta_t_strides() const { return SAME_E ? sx : sdt; }
+  DEVICE_METHOD const Strides& delta_l_strides() const { return SAME_E ? sx : sdl; }
+  DEVICE_METHOD const Strides& B_l_strides() const { return SAME_N ? sbt : sbl; }
+  DEVICE_METHOD const Strides& C_strides() const { return SAME_N ? sbt : sc; }
+};
 
 // A value that is the same in all lanes, in a form in which the compiler knows it: addresses made of it take no registers of the lanes.
 DEVICE int uniform(int v) {
@@ -145,6 +172,16 @@ DEVICE int uniform(int v) {
 #else
   return __shfl_sync(0xffffffffu, v, 0);
 #endif
+}
+
+// A value that the compiler must take as new here: what is computed from it is computed here, and takes no registers elsewhere.
+DEVICE int anew(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+// Meet the neighbouring warp: `warp` and `warp - 1` of a block use barrier `warp`.
+DEVICE void meet(int warp) {
+  if (!LOCKSTEP) asm volatile("bar.sync %0, 64;" : : "r"(warp) : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------------------- between blocks
@@ -209,5 +246,34 @@ DEVICE void finish_copies() {
   asm volatile("cp.async.wait_all;" : : : "memory");
 #endif
 }
+// Wait until at most `LATER` of the groups of background copies that this thread has closed are still under way
+DEVICE void close_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+template <int LATER> DEVICE void finish_groups() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" : : "n"(LATER) : "memory");
+#endif
+}
 DEVICE States load_states(const real* p) { return *reinterpret_cast<const States*>(p); }
 DEVICE void store_states(real* p, const States& s) { *reinterpret_cast<States*>(p) = s; }
+
+// States that are kept between the passes
+typedef SAVED_T saved_t;
+typedef Pack<saved_t, NS> SavedStates;
+constexpr bool rounded_states = sizeof(saved_t) != sizeof(real);
+DEVICE void store_saved(saved_t* p, const States& s) {
+  SavedStates out;
+#pragma unroll
+  for (int k = 0; k < NS; ++k) from_real(s.v[k], out.v[k]);
+  *reinterpret_cast<SavedStates*>(p) = out;
+}
+DEVICE States load_saved(const saved_t* p) {  // from shared memory, or memory that nobody writes
+  const SavedStates in = *reinterpret_cast<const SavedStates*>(p);
+  States s;
+#pragma unroll
+  for (int k = 0; k < NS; ++k) s.v[k] = to_real(in.v[k]);
+  return s;
+}

@@ -19,32 +19,22 @@
 //   BLOCKS           launch bound
 #include "scan.cuh"
 
-struct BackwardArguments {
-  const X_T* x;
-  const DT_T* delta_t;
-  const DL_T* delta_l;
-  const AT_T* A_t;
-  const AL_T* A_l;
-  const BT_T* B_t;
-  const BL_T* B_l;
-  const C_T* C;
-  const D_T* D;
-  const ZT_T* bias_t;
-  const ZL_T* bias_l;
+struct BackwardTensors {
   const G_T* grad_y;
-  const real* saved;  // what the forward pass kept
+  const saved_t* saved;  // what the forward pass kept
   X_T* grad_x;
   DT_T* grad_delta_t;
   DL_T* grad_delta_l;
   BT_T* grad_B_t;
   BL_T* grad_B_l;
   C_T* grad_C;
-  real* partial;      // (B, strips, 2 · E padded · NP + 3 · E padded): gradients of A_t, A_l, D, bias_t, bias_l of each strip
-  real* handover;     // (B, W, E padded, NP)
-  real* sums;         // (B, H, W, 3, N): gradients of B_t, B_l, C up to a channel group, where there are several
-  int* flags;         // ticket, then rows times tiles finished of every (image, channel group, strip)
-  Strides sx, sdt, sdl, sbt, sbl, sc, sg, se, sn;  // se, sn: of the gradients with E and with N channels
-  int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols, spare;
+  real* partial;   // (B, strips, 2 · E padded · NP + 3 · E padded): gradients of A_t, A_l, D, bias_t, bias_l of each strip
+  real* handover;  // (B, W, E padded, NP)
+  real* sums;      // (B, H, W, 3, N): gradients of B_t, B_l, C up to a channel group, where there are several
+  int* flags;      // ticket; for every (image, channel group, strip) tiles that the strip above may continue; the same, tiles times rows
+};                 // whose sums the next channel group may continue
+struct BackwardArguments : Inputs, BackwardTensors, Layout {
+  Strides sg, se, sn;  // of the gradient of y; of the gradients with E and with N channels
 };
 
 constexpr int PIXELS = STRIP * SPAN, THREADS = STRIP * 32, ROW = (SPAN + 1) * TILE;
@@ -64,6 +54,7 @@ struct Space {
   real h[(STRIP + 1) * ROW];  // row 0: the states above the tile; row r + 1: row r; each begins with the state to the left of the tile
   Quad inputs[PIXELS * CG];           // delta_t, delta_l, x, gradient of y
   alignas(16) matrix_t matrices[PIXELS * 3 * NP];  // B_t, B_l, C
+  alignas(16) real constants[3][CG];               // biases and skip of the block's channels
 #if MMA
   alignas(16) bf16 weights[PIXELS * 3 * CG];  // c_t delta_t x, c_l delta_l x, gradient of y, in the order of `weight_place`
 #else
@@ -129,14 +120,20 @@ DEVICE void multiply(const Fragment& a, const Pack<u32, 2>& b, float (&sum)[4]) 
 }
 #endif
 
-// Meet the neighbouring row: `row` and `row - 1` of the strip use barrier `row`.
-DEVICE void meet(int row) { asm volatile("bar.sync %0, 64;" : : "r"(row) : "memory"); }
 template <typename T> DEVICE void prefetch(const T* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
+DEVICE int sign_bits(float v) { return __float_as_int(v); }
+DEVICE int sign_bits(double v) { return __double2hiint(v); }
+
+// Where all tensors are bf16, the next tile's inputs are copied in the background while this one's adjoint still runs, as they are, into
+// the places of the columns that it has finished: x, delta_t, delta_l, gradient of y into the second half of a row's `inputs`, the states
+// to the left of the tile before them; B_t, B_l, C and the states above go where they belong (those of column 0 a little later).
+constexpr bool EARLY = MMA && VECTOR == 4 && SPAN == 8 && rounded_states && sizeof(DT_T) == 2 && sizeof(DL_T) == 2 && sizeof(G_T) == 2;
+constexpr int EARLY_COLUMN = 1;  // the copies begin when this column's adjoint is done
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(const __grid_constant__ BackwardArguments p) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ int ticket;
-  __shared__ real unused;
+  __shared__ int unused;
   Space& space = *reinterpret_cast<Space*>(memory);
   const int lane = threadIdx.x & 31, r = uniform(threadIdx.x >> 5), ng = lane % NG, eg = lane / NG;
   const bool chained = p.strips > 1 || p.groups > 1;
@@ -150,12 +147,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   // All images of the lowest strip first, and all images of a channel group before the next group
   const int image = job % p.images, group = (job / p.images) % p.groups, order = job / (p.images * p.groups);
   const int strip = p.strips - 1 - order, e0 = group * CG, H = p.height, W = p.width;
-  int* const progress = p.flags + 1 + (i64(image) * p.groups + group) * p.strips + order;
+  int* const sent = p.flags + 1 + (i64(image) * p.groups + group) * p.strips + order;
+  int* const summed = sent + i64(p.images) * p.groups * p.strips;
   const int row = strip * STRIP + r;
   const bool active = row < H, last_group = group == p.groups - 1;
   const i64 b = image, pixel = i64(p.channels_padded) * NP;
   const int lane_states = (e0 + eg) * NP + ng * NS;  // this lane's first states in padded storage
-  real* const handover = p.handover + b * W * pixel;
+  auto handed_over = [&](int col) { return p.handover + (b * W + anew(col)) * pixel + ((e0 + anew(eg)) * NP + ng * NS); };  // this lane's first states of a column
 
   real A_t[CH][NS], A_l[CH][NS], sum_A_t[CH][NS], sum_A_l[CH][NS], sent_left[CH][NS], h[CH][NS];
 #pragma unroll
@@ -172,167 +170,260 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   // The channel this lane writes
   const int own = MMA ? ng * EG + eg : lane, written = e0 + own;
   const bool writes = own < CG && written < p.channels;
-  const real skip = SKIP && writes ? to_real(p.D[written]) : real(0);
   real sum_D = 0, sum_bias_t = 0, sum_bias_l = 0;
-  const OFFSET row_e = OFFSET(row * p.se.h) + written, row_n = OFFSET(row * p.sn.h), step_e = OFFSET(p.se.w), step_n = OFFSET(p.sn.w);
+  const OFFSET row_e = OFFSET(row * p.se.h), row_n = OFFSET(row * p.sn.h), step_e = OFFSET(p.se.w), step_n = OFFSET(p.sn.w);
   X_T* const grad_x = p.grad_x + b * p.se.b;
   DT_T* const grad_delta_t = p.grad_delta_t + b * p.se.b;
   DL_T* const grad_delta_l = p.grad_delta_l + b * p.se.b;
   constexpr int N_SUMS = (3 * NP + 31) / 32;
 
-  __shared__ real bias[2][CG];
   for (int ch = threadIdx.x; ch < CG; ch += THREADS) {
     const int e = min(e0 + ch, p.channels - 1);
-    bias[0][ch] = BIAS_T ? to_real(p.bias_t[e]) : real(0);
-    bias[1][ch] = BIAS_L ? to_real(p.bias_l[e]) : real(0);
+    space.constants[0][ch] = BIAS_T ? to_real(p.bias_t[e]) : real(0);
+    space.constants[1][ch] = BIAS_L ? to_real(p.bias_l[e]) : real(0);
+    space.constants[2][ch] = SKIP ? to_real(p.D[e]) : real(0);
   }
   __syncthreads();
+
+  auto sums_at = [&](int col) { return p.sums + b * H * W * (3 * STATES) + OFFSET(row * W + col) * (3 * STATES); };
+
+  // The gradients of x, delta_t and delta_l at column `col` of this lane's channel, with inputs s: of x what came through the top and left
+  // injections; of the step sizes so far without softplus
+  auto write_gradients = [&](u32 own, int col, const Quad& s, real from_t, real from_l, real grad_t, real grad_l) {
+#if MMA
+    if (SOFTPLUS) grad_t *= softplus_slope_rough(s.v[0]), grad_l *= softplus_slope_rough(s.v[1]);
+#else
+    if (SOFTPLUS) grad_t *= softplus_slope(s.v[0]), grad_l *= softplus_slope(s.v[1]);
+#endif
+    sum_D += s.v[2] * s.v[3];
+    sum_bias_t += grad_t;
+    sum_bias_l += grad_l;
+    const OFFSET at = row_e + OFFSET(col) * step_e + (e0 + own);
+    from_real(from_t * s.v[0] + from_l * s.v[1] + space.constants[2][own] * s.v[3], grad_x[at]);
+    from_real(grad_t, grad_delta_t[at]);
+    from_real(grad_l, grad_delta_l[at]);
+  };
 
   // From here to the end of the loop rows meet their neighbours only, and keep to memory of their own: a row begins a tile when it has
   // finished the one before. It cannot run ahead, since the first sweep needs the row above and the second the row below.
   const bool meets_above = r > 0, meets_below = r + 1 < STRIP && row + 1 < H;
   const int tiles = (W + SPAN - 1) / SPAN, first_tile = active ? tiles - 1 : -1;
+  const int rows = min(STRIP, H - strip * STRIP);  // of this strip
+  const bool sums_go_on = !last_group;             // the next channel group waits for this one's
   real* const own_h = space.h + r * ROW + TILE + lane * NS;  // the pixel above this row's column 0, c = 0
 #if MMA
-  const int fragment_column = eg & 1;
-  Pack<u32, 2> even, odd;  // ones in the even columns, ones in the odd ones
-  even.v[0] = even.v[1] = fragment_column ? 0u : 0x3f803f80u;
-  odd.v[0] = odd.v[1] = fragment_column ? 0x3f803f80u : 0u;
+  const u32 even_ones = eg & 1 ? 0u : 0x3f803f80u, odd_ones = even_ones ^ 0x3f803f80u;  // in the columns of that parity
 #else
   real* const scratch = space.sums[r];
 #endif
+
+  // ---------------------------------------------------------------------------------------------- loading a tile
+  constexpr int X_WIDTH = CG / VECTOR, N_WIDTH = NP / VECTOR;
+  constexpr int X_LOADS = (SPAN * X_WIDTH + 31) / 32, N_LOADS = (SPAN * N_WIDTH + 31) / 32;
+  constexpr bool TOGETHER = X_LOADS + N_LOADS <= 4;  // all loads before the first use, if there are registers for them
+  Raw<X_T, VECTOR> raw_x[TOGETHER ? X_LOADS : 1];
+  Raw<DT_T, VECTOR> raw_dt[TOGETHER ? X_LOADS : 1];
+  Raw<DL_T, VECTOR> raw_dl[TOGETHER ? X_LOADS : 1];
+  Raw<G_T, VECTOR> raw_g[TOGETHER ? X_LOADS : 1];
+  Raw<BT_T, VECTOR> raw_bt[TOGETHER ? N_LOADS : 1];
+  Raw<BL_T, VECTOR> raw_bl[TOGETHER ? N_LOADS : 1];
+  Raw<C_T, VECTOR> raw_c[TOGETHER ? N_LOADS : 1];
+  const Strides &sdt = p.delta_t_strides(), &sdl = p.delta_l_strides(), &sg = SAME_E ? p.sx : p.sg, &sbl = p.B_l_strides(), &sc = p.C_strides();
+  States none;
+#pragma unroll
+  for (int k = 0; k < NS; ++k) none.v[k] = 0;
+
+  // Where things of tile `t` lie in memory
+  auto left_of = [&](int t, int i) { return p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + t - 1) * H + i) * pixel; };
+  auto above = [&](int t) { return p.saved + ((b * p.saved_rows + strip - 1) * W + t * SPAN) * pixel; };
+  auto offset_e = [&](const Strides& s, int col, int e) { return OFFSET(col) * OFFSET(s.w) + e; };
+  auto load_x = [&](int q, int j0) {
+    const int item = 32 * q + anew(lane), to = TOGETHER ? q : 0, ch = item % X_WIDTH * VECTOR, col = j0 + item / X_WIDTH;
+    if (item < SPAN * X_WIDTH && col < W) {
+      const int e = min(e0 + ch, p.channels - VECTOR);
+      raw_x[to].load(p.x + b * p.sx.b + row * p.sx.h + offset_e(p.sx, col, e));
+      raw_dt[to].load(p.delta_t + b * sdt.b + row * sdt.h + offset_e(sdt, col, e));
+      raw_dl[to].load(p.delta_l + b * sdl.b + row * sdl.h + offset_e(sdl, col, e));
+      raw_g[to].load(p.grad_y + b * sg.b + row * sg.h + offset_e(sg, col, e));
+    }
+  };
+  auto load_n = [&](int q, int j0) {
+    const int item = 32 * q + anew(lane), to = TOGETHER ? q : 0, n = item % N_WIDTH * VECTOR, col = j0 + item / N_WIDTH;
+    if (item < SPAN * N_WIDTH && col < W) {
+      const int from = min(n, STATES - VECTOR);
+      raw_bt[to].load(p.B_t + b * p.sbt.b + row * p.sbt.h + offset_e(p.sbt, col, from));
+      raw_bl[to].load(p.B_l + b * sbl.b + row * sbl.h + offset_e(sbl, col, from));
+      raw_c[to].load(p.C + b * sc.b + row * sc.h + offset_e(sc, col, from));
+    }
+  };
+  auto stage_x = [&](int q, int j0) {
+    const int item = 32 * q + anew(lane), at = TOGETHER ? q : 0, ch = item % X_WIDTH * VECTOR, j = item / X_WIDTH, col = j0 + j;
+    if (item < SPAN * X_WIDTH && col < W) {
+#pragma unroll
+      for (int v = 0; v < VECTOR; ++v) {
+        Quad s;
+        s.v[0] = raw_dt[at].get(v), s.v[1] = raw_dl[at].get(v), s.v[2] = raw_x[at].get(v), s.v[3] = raw_g[at].get(v);
+        if (BIAS_T) s.v[0] += space.constants[0][ch + v];
+        if (BIAS_L) s.v[1] += space.constants[1][ch + v];
+        if (SOFTPLUS) s.v[0] = softplus(s.v[0]), s.v[1] = softplus(s.v[1]);
+        if (e0 + ch + v >= p.channels) s.v[0] = s.v[1] = s.v[2] = s.v[3] = 0;
+        space.inputs[(r * SPAN + j) * CG + channel_slot(ch + v)] = s;
+#if MMA
+        const bool inside = row > 0 && col > 0;
+        const real ct = inside ? real(0.5) : row > 0 ? real(1) : real(0), cl = inside ? real(0.5) : row > 0 ? real(0) : real(1);
+        bf16* const to = space.weights + (r * SPAN + j) * 3 * CG + weight_place(ch + v);
+        from_real(ct * s.v[0] * s.v[2], to[0]);
+        from_real(cl * s.v[1] * s.v[2], to[CG]);
+        from_real(s.v[3], to[2 * CG]);
+#endif
+      }
+    }
+  };
+  auto stage_n = [&](int q, int j0) {
+    const int item = 32 * q + anew(lane), at = TOGETHER ? q : 0, n = item % N_WIDTH * VECTOR, j = item / N_WIDTH;
+    if (item < SPAN * N_WIDTH && j0 + j < W) {
+      Pack<matrix_t, VECTOR> bt, bl, cc;
+#pragma unroll
+      for (int v = 0; v < VECTOR; ++v) {
+        const bool there = n + v < STATES;
+        from_real(there ? raw_bt[at].get(v) : real(0), bt.v[v]);
+        from_real(there ? raw_bl[at].get(v) : real(0), bl.v[v]);
+        from_real(there ? raw_c[at].get(v) : real(0), cc.v[v]);
+      }
+      matrix_t* const to = space.matrices + (r * SPAN + j) * 3 * NP + n;
+      *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to) = bt;
+      *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + NP) = bl;
+      *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + 2 * NP) = cc;
+    }
+  };
+
+#if MMA
+  // The background copies: the places of this lane in the part of `inputs` that is free by then
+  auto early_places = [&](int l) { return reinterpret_cast<char*>(space.inputs + (r * SPAN + SPAN / 2) * CG) + l * 8; };
+  auto copy_matrices = [&](int t, int l, int i, int first_col, int end_col) {
+    const int n = l % N_WIDTH * VECTOR, j = l / N_WIDTH, col = t * SPAN + j;
+    if (j >= first_col && j < end_col && col < W) {
+      bf16* const to = space.matrices + (r * SPAN + j) * 3 * NP + n;
+      if (n < STATES) {
+        copy_eight(to, p.B_t + b * p.sbt.b + i * p.sbt.h + offset_e(p.sbt, col, n));
+        copy_eight(to + NP, p.B_l + b * sbl.b + i * sbl.h + offset_e(sbl, col, n));
+        copy_eight(to + 2 * NP, p.C + b * sc.b + i * sc.h + offset_e(sc, col, n));
+      } else {
+#pragma unroll
+        for (int m = 0; m < 3; ++m) *reinterpret_cast<Pack<u32, 2>*>(to + m * NP) = Pack<u32, 2>{{0, 0}};
+      }
+    }
+  };
+  auto copy_above = [&](int t, int first_col, int end_col) {
+#pragma unroll 1
+    for (int j = first_col; j < end_col; ++j)
+#pragma unroll
+      for (int c = 0; c < CH; ++c)
+        if (t * SPAN + j < W && e0 + c * EG + eg < p.channels) copy_eight(own_h + j * TILE + c * 32 * NS, above(t) + j * pixel + (lane_states + c * EG * NP));
+  };
+  auto copy_most = [&](int tile_now) {  // all but column 0
+    const int t = anew(tile_now), l = anew(lane), i = anew(row), ch = l % X_WIDTH * VECTOR, col = t * SPAN + l / X_WIDTH, e = min(e0 + ch, p.channels - VECTOR);
+    char* const early_x = early_places(l);
+    if (l < SPAN * X_WIDTH && col < W) {
+      copy_eight(early_x, p.x + b * p.sx.b + i * p.sx.h + offset_e(p.sx, col, e));
+      copy_eight(early_x + SPAN * CG * 2, p.delta_t + b * sdt.b + i * sdt.h + offset_e(sdt, col, e));
+      copy_eight(early_x + SPAN * CG * 4, p.delta_l + b * sdl.b + i * sdl.h + offset_e(sdl, col, e));
+      copy_eight(early_x + SPAN * CG * 6, p.grad_y + b * sg.b + i * sg.h + offset_e(sg, col, e));
+    }
+#pragma unroll
+    for (int c = 0; c < CH; ++c)
+      if (t > 0 && e0 + c * EG + eg < p.channels) copy_eight(early_x + (c - CH) * 256, left_of(t, i) + (lane_states + c * EG * NP));
+    copy_matrices(t, l, i, 1, SPAN);
+    if (r == 0 && strip > 0) copy_above(t, 1, SPAN);
+    close_group();
+  };
+  auto copy_rest = [&](int tile_now) {  // column 0
+    const int t = anew(tile_now);
+    copy_matrices(t, anew(lane), anew(row), 0, 1);
+    if (r == 0 && strip > 0) copy_above(t, 0, 1);
+    close_group();
+  };
+  if (EARLY && active) {
+    if (r == 0)  // where nothing will be copied
+      for (int j = 0; j < SPAN; ++j)
+        for (int c = 0; c < CH; ++c) store_states(own_h + j * TILE + c * 32 * NS, none);
+    copy_most(first_tile), copy_rest(first_tile);
+  }
+#endif
+  if (LOCKSTEP && !active)
+    for (int steps = 2 * (W + tiles * (STRIP - 1)); steps > 0; --steps) __syncthreads();
+
 #pragma unroll 1
   for (int tile = first_tile; tile >= 0; --tile) {
-    const int j0 = tile * SPAN, cols = min(SPAN, W - j0);
+    const int j0 = tile * SPAN, cols = min(SPAN, W - j0), steps = LOCKSTEP ? cols + STRIP - 1 : cols;
     const bool inside_row = row > 0;
-
-    // ------------------------------------------------------------------------------------------- load this row of the tile
-    // First the states to the left and, for the first row, above, which are copied in the background
-    const real* const left = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + tile - 1) * H + row) * pixel;
-    const real* const above = p.saved + ((b * p.saved_rows + strip - 1) * W + j0) * pixel;
-    States none;
-#pragma unroll
-    for (int k = 0; k < NS; ++k) none.v[k] = 0;
-#pragma unroll
-    for (int c = 0; c < CH; ++c) {
-      const bool there = e0 + c * EG + eg < p.channels;
-      const int from = lane_states + c * EG * NP;
-      if (tile > 0 && there) copy_states_l2(own_h + ROW - TILE + c * 32 * NS, left + from);
-      else store_states(own_h + ROW - TILE + c * 32 * NS, none);
-      if (tile > 1 && there) prefetch(left + from - H * pixel);
-      if (r == 0) {
-#pragma unroll 1
-        for (int j = 0; j < cols; ++j) {
-          if (strip > 0 && there) {
-            copy_states_l2(own_h + j * TILE + c * 32 * NS, above + j * pixel + from);
-            if (tile > 0) prefetch(above + (j - SPAN) * pixel + from);
-          } else {
-            store_states(own_h + j * TILE + c * 32 * NS, none);
-          }
-        }
-      }
-    }
-    constexpr int X_WIDTH = CG / VECTOR, N_WIDTH = NP / VECTOR;
-    constexpr int X_LOADS = (SPAN * X_WIDTH + 31) / 32, N_LOADS = (SPAN * N_WIDTH + 31) / 32;
-    constexpr bool TOGETHER = X_LOADS + N_LOADS <= 4;  // all loads before the first use, if there are registers for them
-    Raw<X_T, VECTOR> raw_x[TOGETHER ? X_LOADS : 1];
-    Raw<DT_T, VECTOR> raw_dt[TOGETHER ? X_LOADS : 1];
-    Raw<DL_T, VECTOR> raw_dl[TOGETHER ? X_LOADS : 1];
-    Raw<G_T, VECTOR> raw_g[TOGETHER ? X_LOADS : 1];
-    Raw<BT_T, VECTOR> raw_bt[TOGETHER ? N_LOADS : 1];
-    Raw<BL_T, VECTOR> raw_bl[TOGETHER ? N_LOADS : 1];
-    Raw<C_T, VECTOR> raw_c[TOGETHER ? N_LOADS : 1];
-    auto load_x = [&](int q) {
-      const int item = 32 * q + lane, to = TOGETHER ? q : 0, ch = item % X_WIDTH * VECTOR, col = j0 + item / X_WIDTH;
-      if (item < SPAN * X_WIDTH && col < W) {
-        const int e = min(e0 + ch, p.channels - VECTOR);
-        const X_T* const from_x = p.x + b * p.sx.b + row * p.sx.h + (OFFSET(col) * OFFSET(p.sx.w) + e);
-        const DT_T* const from_dt = p.delta_t + b * p.sdt.b + row * p.sdt.h + (OFFSET(col) * OFFSET(p.sdt.w) + e);
-        const DL_T* const from_dl = p.delta_l + b * p.sdl.b + row * p.sdl.h + (OFFSET(col) * OFFSET(p.sdl.w) + e);
-        const G_T* const from_g = p.grad_y + b * p.sg.b + row * p.sg.h + (OFFSET(col) * OFFSET(p.sg.w) + e);
-        raw_x[to].load(from_x), raw_dt[to].load(from_dt), raw_dl[to].load(from_dl), raw_g[to].load(from_g);
-      }
-    };
-    auto load_n = [&](int q) {
-      const int item = 32 * q + lane, to = TOGETHER ? q : 0, n = item % N_WIDTH * VECTOR, col = j0 + item / N_WIDTH;
-      if (item < SPAN * N_WIDTH && col < W) {
-        const int from = min(n, STATES - VECTOR);
-        const BT_T* const from_bt = p.B_t + b * p.sbt.b + row * p.sbt.h + (OFFSET(col) * OFFSET(p.sbt.w) + from);
-        const BL_T* const from_bl = p.B_l + b * p.sbl.b + row * p.sbl.h + (OFFSET(col) * OFFSET(p.sbl.w) + from);
-        const C_T* const from_c = p.C + b * p.sc.b + row * p.sc.h + (OFFSET(col) * OFFSET(p.sc.w) + from);
+    if (EARLY) {
 #if MMA
-        if (VECTOR == 4) {  // as they are
-          bf16* const copy = space.matrices + (r * SPAN + item / N_WIDTH) * 3 * NP + n;
-          if (n < STATES) {
-            copy_eight(copy, from_bt), copy_eight(copy + NP, from_bl), copy_eight(copy + 2 * NP, from_c);
-          } else {
+      finish_groups<1>();
+      const char* const early_x = early_places(anew(lane));
+      if (lane < SPAN * X_WIDTH) {
+        raw_x[0].load(reinterpret_cast<const X_T*>(early_x)), raw_dt[0].load(reinterpret_cast<const DT_T*>(early_x + SPAN * CG * 2));
+        raw_dl[0].load(reinterpret_cast<const DL_T*>(early_x + SPAN * CG * 4)), raw_g[0].load(reinterpret_cast<const G_T*>(early_x + SPAN * CG * 6));
+      }
+      States left[CH];
 #pragma unroll
-            for (int m = 0; m < 3; ++m) *reinterpret_cast<Pack<u32, 2>*>(copy + m * NP) = Pack<u32, 2>{{0, 0}};
-          }
-          return;
-        }
+      for (int c = 0; c < CH; ++c) left[c] = tile > 0 && e0 + c * EG + eg < p.channels ? load_saved(reinterpret_cast<const saved_t*>(early_x + (c - CH) * 256)) : none;
+      __syncwarp();  // the other lanes write there now
+#pragma unroll
+      for (int c = 0; c < CH; ++c) store_states(own_h + ROW - TILE + c * 32 * NS, left[c]);
+      stage_x(0, j0);
 #endif
-        raw_bt[to].load(from_bt), raw_bl[to].load(from_bl), raw_c[to].load(from_c);
-      }
-    };
-    auto stage_x = [&](int q) {
-      const int item = 32 * q + lane, at = TOGETHER ? q : 0, ch = item % X_WIDTH * VECTOR, j = item / X_WIDTH, col = j0 + j;
-      if (item < SPAN * X_WIDTH && col < W) {
-#pragma unroll
-        for (int v = 0; v < VECTOR; ++v) {
-          Quad s;
-          s.v[0] = raw_dt[at].get(v), s.v[1] = raw_dl[at].get(v), s.v[2] = raw_x[at].get(v), s.v[3] = raw_g[at].get(v);
-          if (BIAS_T) s.v[0] += bias[0][ch + v];
-          if (BIAS_L) s.v[1] += bias[1][ch + v];
-          if (SOFTPLUS) s.v[0] = softplus(s.v[0]), s.v[1] = softplus(s.v[1]);
-          if (e0 + ch + v >= p.channels) s.v[0] = s.v[1] = s.v[2] = s.v[3] = 0;
-          space.inputs[(r * SPAN + j) * CG + channel_slot(ch + v)] = s;
-#if MMA
-          const bool inside = row > 0 && col > 0;
-          const real ct = inside ? real(0.5) : row > 0 ? real(1) : real(0), cl = inside ? real(0.5) : row > 0 ? real(0) : real(1);
-          bf16* const to = space.weights + (r * SPAN + j) * 3 * CG + weight_place(ch + v);
-          from_real(ct * s.v[0] * s.v[2], to[0]);
-          from_real(cl * s.v[1] * s.v[2], to[CG]);
-          from_real(s.v[3], to[2 * CG]);
-#endif
-        }
-      }
-    };
-    auto stage_n = [&](int q) {
-      if (MMA && VECTOR == 4) return;
-      const int item = 32 * q + lane, at = TOGETHER ? q : 0, n = item % N_WIDTH * VECTOR, j = item / N_WIDTH;
-      if (item < SPAN * N_WIDTH && j0 + j < W) {
-        Pack<matrix_t, VECTOR> bt, bl, cc;
-#pragma unroll
-        for (int v = 0; v < VECTOR; ++v) {
-          const bool there = n + v < STATES;
-          from_real(there ? raw_bt[at].get(v) : real(0), bt.v[v]);
-          from_real(there ? raw_bl[at].get(v) : real(0), bl.v[v]);
-          from_real(there ? raw_c[at].get(v) : real(0), cc.v[v]);
-        }
-        matrix_t* const to = space.matrices + (r * SPAN + j) * 3 * NP + n;
-        *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to) = bt;
-        *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + NP) = bl;
-        *reinterpret_cast<Pack<matrix_t, VECTOR>*>(to + 2 * NP) = cc;
-      }
-    };
-    if (TOGETHER) {
-#pragma unroll
-      for (int q = 0; q < X_LOADS; ++q) load_x(q);
-#pragma unroll
-      for (int q = 0; q < N_LOADS; ++q) load_n(q);
-#pragma unroll
-      for (int q = 0; q < X_LOADS; ++q) stage_x(q);
-#pragma unroll
-      for (int q = 0; q < N_LOADS; ++q) stage_n(q);
     } else {
+      // First the states to the left and, for the first row, above
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        const bool there = e0 + c * EG + eg < p.channels;
+        const int from = lane_states + c * EG * NP;
+        real* const to = own_h + ROW - TILE + c * 32 * NS;
+        if (tile == 0 || !there) store_states(to, none);
+        else if (rounded_states) store_states(to, load_saved(left_of(tile, row) + from));
+        else copy_states_l2(to, reinterpret_cast<const real*>(left_of(tile, row) + from));
+        if (tile > 1 && there) prefetch(left_of(tile - 1, row) + from);
+        if (r == 0) {
 #pragma unroll 1
-      for (int q = 0; q < X_LOADS; ++q) load_x(q), stage_x(q);
+          for (int j = 0; j < cols; ++j) {
+            real* const to = own_h + j * TILE + c * 32 * NS;
+            if (strip == 0 || !there) store_states(to, none);
+            else if (rounded_states) store_states(to, load_saved(above(tile) + j * pixel + from));
+            else copy_states_l2(to, reinterpret_cast<const real*>(above(tile) + j * pixel + from));
+            if (strip > 0 && tile > 0 && there) prefetch(above(tile - 1) + j * pixel + from);
+          }
+        }
+      }
+      if (TOGETHER) {
+#pragma unroll
+        for (int q = 0; q < X_LOADS; ++q) load_x(q, j0);
+#pragma unroll
+        for (int q = 0; q < N_LOADS; ++q) load_n(q, j0);
+#pragma unroll
+        for (int q = 0; q < X_LOADS; ++q) stage_x(q, j0);
+#pragma unroll
+        for (int q = 0; q < N_LOADS; ++q) stage_n(q, j0);
+      } else {
 #pragma unroll 1
-      for (int q = 0; q < N_LOADS; ++q) load_n(q), stage_n(q);
+        for (int q = 0; q < X_LOADS; ++q) load_x(q, j0), stage_x(q, j0);
+#pragma unroll 1
+        for (int q = 0; q < N_LOADS; ++q) load_n(q, j0), stage_n(q, j0);
+      }
     }
     finish_copies();
+    if (EARLY && r == 0 && strip > 0) {  // the states above have come as they are kept
+#pragma unroll 1
+      for (int j = 0; j < cols; ++j)
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          real* const place = own_h + j * TILE + c * 32 * NS;
+          if (e0 + c * EG + eg < p.channels) store_states(place, load_saved(reinterpret_cast<const saved_t*>(place)));
+        }
+    }
     __syncwarp();
+    // The tile before is in memory by now: whoever adds to its sums may do so
+    if (sums_go_on && tile < first_tile && lane == 0) add_release(summed, 1);
 
     // ------------------------------------------------------------------------------------------- the states again
 #pragma unroll
@@ -342,7 +433,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       for (int k = 0; k < NS; ++k) h[c][k] = s.v[k];
     }
 #pragma unroll 1
-    for (int j = 0; j < cols; ++j) {
+    for (int step = 0; step < steps; ++step) {
+      const int j = LOCKSTEP ? step - r : step;
+      if (LOCKSTEP) {
+        __syncthreads();
+        if (j < 0 || j >= cols) continue;
+      }
       // What does not need the row above comes before the meeting with it.
       const int px = r * SPAN + j;
       const bool inside = inside_row && j0 + j > 0;
@@ -354,7 +450,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       real gate_t[CH][NS];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+        const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
         const real along_t = s.v[0] * (ct * s.v[2]), along_l = s.v[1] * (cl * s.v[2]);
 #pragma unroll
         for (int k = 0; k < NS; ++k) {
@@ -364,21 +460,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         }
       }
       // The compiler would compute the gates behind the barrier, where the row below waits for them: a store that depends on them (and
-      // hardly ever happens) keeps them before it.
-      real ready = 0;
+      // never happens, unless a gate is NaN) keeps them before it.
+      int ready = 0;
 #pragma unroll
       for (int c = 0; c < CH; ++c)
 #pragma unroll
-        for (int k = 0; k < NS; ++k) ready += gate_t[c][k];
-      if (ready > real(1e30)) *const_cast<volatile real*>(&unused) = ready;
+        for (int k = 0; k < NS; ++k) ready |= sign_bits(gate_t[c][k]);
+      if (ready < 0) *const_cast<volatile int*>(&unused) = ready;
       if (meets_above) meet(r);
+      States state[CH];
+#pragma unroll
+      for (int c = 0; c < CH; ++c) state[c] = load_states(tops + c * 32 * NS);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const States top = load_states(tops + c * 32 * NS);
-        States state;
 #pragma unroll
-        for (int k = 0; k < NS; ++k) h[c][k] = state.v[k] = gate_t[c][k] * top.v[k] + h[c][k];
-        store_states(tops + ROW + c * 32 * NS, state);
+        for (int k = 0; k < NS; ++k) h[c][k] = state[c].v[k] = gate_t[c][k] * state[c].v[k] + h[c][k];
+        store_states(tops + ROW + c * 32 * NS, state[c]);
       }
       if (meets_below) meet(r + 1);
     }
@@ -388,8 +485,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
     // place, where it has put, one column before, what the strip below has sent, or zeros.
     const bool edge = !meets_below, from_memory = edge && row + 1 < H;
     if (lane == 0 && chained) {
-      if (from_memory) wait_for(progress - 1, (tiles - tile) * min(STRIP, H - (strip + 1) * STRIP));
-      if (group > 0) wait_for(progress - p.strips, (tiles - tile) * min(STRIP, H - strip * STRIP));
+      if (from_memory) wait_for(sent - 1, tiles - tile);
+      if (group > 0) wait_for(summed - p.strips, (tiles - tile) * rows);
     }
     __syncwarp();
     if (edge) {
@@ -398,13 +495,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         States received;
 #pragma unroll
         for (int k = 0; k < NS; ++k) received.v[k] = 0;
-        if (from_memory) received = load_states_l2(handover + (j0 + cols - 1) * pixel + (lane_states + c * EG * NP));
+        if (from_memory) received = load_states_l2(handed_over(j0 + cols - 1) + c * EG * NP);
         store_states(own_h + ROW + (cols - 1) * TILE + c * 32 * NS, received);
       }
     }
     const int below_offset = edge ? ROW : 2 * ROW;
 #pragma unroll 1
-    for (int j = cols - 1; j >= 0; --j) {
+    for (int step = steps - 1; step >= 0; --step) {
+      const int j = LOCKSTEP ? step - r : step;
+      if (LOCKSTEP) {
+        __syncthreads();
+        if (j < 0 || j >= cols) continue;
+      }
       // First what does not need the row below, then the short chain from row to row, then the rest.
       const int px = r * SPAN + j;
       const bool inside = inside_row && j0 + j > 0;
@@ -415,10 +517,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
 #if MMA
       real before[2] = {0, 0};  // the sums of the channel groups before this one
-      real* const kept = p.sums + ((b * H + row) * W + j0 + j) * 3 * STATES + (ng * STATES + eg / 2 * 4 + eg % 2);
       if (group > 0 && ng < 3) {
-        if (eg / 2 * 4 + eg % 2 < STATES) load_l2(kept, &before[0]);
-        if (eg / 2 * 4 + eg % 2 + 2 < STATES) load_l2(kept + 2, &before[1]);
+        const int n = eg / 2 * 4 + eg % 2;
+        const real* const kept = sums_at(anew(j0 + j)) + (ng * STATES + n);
+        if (n < STATES) load_l2(kept, &before[0]);
+        if (n + 2 < STATES) load_l2(kept + 2, &before[1]);
       }
 #endif
       real gate_t[CH][NS], gate_l[CH][NS], dh[CH][NS];
@@ -427,7 +530,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         const States cc = load_matrix(matrices + 2 * NP);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
-          const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+          const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
           top[c] = load_states(tops + c * 32 * NS), beside[c] = load_states(here - TILE + c * 32 * NS);
 #pragma unroll
           for (int k = 0; k < NS; ++k) {
@@ -437,26 +540,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         }
       }
       if (meets_below) meet(r + 1);
+      else if (EARLY && j < EARLY_COLUMN && tile > 0) finish_groups<1>();  // all but the next tile's
       else finish_copies();
+      {
+        // Loads, arithmetic and stores of all channels each in turn: the rows wait for each other here
+        const real* const from = tops + anew(below_offset);
+        States up[CH];
 #pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        const States below = load_states(tops + below_offset + c * 32 * NS);
-        States up;
+        for (int c = 0; c < CH; ++c) up[c] = load_states(from + c * 32 * NS);
 #pragma unroll
-        for (int k = 0; k < NS; ++k) {
-          dh[c][k] += below.v[k];
-          up.v[k] = gate_t[c][k] *= dh[c][k];
+        for (int c = 0; c < CH; ++c)
+#pragma unroll
+          for (int k = 0; k < NS; ++k) {
+            dh[c][k] += up[c].v[k];
+            up[c].v[k] = gate_t[c][k] *= dh[c][k];
+          }
+        if (meets_above) {
+#pragma unroll
+          for (int c = 0; c < CH; ++c) store_states(here + c * 32 * NS, up[c]);
+        } else if (strip > 0) {
+          real* const to = handed_over(j0 + j);
+#pragma unroll
+          for (int c = 0; c < CH; ++c) store_states(to + c * EG * NP, up[c]);
         }
-        if (meets_above) store_states(here + c * 32 * NS, up);
-        else if (strip > 0) store_states(handover + (j0 + j) * pixel + (lane_states + c * EG * NP), up);
       }
       if (meets_above) meet(r);
       if (edge && j > 0) {
+        if (from_memory) {
+          const real* const from = handed_over(j0 + j - 1);
 #pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          if (from_memory) copy_states_l2(here - TILE + c * 32 * NS, handover + (j0 + j - 1) * pixel + (lane_states + c * EG * NP));
-          else store_states(here - TILE + c * 32 * NS, none);
+          for (int c = 0; c < CH; ++c) copy_states_l2(here - TILE + c * 32 * NS, from + c * EG * NP);
+        } else {
+#pragma unroll
+          for (int c = 0; c < CH; ++c) store_states(here - TILE + c * 32 * NS, none);
         }
+        if (EARLY) close_group();
       }
 
 #if MMA
@@ -469,7 +587,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 #endif
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const Quad s = space.inputs[px * CG + channel_slot(c * EG + eg)];
+        const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
 #pragma unroll
         for (int k = 0; k < NS; ++k) {
           sent_left[c][k] = gate_l[c][k] * dh[c][k];
@@ -502,42 +620,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 
 #if MMA
       // Sums over the states: lane ng of a group gets those of channel ng * 8 + eg, for ng < 2
-      const Pack<u32, 2> factor = *reinterpret_cast<const Pack<u32, 2>*>(matrices + fragment_column * NP);
+      const Pack<u32, 2> factor = *reinterpret_cast<const Pack<u32, 2>*>(matrices + (anew(eg) & 1) * NP);
       float injected[4] = {0, 0, 0, 0}, through[4] = {0, 0, 0, 0}, of_b[4] = {0, 0, 0, 0}, of_c[4] = {0, 0, 0, 0};
       const Fragment adjoint = pack_fragment(dh);
       multiply(adjoint, factor, injected);
-      multiply(pack_fragment(found_t), even, through);
-      multiply(pack_fragment(found_l), odd, through);
+      multiply(pack_fragment(found_t), Pack<u32, 2>{{even_ones, even_ones}}, through);
+      multiply(pack_fragment(found_l), Pack<u32, 2>{{odd_ones, odd_ones}}, through);
       const bf16* const weights = space.weights + px * 3 * CG;
-      multiply(transpose(adjoint), load_weights(weights + fragment_column * CG, ng), of_b);
+      multiply(transpose(adjoint), load_weights(weights + (anew(eg) & 1) * CG, ng), of_b);
       multiply(transpose(pack_fragment(h)), load_weights(weights + 2 * CG, ng), of_c);
       if (writes) {
-        const Quad s = space.inputs[px * CG + channel_slot(ng * EG + eg)];
+        const u32 place = anew(lane), own = place % NG * EG + place / NG;
+        const Quad s = space.inputs[px * CG + channel_slot(own)];
         const real from_t = ct * (ng == 0 ? injected[0] : injected[2]), from_l = cl * (ng == 0 ? injected[1] : injected[3]);
-        real grad_t = ln2 * (ng == 0 ? through[0] : through[2]) + from_t * s.v[2];
-        real grad_l = ln2 * (ng == 0 ? through[1] : through[3]) + from_l * s.v[2];
-        if (SOFTPLUS) grad_t *= softplus_slope(s.v[0]), grad_l *= softplus_slope(s.v[1]);
-        sum_D += s.v[2] * s.v[3];
-        sum_bias_t += grad_t;
-        sum_bias_l += grad_l;
-        const OFFSET at = row_e + (j0 + j) * step_e;
-        from_real(from_t * s.v[0] + from_l * s.v[1] + skip * s.v[3], grad_x[at]);
-        from_real(grad_t, grad_delta_t[at]);
-        from_real(grad_l, grad_delta_l[at]);
+        const real grad_t = ln2 * (ng == 0 ? through[0] : through[2]) + from_t * s.v[2];
+        const real grad_l = ln2 * (ng == 0 ? through[1] : through[3]) + from_l * s.v[2];
+        write_gradients(own, j0 + j, s, from_t, from_l, grad_t, grad_l);
       }
       // Sums over the channels: lanes 0, 1, 2 of a group write those of B_t, B_l, C for two states
       if (ng < 3) {
         const real first = (ng == 0 ? of_b[0] : ng == 1 ? of_b[1] : of_c[0]) + before[0];
         const real second = (ng == 0 ? of_b[2] : ng == 1 ? of_b[3] : of_c[2]) + before[1];
-        const int n = eg / 2 * 4 + eg % 2;
-        bf16* const to = (ng == 0 ? (bf16*)p.grad_B_t : ng == 1 ? (bf16*)p.grad_B_l : (bf16*)p.grad_C) + b * p.sn.b + (row_n + (j0 + j) * step_n + n);
-        if (n < STATES) {
-          if (last_group) from_real(first, to[0]);
-          else kept[0] = first;
-        }
-        if (n + 2 < STATES) {
-          if (last_group) from_real(second, to[2]);
-          else kept[2] = second;
+        const u32 place = anew(lane), which = place % NG, n = place / NG / 2 * 4 + place / NG % 2;
+        if (last_group) {
+          bf16* const to = (which == 0 ? (bf16*)p.grad_B_t : which == 1 ? (bf16*)p.grad_B_l : (bf16*)p.grad_C) + b * p.sn.b + (row_n + (j0 + j) * step_n + n);
+          if (n < STATES) from_real(first, to[0]);
+          if (n + 2 < STATES) from_real(second, to[2]);
+        } else {
+          real* const kept = sums_at(anew(j0 + j)) + (which * STATES + n);
+          if (n < STATES) kept[0] = first;
+          if (n + 2 < STATES) kept[2] = second;
         }
       }
 #else
@@ -563,15 +675,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       if (writes) {
         const Quad s = space.inputs[px * CG + channel_slot(lane)];
         const real from_t = ct * total.v[2], from_l = cl * total.v[3];
-        real grad_t = ln2 * total.v[0] + from_t * s.v[2], grad_l = ln2 * total.v[1] + from_l * s.v[2];
-        if (SOFTPLUS) grad_t *= softplus_slope(s.v[0]), grad_l *= softplus_slope(s.v[1]);
-        sum_D += s.v[2] * s.v[3];
-        sum_bias_t += grad_t;
-        sum_bias_l += grad_l;
-        const OFFSET at = row_e + (j0 + j) * step_e;
-        from_real(from_t * s.v[0] + from_l * s.v[1] + skip * s.v[3], grad_x[at]);
-        from_real(grad_t, grad_delta_t[at]);
-        from_real(grad_l, grad_delta_l[at]);
+        const real grad_t = ln2 * total.v[0] + from_t * s.v[2], grad_l = ln2 * total.v[1] + from_l * s.v[2];
+        write_gradients(own, j0 + j, s, from_t, from_l, grad_t, grad_l);
       }
       __syncwarp();
 #pragma unroll
@@ -586,7 +691,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
             if (q + 1 < EG) sum += from[(q + 1) * NS];
           }
           sum += second;
-          real* const kept = p.sums + ((b * H + row) * W + j0 + j) * 3 * STATES + (which * STATES + n);
+          real* const kept = sums_at(j0 + j) + (which * STATES + n);
           if (group > 0) {
             real before;  // the sum of the channel groups before this one
             load_l2(kept, &before);
@@ -605,9 +710,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       for (int c = 0; c < CH; ++c)
 #pragma unroll
         for (int k = 0; k < NS; ++k) h[c][k] = beside[c].v[k];
+#if MMA
+      if (EARLY && tile > 0 && (j == EARLY_COLUMN || cols == 1)) {
+        __syncwarp();  // all lanes have read what is overwritten now
+        copy_most(tile - 1);
+      }
+#endif
     }
     __syncwarp();
-    if (chained && lane == 0) add_release(progress, 1);
+#if MMA
+    if (EARLY && tile > 0) copy_rest(tile - 1);
+#endif
+    if (r == 0 && strip > 0 && lane == 0) add_release(sent, 1);
+  }
+  if (sums_go_on && active) {
+    __syncwarp();
+    if (lane == 0) add_release(summed, 1);
   }
   __syncthreads();
 

@@ -1,7 +1,7 @@
 // The forward pass of the 2D selective scan in one launch; no state goes to memory unless it is asked for.
 //
 // A block holds CG channels with all their states and a strip of rows of one image. Each warp owns ROWS rows of the strip and walks
-// along the columns, one column behind the warp above it: a thread keeps the states of its tile (CH channels x NS states) for all
+// along the columns behind the warp above it, which it meets at a barrier of the two for each column: a thread keeps the states of its tile (CH channels x NS states) for all
 // its rows in registers, so the state from the left is its own register and the state from above is the row above in the same
 // thread, except at the first row of a warp, where it comes through shared memory from the warp above.
 //
@@ -18,25 +18,15 @@
 //   THREADS, BLOCKS  launch bounds
 #include "scan.cuh"
 
-struct ForwardArguments {
-  const X_T* x;
-  const DT_T* delta_t;
-  const DL_T* delta_l;
-  const AT_T* A_t;
-  const AL_T* A_l;
-  const BT_T* B_t;
-  const BL_T* B_l;
-  const C_T* C;
-  const D_T* D;
-  const ZT_T* bias_t;
-  const ZL_T* bias_l;
+struct ForwardOutputs {
   X_T* y;
   real* h;
-  real* saved;     // rows (B, strips of STRIP rows - 1, W, E padded, NP), then columns (B, spans - 1, H, E padded, NP)
+  saved_t* saved;  // rows (B, strips of STRIP rows - 1, W, E padded, NP), then columns (B, spans - 1, H, E padded, NP)
   real* handover;  // (B, W, E padded, NP)
   int* flags;      // ticket, then columns finished of every (image, channel group, strip)
-  Strides sx, sdt, sdl, sbt, sbl, sc, sy, sh;
-  int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols, spare;
+};
+struct ForwardArguments : Inputs, ForwardOutputs, Layout {
+  Strides sy, sh;
 };
 
 constexpr int X_WIDTH = CG / VECTOR, X_ITEMS = ROWS * X_WIDTH, X_LOADS = (X_ITEMS + 31) / 32;  // vectors of channels: of a pixel, of
@@ -44,7 +34,7 @@ constexpr int N_WIDTH = NP / VECTOR, N_ITEMS = ROWS * N_WIDTH, N_LOADS = (N_ITEM
 
 // Shared memory of one warp
 struct WarpSpace {
-  States handed[2][CH * 32];   // the states of the warp's last row, for the warp below
+  States handed[2][CH * 32];   // the states of the warp's last row, for the warp below; of even and of odd columns
   Quad inputs[ROWS * CG];      // delta_t, delta_l, c_t delta_t x, c_l delta_l x
   real matrices[ROWS * 3 * NP];  // B_t, B_l, C
   real partial[ROWS * CG * NG];  // y, summed over the states of one lane
@@ -96,12 +86,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   const i64 b = image, i0 = row0;
   const int x_row = lane / X_WIDTH, x_ch = lane % X_WIDTH * VECTOR, n_row = lane / N_WIDTH, n_first = lane % N_WIDTH * VECTOR;
   OFFSET at_x = OFFSET((i0 + x_row) * p.sx.h) + e0 + x_ch;
-  OFFSET at_delta_t = OFFSET((i0 + x_row) * p.sdt.h) + e0 + x_ch;
-  OFFSET at_delta_l = OFFSET((i0 + x_row) * p.sdl.h) + e0 + x_ch;
   OFFSET at_B_t = OFFSET((i0 + n_row) * p.sbt.h) + n_first;
-  OFFSET at_B_l = OFFSET((i0 + n_row) * p.sbl.h) + n_first;
-  OFFSET at_C = OFFSET((i0 + n_row) * p.sc.h) + n_first;
-  OFFSET at_y = OFFSET((i0 + x_row) * p.sy.h) + e0 + x_ch;
+  const Strides &sdt = p.delta_t_strides(), &sdl = p.delta_l_strides(), &sbl = p.B_l_strides(), &sc = p.C_strides(), &sy = SAME_E ? p.sx : p.sy;
+  OFFSET delta_t_walk = OFFSET((i0 + x_row) * sdt.h) + e0 + x_ch, delta_l_walk = OFFSET((i0 + x_row) * sdl.h) + e0 + x_ch;
+  OFFSET B_l_walk = OFFSET((i0 + n_row) * sbl.h) + n_first, C_walk = OFFSET((i0 + n_row) * sc.h) + n_first;
+  OFFSET y_walk = OFFSET((i0 + x_row) * sy.h) + e0 + x_ch - 2 * OFFSET(sy.w);  // the loads are two columns ahead of it
+  OFFSET &at_delta_t = SAME_E ? at_x : delta_t_walk, &at_delta_l = SAME_E ? at_x : delta_l_walk;
+  OFFSET &at_B_l = SAME_N ? at_B_t : B_l_walk, &at_C = SAME_N ? at_B_t : C_walk;
 
   // Row and first channel (or state) of load q, relative to load 0
   auto x_rows = [&](int q) { return 32 % X_WIDTH == 0 ? q * (32 / X_WIDTH) : (lane + 32 * q) / X_WIDTH - x_row; };
@@ -120,8 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       const int dr = x_rows(q), dch = x_chs(q);
       if (x_row + dr < rows && e0 + x_ch + dch < p.channels) {
         raw_x[q].load(p.x + b * p.sx.b + (at_x + OFFSET(dr * p.sx.h) + dch));
-        raw_dt[q].load(p.delta_t + b * p.sdt.b + (at_delta_t + OFFSET(dr * p.sdt.h) + dch));
-        raw_dl[q].load(p.delta_l + b * p.sdl.b + (at_delta_l + OFFSET(dr * p.sdl.h) + dch));
+        raw_dt[q].load(p.delta_t + b * sdt.b + (at_delta_t + OFFSET(dr * sdt.h) + dch));
+        raw_dl[q].load(p.delta_l + b * sdl.b + (at_delta_l + OFFSET(dr * sdl.h) + dch));
       }
     }
 #pragma unroll
@@ -129,12 +120,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       const int dr = n_rows(q), dn = n_firsts(q);
       if (n_row + dr < rows && n_first + dn < STATES) {
         raw_bt[q].load(p.B_t + b * p.sbt.b + (at_B_t + OFFSET(dr * p.sbt.h) + dn));
-        raw_bl[q].load(p.B_l + b * p.sbl.b + (at_B_l + OFFSET(dr * p.sbl.h) + dn));
-        raw_c[q].load(p.C + b * p.sc.b + (at_C + OFFSET(dr * p.sc.h) + dn));
+        raw_bl[q].load(p.B_l + b * sbl.b + (at_B_l + OFFSET(dr * sbl.h) + dn));
+        raw_c[q].load(p.C + b * sc.b + (at_C + OFFSET(dr * sc.h) + dn));
       }
     }
-    at_x += OFFSET(p.sx.w), at_delta_t += OFFSET(p.sdt.w), at_delta_l += OFFSET(p.sdl.w);
-    at_B_t += OFFSET(p.sbt.w), at_B_l += OFFSET(p.sbl.w), at_C += OFFSET(p.sc.w);
+  };
+  auto advance = [&] {
+    at_x += OFFSET(p.sx.w), at_B_t += OFFSET(p.sbt.w);
+    if (!SAME_E) at_delta_t += OFFSET(sdt.w), at_delta_l += OFFSET(sdl.w), y_walk += OFFSET(sy.w);
+    if (!SAME_N) at_B_l += OFFSET(sbl.w), at_C += OFFSET(sc.w);
   };
 
   // Bias and skip of the block's channels
@@ -161,12 +155,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
     for (int c = 0; c < CH; ++c) waiting[c] = load_states_l2(handover + j * pixel + (lane_states + c * EG * NP));
   };
 
-  if (rows > 0) load_column();
+  if (rows > 0) load_column(), advance();
   if (follows) load_handover(0);
 
-  for (int step = 0; step < W + warps - 1; ++step) {
-    const int j = step - warp;
-    if (rows > 0 && j >= 0 && j < W) {
+  const bool meets_above = warp > 0 && rows > 0, meets_below = warp + 1 < warps && row0 + ROWS < H;
+  const int steps = LOCKSTEP ? W + warps - 1 : rows > 0 ? W : 0;
+  for (int step = 0; step < steps; ++step) {
+    const int j = LOCKSTEP ? step - warp : step;
+    if (!LOCKSTEP || (rows > 0 && j >= 0 && j < W)) {
       // Stage the column: softplus, coefficients, conversions, once for each pixel and channel.
       Raw<X_T, VECTOR> kept_x[X_LOADS];
 #pragma unroll
@@ -205,8 +201,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
       }
       __syncwarp();
       if (j + 1 < W) load_column();
+      advance();
 
       // The states above the warp's first row
+      if (meets_above) meet(warp);
       real top[CH][NS];
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
@@ -227,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
         const States cc = load_states(own.matrices + (r * 3 + 2) * NP + ng * NS);
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
-          const int slot = channel_slot(c * EG + eg);
+          const int slot = lane_slot(eg, c);
           const Quad s = own.inputs[r * CG + slot];
           real sum = 0;
 #pragma unroll
@@ -241,35 +239,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
           own.partial[(r * CG + slot) * NG + ng] = sum;
         }
       }
-      if (SAVE || WRITE_H) {
-        const bool keep_col = SAVE && j % SPAN == SPAN - 1 && j + 1 < W;
-        real* const at_row = p.saved + ((b * p.saved_rows + row0 / STRIP) * W + j) * pixel;
-        real* const at_col = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + j / SPAN) * H + row0) * pixel;
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-          const int i = row0 + r;
-          const bool keep_row = SAVE && (ROWS % STRIP != 0 || r % STRIP == STRIP - 1) && i % STRIP == STRIP - 1 && i + 1 < H;
-          if ((keep_row || keep_col || WRITE_H) && r < rows) {
-#pragma unroll
-            for (int c = 0; c < CH; ++c) {
-              States s;
-#pragma unroll
-              for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
-              if (keep_row) store_states(at_row + i64((row0 % STRIP + r) / STRIP) * W * pixel + (lane_states + c * EG * NP), s);
-              if (keep_col) store_states(at_col + r * pixel + (lane_states + c * EG * NP), s);
-              if (WRITE_H) {
-                const int e = e0 + c * EG + eg;
-                real* const at = p.h + b * p.sh.b + i * p.sh.h + j * p.sh.w + i64(e) * STATES + ng * NS;
-#pragma unroll
-                for (int k = 0; k < NS; ++k)
-                  if (e < p.channels && ng * NS + k < STATES) at[k] = s.v[k];
-              }
-            }
-          }
-        }
-      }
       // Hand the last row over
-      if (warp + 1 < warps) {
+      if (meets_below) {
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
           States s;
@@ -277,6 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
           for (int k = 0; k < NS; ++k) s.v[k] = h[ROWS - 1][c][k];
           own.handed[j & 1][c * 32 + lane] = s;
         }
+        meet(warp + 1);
       } else if (leads) {
 #pragma unroll
         for (int c = 0; c < CH; ++c) {
@@ -290,8 +262,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
           if (lane == 0) store_release(progress, j + 1);
         }
       }
+      if (SAVE || WRITE_H) {
+        static_assert(ROWS <= STRIP, "at most one row of a warp is kept");
+        const bool keep_col = SAVE && j % SPAN == SPAN - 1 && j + 1 < W;
+        const int col = anew(j), first = (e0 + anew(eg)) * NP + ng * NS;
+        saved_t* const at_row = p.saved + ((b * p.saved_rows + row0 / STRIP) * W + col) * pixel + first;
+        saved_t* const at_col = p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + col / SPAN) * H + row0) * pixel + first;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) {
+          const int i = row0 + r;
+          const bool keep_row = SAVE && (ROWS % STRIP != 0 || r == STRIP - 1) && i % STRIP == STRIP - 1 && i + 1 < H;
+          if ((keep_row || keep_col || WRITE_H) && r < rows) {
+#pragma unroll
+            for (int c = 0; c < CH; ++c) {
+              States s;
+#pragma unroll
+              for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
+              if (keep_row) store_saved(at_row + c * EG * NP, s);
+              if (keep_col) store_saved(at_col + r * pixel + c * EG * NP, s);
+              if (WRITE_H) {
+                const int e = e0 + c * EG + eg;
+                real* const at = p.h + b * p.sh.b + i * p.sh.h + j * p.sh.w + i64(e) * STATES + ng * NS;
+#pragma unroll
+                for (int k = 0; k < NS; ++k)
+                  if (e < p.channels && ng * NS + k < STATES) at[k] = s.v[k];
+              }
+            }
+          }
+        }
+      }
       // y
       __syncwarp();
+      const OFFSET at_y = SAME_E ? at_x - 2 * OFFSET(sy.w) : y_walk;
 #pragma unroll
       for (int q = 0; q < X_LOADS; ++q) {
         const int dr = x_rows(q), dch = x_chs(q), ch = x_ch + dch;
@@ -310,11 +312,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
             }
             from_real(sum, out.v[v]);
           }
-          *reinterpret_cast<Pack<X_T, VECTOR>*>(p.y + b * p.sy.b + (at_y + OFFSET(dr * p.sy.h) + dch)) = out;
+          *reinterpret_cast<Pack<X_T, VECTOR>*>(p.y + b * sy.b + (at_y + OFFSET(dr * sy.h) + dch)) = out;
         }
       }
-      at_y += OFFSET(p.sy.w);
     }
-    __syncthreads();
+    if (LOCKSTEP) __syncthreads();
   }
 }

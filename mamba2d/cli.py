@@ -322,8 +322,7 @@ def diagnosis() -> list[tuple[str, str]]:
     rows.append(("scan on the CPU", f"compiled kernel: {finding}" if usable else f"plain PyTorch, slower: {finding}"))
     if gpus or torch.backends.mps.is_available():
         usable, finding = cuda_kernel_status()
-        rows.append(("scan on the GPU", f"plain PyTorch; compiled kernel on request (MAMBA2D_BACKEND=cuda): {finding}" if usable
-                     else f"plain PyTorch: {finding}"))
+        rows.append(("scan on the GPU", f"compiled kernel: {finding}" if usable else f"plain PyTorch, slower: {finding}"))
     rows.append(("backends of the scan", ", ".join(available_backends())))
     forced = os.environ.get("MAMBA2D_BACKEND")
     if forced: rows.append(("MAMBA2D_BACKEND", f"{forced}" + ("" if forced in available_backends() else ": CANNOT RUN HERE, unset it")))

@@ -249,7 +249,6 @@ _kernels: dict[str, ScanKernels] = {
     "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_why_not, cpu_kernel_status),
     "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_why_not, cuda_kernel_status),
 }
-_on_request = {"cuda"}  # not settled yet (csrc/NOTES.md): they run when asked for by name, the reference runs otherwise
 _forced_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
 
 def _backend_status(name):
@@ -296,7 +295,7 @@ def _kernels_for(backend, x, A_t):
     _require_backend(backend)
     name = x.device.type if backend == "auto" else backend
     kernels = _kernels.get(name)
-    if kernels is None or backend == "auto" and name in _on_request: return None
+    if kernels is None: return None
     reason = kernels.why_not(x, A_t)
     if backend == "auto":
         if reason: return None
