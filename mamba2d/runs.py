@@ -320,7 +320,8 @@ class ShowProgress(Callback):
                        f"lr {row['lr']:.1e}  {row['images_per_second']:.0f} images/s  waiting for data {100 * row['data_wait']:.0f} %  {row['memory_gib']:.1f} GiB  {row['seconds']:.1f} s", file=sys.stdout)
         self.bar.set_description(f"epoch {min(row['epoch'] + 2, epochs)}/{epochs}")
 
-    def after_fit(self): self.bar.close()
+    def close(self):
+        if hasattr(self, "bar"): self.bar.close()
 
 # %% ../nbs/06a_runs.ipynb #249e2e1e
 class TensorBoard:
@@ -433,12 +434,14 @@ def _train_run(learn, out, config, settings, processes, checkpoint_minutes, limi
     identity["recipe"] = dataclasses.asdict(learn.recipe)
     run_id = processes.first_one_does(lambda: _begin(out, learn.recipe))
     keep = KeepRun(out, processes, identity, config, checkpoint_minutes)
-    callbacks = [keep]
+    callbacks, bar = [keep], ShowProgress()
     if processes.rank == 0:
-        if show_progress: callbacks.append(ShowProgress())
+        if show_progress: callbacks.append(bar)
         if dashboards: callbacks.append(SendRows(dashboards, out, run_id))
     try: learn.fit_recipe(callbacks, processes=processes, resume=found and found[0], limit=limit, max_bad_steps=max_bad_steps)
-    finally: keep.restore_handlers()
+    finally:
+        keep.restore_handlers()
+        bar.close()
     shown = evaluate(learn.model, dls.valid, processes, learn.recipe.precision, limit)
     result = {"seconds": round(sum(row["seconds"] for row in learn.reached.history), 1), **accuracies(learn, processes, limit, shown)}
     written = {"config": config, **settings, "recipe": dataclasses.asdict(learn.recipe), "classes": identity["classes"], "device": str(dls.device), "processes": processes.world,
