@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
 
   // The gradients of x, delta_t and delta_l at column `col` of this lane's channel, with inputs s: of x what came through the top and left
   // injections; of the step sizes so far without softplus
-  auto write_gradients = [&](u32 own, int col, const Quad& s, real from_t, real from_l, real grad_t, real grad_l) {
+  auto write_gradients = [&](int own, int col, const Quad& s, real from_t, real from_l, real grad_t, real grad_l) {
 #if MMA
     if (SOFTPLUS) grad_t *= softplus_slope_rough(s.v[0]), grad_l *= softplus_slope_rough(s.v[1]);
 #else
@@ -630,7 +630,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       multiply(transpose(adjoint), load_weights(weights + (anew(eg) & 1) * CG, ng), of_b);
       multiply(transpose(pack_fragment(h)), load_weights(weights + 2 * CG, ng), of_c);
       if (writes) {
-        const u32 place = anew(lane), own = place % NG * EG + place / NG;
+        const int own = int(u32(anew(lane)) % NG * EG + u32(anew(lane)) / NG);
         const Quad s = space.inputs[px * CG + channel_slot(own)];
         const real from_t = ct * (ng == 0 ? injected[0] : injected[2]), from_l = cl * (ng == 0 ? injected[1] : injected[3]);
         const real grad_t = ln2 * (ng == 0 ? through[0] : through[2]) + from_t * s.v[2];
@@ -641,7 +641,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       if (ng < 3) {
         const real first = (ng == 0 ? of_b[0] : ng == 1 ? of_b[1] : of_c[0]) + before[0];
         const real second = (ng == 0 ? of_b[2] : ng == 1 ? of_b[3] : of_c[2]) + before[1];
-        const u32 place = anew(lane), which = place % NG, n = place / NG / 2 * 4 + place / NG % 2;
+        const u32 place = anew(lane);
+        const int which = int(place % NG), n = int(place / NG / 2 * 4 + place / NG % 2);  // signed: offsets are negative where the scan is reversed
         if (last_group) {
           bf16* const to = (which == 0 ? (bf16*)p.grad_B_t : which == 1 ? (bf16*)p.grad_B_l : (bf16*)p.grad_C) + b * p.sn.b + (row_n + (j0 + j) * step_n + n);
           if (n < STATES) from_real(first, to[0]);

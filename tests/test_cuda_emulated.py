@@ -1,0 +1,55 @@
+"The CUDA kernels, together with the Python that starts them, against the float64 reference on a machine without a GPU."
+import shutil
+
+import pytest
+import torch
+
+from emulated_cuda import EmulatedDriver, load_kernel
+from mamba2d import kernels, scan
+
+names = ("x", "delta_t", "delta_l", "A_t", "A_l", "B_t", "B_l", "C", "D", "delta_bias_t", "delta_bias_l")
+bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+tolerances = {f64: 1e-11, f32: 1e-5, bf16: 1e-2, fp16: 1e-2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture
+def emulated(folder, monkeypatch):
+    driver = EmulatedDriver()
+    for name, value in dict(_load_kernel=load_kernel(folder), _card=lambda index: (90, 232448, 132), _stream=lambda index: 0, _driver=lambda: driver, _plans={}).items():
+        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+
+
+def error(found, expected): return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ to compile the kernels with")
+@pytest.mark.parametrize("shape, dtype, options", [
+    ((1, 18, 17, 24, 16), bf16, {}),  # sums on the tensor cores, copies in the background, three tiles, three strips, two channel groups
+    ((1, 18, 17, 24, 16), bf16, dict(reverse=True)),
+    ((1, 9, 12, 16, 16), bf16, dict(strided=True, reverse=True, optional=False)),
+    ((2, 9, 10, 20, 16), f32, dict(reverse=True, states=True)),
+    ((1, 10, 9, 5, 3), f64, dict(softplus=False, reverse=True)),
+    ((1, 1, 9, 6, 20), fp16, {}),
+    ((1, 17, 1, 33, 16), bf16, dict(reverse=True)),
+    ((2, 16, 9, 20, 16), bf16, dict(processors=1)),  # the forward pass's tile for large batches
+    ((1, 67, 3, 5, 4), f32, dict(reverse=True)),     # strips that follow each other
+])
+def test_kernels_equal_the_reference(emulated, monkeypatch, shape, dtype, options):
+    softplus, reverse, states = options.get("softplus", True), options.get("reverse", False), options.get("states", False)
+    if "processors" in options: monkeypatch.setattr(kernels, "_card", lambda index: (90, 232448, options["processors"]))
+    problem = scan.random_problem(shape, dtype=dtype, strided=options.get("strided", False), optional=options.get("optional", True), delta_softplus=softplus, requires_grad=False)
+    arguments = [problem.get(name) for name in names]
+    exact = [None if a is None else a.double() for a in arguments]
+    y, h, saved = kernels.cuda_forward(*arguments, softplus, reverse, states, True)
+    expected, expected_h = scan._forward_by_diagonals(*exact, softplus, reverse, states)
+    assert error(y, expected) < tolerances[dtype] / (2 if dtype in (bf16, fp16) else 1)
+    if states: assert error(h, expected_h) < 1e-5
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grads = kernels.cuda_backward(grad_y, *arguments, saved, softplus, reverse)
+    for name, found, wanted in zip(names, grads, scan._backward_by_diagonals(grad_y.double(), *exact, softplus, reverse)):
+        if wanted is not None: assert error(found, wanted) < tolerances[dtype], name
