@@ -239,7 +239,7 @@ def mix_pairs(
         raise ValueError(f"MixUp and CutMix mix pairs: the batch size must be even, got {len(images)} images at position {position}")
     height, width = images.shape[-2:]
     drawn = _mix_draws(len(images) // 2, position // 2, height, width, seed, epoch, mixup, cutmix, switch)
-    drawn = torch.from_numpy(drawn.astype(np.float32)).to(images.device, non_blocking=True).repeat_interleave(2, 0, output_size=len(images))
+    drawn = torch.from_numpy(drawn.astype(np.float32).repeat(2, axis=0)).to(images.device, non_blocking=True)
     outside, top, bottom, left, right = drawn.unbind(1)
     row, column = (torch.arange(n, device=images.device)[None] for n in (height, width))
     rows, columns = (row >= top[:, None]) & (row < bottom[:, None]), (column >= left[:, None]) & (column < right[:, None])
@@ -510,9 +510,9 @@ def find_pictures(
         root = root / (train or "")
         parts = _held_out(_classes(root), valid_pct, split_seed)
         layout = f"{prefix}{train + '/ of ' if train else ''}class folders, {100 * valid_pct:g} % of each held out (seed {split_seed})"
-    records = []
-    for part in parts:
-        rows = [(os.path.relpath(file, root), name) for name in sorted(part) for file in part[name]]
+    records, inside = [], str(root) + os.sep
+    for part in parts:  # slicing a string is ten times as fast as os.path.relpath, which counts with a million files
+        rows = [(file[len(inside):] if file.startswith(inside) else os.path.relpath(file, root), name) for name in sorted(part) for file in part[name]]
         lengths = [max(len(row[k]) for row in rows) for k in (0, 1)]
         records.append(np.array(rows, dtype=[("file", f"U{lengths[0]}"), ("label", f"U{lengths[1]}")]))
     return PictureList(root, *records, sorted(parts[0]), layout)
