@@ -623,7 +623,7 @@ def imagenet_dls(
     size: int = 224,  # pixels
     *,
     seed: int = 0,  # of order and augmentation
-    num_workers: int | None = None,  # processes that prepare pictures; None: one per core, at most 16
+    num_workers: int | None = None,  # processes that prepare pictures; None: one per core but one, which the training itself needs, at most 16
     augment: bool | dict | Augmentation = True,  # of training pictures: the published regime, none, or an `Augmentation` or its fields
     skip_broken: bool = False,  # read every picture once before, and leave out those that cannot be read
     broken: dict[str, str] | list[str] | None = None,  # pictures to leave out that are known already, with or without reasons
@@ -635,7 +635,7 @@ def imagenet_dls(
     if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
     augmentation = augment if isinstance(augment, Augmentation) else Augmentation(**augment) if isinstance(augment, dict) else Augmentation() if augment else None
     found = find_pictures(path, valid_pct, split_seed, labels)
-    workers = min(_cores(), 16) if num_workers is None else num_workers
+    workers = min(max(1, _cores() - 1), 16) if num_workers is None else num_workers
     if broken is None: broken = check_images(found.files, workers) if skip_broken else {}
     if not isinstance(broken, dict): broken = dict.fromkeys(map(str, broken), "left out")
     train, valid = (_without(part, found.root, broken) for part in (found.train, found.valid))
