@@ -586,22 +586,25 @@ def _plan_forward(tensors, y, key, softplus, reverse, return_states, for_backwar
 def _prepare_tensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l, *grad_y):
     """(tensors with a dense last dimension, their addresses, whether those are multiples of four elements, a key of shapes and layouts); nothing is
     copied where nothing has to be. This runs at every call, so it asks each tensor as little as it can."""
-    images = x, delta_t, delta_l, B_t, B_l, C, *grad_y
-    strides = [t.stride() for t in images]
-    for k, t in enumerate(images):
-        if strides[k][3] != 1 and t.shape[3] > 1: return _prepare_tensors(*_dense_tensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l, *grad_y))
+    strides = [t.stride() for t in (x, delta_t, delta_l, B_t, B_l, C, *grad_y)]
     tensors = [x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l, *grad_y]
+    for stride in strides:
+        if stride[3] != 1:
+            dense = _dense_tensors(*tensors)
+            if any(a is not b for a, b in zip(dense, tensors)): return _prepare_tensors(*dense)
     for k in (3, 4, 8, 9, 10):
-        if tensors[k] is not None and not tensors[k].is_contiguous(): tensors[k] = tensors[k].contiguous()
+        t = tensors[k]
+        if t is not None and not t.is_contiguous(): tensors[k] = t.contiguous()
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     together = 0
     for pointer in pointers: together |= pointer
-    aligned = not together & 15 or not any(t is not None and pointer % (4 * t.element_size()) for pointer, t in zip(pointers, tensors) if t is not None and t.element_size() < 8)
+    aligned = not together & 15 or not any(
+        t is not None and t.element_size() < 8 and pointer % (4 * t.element_size()) for pointer, t in zip(pointers, tensors))
     return tensors, pointers, aligned, (x.shape, A_t.shape, aligned, *strides, *[None if t is None else t.dtype for t in tensors])
 
 def _dense_tensors(*tensors):
     "The tensors, those whose last dimension is not dense copied."
-    return [t if t is None or t.dim() < 4 or t.stride(3) == 1 else t.contiguous() for t in tensors]
+    return [t if t is None or t.dim() < 4 or t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in tensors]
 
 def _allocate_room(plan, device, stream):
     "Memory for the time of a call: (the tensor that holds it, address of the counters, cleared, address of the rest)."

@@ -53,8 +53,21 @@ def _wavefront(height, width, reverse, device, dtype):
 # %% ../nbs/01_scan.ipynb #0a3cd70f
 _float_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+def _arguments_fit(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
+    "Whether they do, told quickly: this runs at every call."
+    for t in (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
+        if t is not None and not (isinstance(t, Tensor) and t.dtype in _float_dtypes and t.device == x.device): return False
+    if C is None or len(x.shape) != 4 or len(A_t.shape) != 2: return False
+    wide, matrix = x.shape, A_t.shape
+    narrow, line = (*wide[:3], matrix[1]), wide[3:]
+    return (delta_t.shape == wide and delta_l.shape == wide and matrix[0] == wide[3] and A_l.shape == matrix and B_t.shape == narrow and B_l.shape == narrow
+            and C.shape == narrow and all(t is None or t.shape == line for t in (D, delta_bias_t, delta_bias_l)) and min(wide[1:]) > 0 and matrix[1] > 0)
+
 def _check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
     "Raise a `TypeError` or `ValueError` naming the first argument that does not fit."
+    try:
+        if _arguments_fit(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l): return
+    except AttributeError: pass  # something is no tensor
     named = dict(x=x, delta_t=delta_t, delta_l=delta_l, A_t=A_t, A_l=A_l, B_t=B_t, B_l=B_l, C=C, D=D,
                  delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l)
     for name, value in named.items():
