@@ -51,7 +51,7 @@ def _add_data_arguments(parser):
     parser.add_argument("--size", choices=("n", "t", "s", "t_v1"), default=None, help="which published network (default: n)")
     parser.add_argument("--batch-size", type=_at_least(1), default=None, metavar="B", help="pictures at a time in each process (default: 128 with a published recipe, else 64)")
     parser.add_argument("--image-size", type=_at_least(8), default=None, metavar="PIXELS", help="side of the pictures (default: 32 for digits, else 224)")
-    parser.add_argument("--workers", type=_at_least(0), default=None, metavar="N", help="processes that load pictures, per training process (default: one per core, at most 16)")
+    parser.add_argument("--workers", type=_at_least(0), default=None, metavar="N", help="processes that load pictures, per training process (default: one per core but one, at most 16)")
     parser.add_argument("--skip-broken", action="store_true", help="read every picture once before, report those that cannot be read and leave them out")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one)")
 
@@ -146,14 +146,14 @@ def _broken(args, data, out, processes):
 
 def _load_data(args, data, size, batch_size, processes, recipe=None, out=None):
     "DataLoaders for `--data`; for training as the recipe says."
-    from mamba2d.data import digits_dls, imagenet_dls
+    from mamba2d.data import BrokenPicture, digits_dls, imagenet_dls
     options = dict(size=size, batch_size=batch_size, device=processes.device, seed=recipe.seed if recipe else 0)
     if args.workers is not None: options["num_workers"] = args.workers
     augment = bool(recipe) and dict(min_scale=recipe.min_scale, randaugment=recipe.randaugment_ops if recipe.randaugment else 0, magnitude=recipe.randaugment, erasing=recipe.erasing)
     try:
         if data == "digits": return digits_dls(**options)
         return imagenet_dls(data, labels=args.labels, broken=_broken(args, data, out, processes), augment=augment, **options)
-    except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
+    except (FileNotFoundError, BrokenPicture, ValueError) as error: raise _Mistake(str(error)) from error
 
 def _build(size, **kwargs):
     "A published network."
