@@ -7,10 +7,9 @@ __all__ = ['training_shapes', 'single_images', 'published_scan', 'time_eager', '
            'scan_arguments', 'bench_scan', 'bench_rival', 'profile_step', 'bench_model', 'generated_images', 'overfit',
            'stamp', 'save_results', 'run_benchmarks', 'main']
 
-# %% ../nbs/09_bench.ipynb #3269e1e3
+# %% ../nbs/09_bench.ipynb #b85c0d55
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import models
-from .scan import available_backends, scan_backend, selective_scan_2d, selective_scan_2d_ref
+from .scan import _operators, scan_backend
 
 # %% ../nbs/09_bench.ipynb #a46891e7
 def _wait(device):
@@ -37,8 +36,9 @@ def time_eager(call, sets, device, seconds=0.2) -> float:  # milliseconds of one
         for arguments in sets: call(*arguments)
         _wait(device)
         return (time.perf_counter() - start) / len(sets)
-    first, second = once(), once()
-    return 1e3 * statistics.median(once() for _ in range(max(3, min(50, int(seconds / (second * len(sets)))))))
+    once()
+    repeats = int(seconds / (once() * len(sets)))
+    return 1e3 * statistics.median(once() for _ in range(max(3, min(50, repeats))))
 
 def time_graph(call, sets, seconds=0.2) -> float | None:  # milliseconds of one call; None if it cannot be captured
     "Median time of `call(*arguments)` on the device, from replays of a CUDA graph that runs over the sets of arguments."
@@ -96,7 +96,6 @@ def scan_arguments(shape, states=16, dtype=torch.bfloat16, device="cuda", softpl
 
 def _scan_calls(backend, softplus):
     "(forward, forward and backward) as functions of the arguments and a gradient, without autograd around the operators."
-    from mamba2d.scan import _operators
     def forward(arguments, grad_y): return _operators.scan_forward(*arguments, softplus, False, False, False, backend)[0]
     def both(arguments, grad_y):
         y, _, saved = _operators.scan_forward(*arguments, softplus, False, False, True, backend)
