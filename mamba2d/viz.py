@@ -9,9 +9,11 @@ __all__ = ['kept_names', 'meanings', 'orders', 'targets', 'signed_colours', 'eve
            'field_radius', 'as_picture', 'mark_pixel', 'add_colour_bar', 'draw_map', 'varied_channels', 'plot_states',
            'plot_composite', 'plot_gates', 'plot_memory', 'draw_signed', 'plot_influence', 'influence_norm',
            'plot_receptive_fields', 'computed_until', 'animate_wavefront', 'load_image', 'explorer_missing',
-           'ExplorerFigure']
+           'ExplorerFigure', 'StateExplorer']
 
-# %% ../nbs/08_viz.ipynb #ead541fb
+# %% ../nbs/08_viz.ipynb #6f1c64c9
+import base64
+import html
 import io
 import math
 from contextlib import contextmanager
@@ -250,12 +252,12 @@ def impulse_map(
             delta = delta[0, 0, 0, :, None]
             new = new + weight * ((delta * A).exp() * previous + delta * B[0, 0, 0] * v[:, None])
         return new, (new * i.C[0, 0, 0]).sum(-1) + i.D * v
-    entered, put_out = torch.func.jvp(local, (x,), (x,))[1]
+    entered, put_out = [change.detach() for change in torch.func.jvp(local, (x,), (x,))[1]]
     response = carried(states, pixel, channel, order) * entered[channel]
     if of == "state": return response if state is None else response[..., state]
     response = (response * everywhere.C[0]).sum(-1)
     response[row, column] = put_out[channel]
-    return response.detach()
+    return response
 
 # %% ../nbs/08_viz.ipynb #affe448f
 class MemoryCurves(NamedTuple):
@@ -715,13 +717,14 @@ class ExplorerFigure:
 
     def _axes(self):
         "Axes, colour bars and the artists that a choice changes."
-        width, height, left, bottom = 0.185, 0.315, (0.05, 0.285, 0.52, 0.755), (0.575, 0.09)
+        width, height, left, bottom = 0.185, 0.315, (0.055, 0.28, 0.53, 0.765), (0.575, 0.09)
         place = lambda row, column, **kwargs: self.figure.add_axes([left[column], bottom[row], width, height], **kwargs)
         axes = {"picture": place(0, 0), "state": place(0, 1), "step": place(0, 2), "vector": place(0, 3)}
         axes |= {name: place(1, column) for column, name in enumerate(self.titles)}
         for name, ax in axes.items():
             ax.tick_params(labelsize=8)
-            ax.set_anchor("C")
+            if name not in ("picture", "gates fixed", "vector"): ax.tick_params(labelleft=False)
+        axes["vector"].tick_params(labelleft=False, left=False, labelright=True, right=True)
         axes["picture"].set_ylabel("row (pixels)", fontsize=9)
         axes["gates fixed"].set_ylabel("row (pixels)", fontsize=9)
         for name in self.titles: axes[name].set_xlabel("column (pixels)", fontsize=9)
@@ -851,3 +854,92 @@ class ExplorerFigure:
         file = io.BytesIO()
         self.figure.savefig(file, format="png")
         return file.getvalue()
+
+# %% ../nbs/08_viz.ipynb #c2e6a013
+class StateExplorer:
+    """A picture to click on, with menus, sliders and a player: an `ExplorerFigure` in widgets. `figure` is the matplotlib figure, `view` the `ExplorerFigure`.
+
+    Without `ipywidgets` and `ipympl` it shows the figure as it is, and says what to install."""
+    def __init__(
+        self,
+        model: nn.Module,  # a `Mamba2D`
+        picture,  # a path, an array or tensor of pixel values from 0 to 255, or a PIL image
+        size: int | None = None,  # pixels of the picture's sides; None: as it is
+        mean: float | tuple = (0.485, 0.456, 0.406),  # normalisation that the model was trained with; ImageNet's
+        std: float | tuple = (0.229, 0.224, 0.225),
+        **choices,  # what to show first: stage, block, corner, channel, state, of, pixel
+    ):
+        self.view = ExplorerFigure(model, picture, size, mean, std)
+        self.figure = self.view.figure
+        if choices: self.view.choose(**choices)
+        self.missing = explorer_missing()
+        if not self.missing: self._widgets()
+
+    def _widgets(self):
+        "Build the widgets; every change goes through `_guarded`."
+        import ipywidgets as widgets
+        from ipympl.backend_nbagg import Canvas, FigureManager
+        view, model = self.view, self.view.model
+        canvas = Canvas(self.figure)
+        FigureManager(canvas, 0)
+        canvas.header_visible = canvas.footer_visible = canvas.toolbar_visible = canvas.resizable = False
+        canvas.mpl_connect("draw_event", view.draw)
+        canvas.mpl_connect("button_press_event", lambda event: self._guarded(view.click, event))
+        mixers = scanning_mixers(model)
+        menu = lambda options, value, name: widgets.Dropdown(options=options, value=value, description=name, layout=widgets.Layout(width="210px"))
+        slider = lambda value, top, name: widgets.IntSlider(value, 0, top, description=name, layout=widgets.Layout(width="300px"))
+        stages = sorted({stage for stage, _ in mixers})
+        self.controls = controls = {
+            "stage": menu(stages, view.stage, "stage"), "block": menu([b for s, b in mixers if s == view.stage], view.block, "block"),
+            "corner": menu(["its own", "top-left", "bottom-right"], view.corner, "scan from"), "of": menu(list(targets), view.of, "look at"),
+            "channel": slider(view.channel, view.states.x.shape[2] - 1, "channel"), "state": slider(view.state, view.states.h.shape[3] - 1, "state"),
+            "step": slider(sum(view.states.map_size) - 1, sum(view.states.map_size) - 1, "diagonals")}
+        self.player = widgets.Play(min=0, max=controls["step"].max, step=1, interval=80, description="wavefront")
+        self.open_button = widgets.FileUpload(accept="image/*", multiple=False, description="open a picture")
+        self.save_button = widgets.Button(description="save the figure", icon="save")
+        self.message = widgets.HTML(view.describe())
+        self._following = False
+        for name, control in controls.items(): control.observe(lambda change, name=name: self._changed(name, change["new"]), "value")
+        self.player.observe(lambda change: setattr(controls["step"], "value", change["new"]), "value")
+        self.open_button.observe(lambda change: self._guarded(self._open, change["new"]), "value")
+        self.save_button.on_click(lambda button: self._guarded(self.save))
+        rows = [[controls[name] for name in names] for names in (("stage", "block", "corner", "of"), ("channel", "state"))]
+        self.widget = widgets.VBox([widgets.HBox(rows[0]), widgets.HBox([*rows[1], self.open_button]), widgets.HBox([self.player, controls["step"], self.save_button]),
+                                    self.message, canvas])
+
+    def _guarded(self, action, *arguments):
+        "Do something; show what is seen now, or the error, in the widget."
+        try:
+            told = action(*arguments)
+            self.message.value = told if isinstance(told, str) else self.view.describe()
+        except Exception as error: self.message.value = f'<span style="color: #c02020">{html.escape(f"{type(error).__name__}: {error}")}</span>'
+        self._follow()
+
+    def _follow(self):
+        "Make the controls say what is chosen, without answering to that."
+        view, controls, self._following = self.view, self.controls, True
+        controls["block"].options = [block for stage, block in scanning_mixers(view.model) if stage == view.stage]
+        controls["channel"].max, last = view.states.x.shape[2] - 1, sum(view.states.map_size) - 1
+        controls["step"].max = self.player.max = last
+        for name, control in controls.items(): control.value = last if name == "step" and view.step is None else getattr(view, name)
+        self._following = False
+
+    def _changed(self, name, value):
+        if self._following or value is None: return
+        choices = {name: value}
+        if name == "stage": choices["block"] = next(block for stage, block in scanning_mixers(self.view.model) if stage == value)
+        self._guarded(lambda: self.view.choose(**choices))
+
+    def _open(self, files):
+        if files: self.view.open(files[0]["content"])
+
+    def save(self) -> str:
+        "Write the figure as a PNG into the current folder, under a name that is free, and say which."
+        name = next(name for name in ("states.png", *(f"states-{k}.png" for k in range(2, 10000))) if not Path(name).exists())
+        Path(name).write_bytes(self.view.png())
+        return f"saved as {name}"
+
+    def _repr_mimebundle_(self, **kwargs):
+        if self.missing: print(f"To click on this figure, install {' and '.join(self.missing)}: pip install 'mamba2d[explore]'. This is the figure as it is.")
+        bundle = {} if self.missing else self.widget._repr_mimebundle_(**kwargs)
+        return {**bundle, "text/plain": f"StateExplorer({self.view.describe()})", "image/png": base64.b64encode(self.view.png()).decode()}
