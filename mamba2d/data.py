@@ -107,6 +107,7 @@ def digit_canvases(
     size: int = 128,  # pixels of a side
     digits: int = 4,  # on a canvas, the answer included
     fewer: bool = False,  # draw the number of digits of each canvas from 1 to `digits`
+    balanced: bool = True,  # False: the marker is drawn without regard to the answer, which then lies at the lower right more often: an easier lesson
     gap: int = 28,  # pixels between the centres of marker and digits, along the rows or the columns
 ) -> Canvases:
     "Draw digit canvases. Raises `ValueError` naming an argument that cannot be met."
@@ -125,17 +126,20 @@ def digit_canvases(
     markers, places, classes = np.zeros((count, 2), dtype=np.int64), np.full((count, digits, 2), -1), np.full((count, digits), -1)
     for k in range(count):
         present = rng.integers(1, digits + 1) if fewer else digits
-        while True:  # until the centres fit: no digit on another one or near the marker, and one clear answer
-            mark, *centres = rng.integers(digit // 2, size - digit // 2 + 1, (present + 1, 2))
-            centres = np.stack(centres)
-            apart = np.abs(centres[:, None] - centres).max(-1) + size * np.eye(present)
-            steps = centres - mark
-            if apart.min() < digit + 2 or np.abs(steps).max(-1).min() < gap: continue
-            distance = np.where((steps > 0).all(1), steps.sum(1).astype(float), np.inf)
-            nearest, *others = np.argsort(distance)
-            down, right = steps[nearest]
-            if distance[nearest] < np.inf and max(down, right) <= aspect * min(down, right) and all(distance[others] >= margin * distance[nearest]): break
-        markers[k], places[k, :present], classes[k, :present] = mark, centres[[nearest, *others]], rng.permutation(10)[:present]
+        while True:  # until the digits do not touch, and each of them (if not balanced: any) is the answer for some of 300 places of the marker
+            centres = rng.integers(digit, size - digit // 2 + 1, (present, 2))
+            marks = rng.integers(digit // 2, size - digit // 2 + 1, (300, 2))
+            if (np.abs(centres[:, None] - centres).max(-1) + size * np.eye(present)).min() < digit + 2: continue
+            steps = centres - marks[:, None]
+            distance = np.where((steps > 0).all(-1), steps.sum(-1).astype(float), np.inf)
+            nearest, distances = distance.argmin(1), np.sort(np.c_[distance, np.full(300, np.inf)], 1)
+            to_nearest = steps[np.arange(300), nearest]
+            clear = ((distances[:, 0] < np.inf) & (distances[:, 1] >= margin * distances[:, 0]) & (np.abs(steps).max(-1).min(1) >= gap)
+                     & (to_nearest.max(-1) <= aspect * to_nearest.min(-1)))
+            fits = np.flatnonzero(clear & (nearest == rng.integers(present))) if balanced else np.flatnonzero(clear)
+            if len(fits) and (not balanced or len(set(nearest[clear])) == present): break
+        mark, answer = marks[fits[0]], nearest[fits[0]]
+        markers[k], places[k, :present], classes[k, :present] = mark, centres[[answer, *np.delete(range(present), answer)]], rng.permutation(10)[:present]
         for (row, column), label in zip(places[k, :present] - digit // 2, classes[k]):
             pictures[k, 0, row:row + digit, column:column + digit] = scaled[rng.choice(of_class[label])]
         row, column = mark - marker // 2
@@ -156,12 +160,13 @@ def canvas_dls(
     size: int = 128,  # pixels of a side
     digits: int = 4,
     seed: int = 1,  # of the training canvases; the validation canvases are always the same
+    balanced: bool = True,  # as in `digit_canvases`, for both parts
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of (B, 1, size, size) normalised floats and (B,) class numbers
     "Training and validation batches of digit canvases. Raises `ValueError` naming a bad argument."
     if not 1 <= batch_size <= count: raise ValueError(f"batch_size must be between 1 and {count}, the training canvases, got {batch_size}")
-    parts = [_CanvasDataset(digit_canvases(count, seed, size=size, digits=digits, fewer=True)),
-             _CanvasDataset(digit_canvases(valid_count, 0, held_out=True, size=size, digits=digits))]
+    parts = [_CanvasDataset(digit_canvases(count, seed, size=size, digits=digits, fewer=True, balanced=balanced)),
+             _CanvasDataset(digit_canvases(valid_count, 0, held_out=True, size=size, digits=digits, balanced=balanced))]
     transforms = [IntToFloatTensor(), Normalize.from_stats([canvas_mean], [canvas_std], cuda=False)]
     dls = DataLoaders(*(TfmdDL(part, bs=bs, shuffle=k == 0, drop_last=k == 0, num_workers=0, n_inp=1, after_batch=transforms)
                           for k, (part, bs) in enumerate(zip(parts, (batch_size, 2 * batch_size)))), device=default_device() if device is None else torch.device(device))

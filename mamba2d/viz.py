@@ -717,7 +717,7 @@ class ExplorerFigure:
 
     def _axes(self):
         "Axes, colour bars and the artists that a choice changes."
-        width, height, left, bottom = 0.185, 0.315, (0.055, 0.28, 0.53, 0.765), (0.575, 0.09)
+        width, height, left, bottom = 0.183, 0.312, (0.055, 0.275, 0.515, 0.75), (0.575, 0.09)
         place = lambda row, column, **kwargs: self.figure.add_axes([left[column], bottom[row], width, height], **kwargs)
         axes = {"picture": place(0, 0), "state": place(0, 1), "step": place(0, 2), "vector": place(0, 3)}
         axes |= {name: place(1, column) for column, name in enumerate(self.titles)}
