@@ -230,12 +230,11 @@ def impulse_map(
     _check_question(states, pixel, channel, state, of, meaning, order)
     (row, column), back, width = pixel, 1 if states.reverse else -1, states.map_size[1]
     x = states.x[row, column].detach()
-    with torch.no_grad():
-        everywhere = states.scan.inputs(states.x[None])
-        y, h = selective_scan_2d(*(everywhere if order == "wavefront" else everywhere._replace(**{
-            name: getattr(everywhere, name).flatten(1, 2)[:, None] for name in ("x", "delta_t", "delta_l", "B_t", "B_l", "C")})),
-            reverse=states.reverse, return_states=True)
-        h = h.view(*states.map_size, *h.shape[3:])
+    h = states.h if order == "wavefront" else None
+    if h is None:  # not kept: compute it, in the order that is asked for
+        with torch.no_grad():
+            inputs = states.scan.inputs(states.x[None] if order == "wavefront" else states.x.flatten(0, 1)[None, None])
+            h = selective_scan_2d(*inputs, reverse=states.reverse, return_states=True)[1].view(*states.map_size, states.x.shape[2], -1)
     first_row, first_column = [pixel[k] == (side - 1 if states.reverse else 0) for k, side in enumerate(states.map_size)]
     zero = torch.zeros_like(h[0, 0])
     if order == "rows":
@@ -255,7 +254,7 @@ def impulse_map(
     entered, put_out = [change.detach() for change in torch.func.jvp(local, (x,), (x,))[1]]
     response = carried(states, pixel, channel, order) * entered[channel]
     if of == "state": return response if state is None else response[..., state]
-    response = (response * everywhere.C[0]).sum(-1)
+    with torch.no_grad(): response = (response * states.scan.inputs(states.x[None]).C[0]).sum(-1)
     response[row, column] = put_out[channel]
     return response
 
@@ -758,7 +757,7 @@ class ExplorerFigure:
         self.axes["vector"].set_xlabel("state", fontsize=9, labelpad=1)
         self.axes["vector"].axhline(0, color="black", lw=0.6)
         for name, ax in self.axes.items():
-            if name not in self.heads: self.heads[name] = ax.set_title("", fontsize=9, animated=True)
+            if name not in self.heads: self.heads[name] = ax.set_title(self.titles.get(name, ""), fontsize=9, animated=name not in self.titles)
         self.pixel = None
         self._look()
 
@@ -816,7 +815,6 @@ class ExplorerFigure:
         for name in self.titles:
             values = self.impulse if name == "impulse" else self.influence[name].signed
             self._set(name, values.detach().float().cpu().numpy(), influence_norm)
-            self.heads[name].set_text(self.titles[name])
         delta = ((states.delta_t + states.delta_l) / 2)[..., channel].detach().float().cpu().numpy()
         self.maps["step"].set_data(delta)
         self.maps["step"].set_norm(Normalize(0, max(delta.max(), 1e-30)))
