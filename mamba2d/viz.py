@@ -595,9 +595,9 @@ def plot_receptive_fields(
 ) -> Figure:
     "Receptive fields on a logarithmic scale over four decades, each with the circle that holds a share of it."
     if axes is None:
-        columns = min(4, len(fields))
+        columns = min(5, len(fields))
         rows = -(-len(fields) // columns)
-        axes = plt.subplots(rows, columns, figsize=(2.9 * columns + 0.8, 3.1 * rows), constrained_layout=True, squeeze=False)[1]
+        axes = plt.subplots(rows, columns, figsize=(min(2.9 * columns + 0.8, 12), (3.1 if columns < 5 else 2.9) * rows), constrained_layout=True, squeeze=False)[1]
     axes = np.asarray(axes, dtype=object).ravel()
     for ax in axes[len(fields):]: ax.axis("off")
     for ax, (title, field) in zip(axes, fields.items()):
@@ -839,6 +839,7 @@ class ExplorerFigure:
     def draw(self, event=None):
         "Redraw what has changed over the background; take a new background after the whole figure was drawn (`event`)."
         canvas = self.figure.canvas
+        if canvas.is_saving(): return  # to a file: everything is drawn anyway
         if event is not None: self.background = canvas.copy_from_bbox(self.figure.bbox)
         if self.background is None: return
         canvas.restore_region(self.background)

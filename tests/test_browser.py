@@ -16,13 +16,6 @@ from gates import copy_of_project
 pytestmark = pytest.mark.browser
 tutorial = "22_tutorial.inside.ipynb"
 chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
-if chromium is None: pytest.skip("there is no Chromium or Chrome on this machine: the clickable figure was not tested", allow_module_level=True)
-for package in ("playwright", "ipywidgets", "ipympl", "jupyterlab"):
-    pytest.importorskip(package, reason=f"{package} is not installed (make test-browser installs it): the clickable figure was not tested")
-
-from jupyter_client import BlockingKernelClient  # noqa: E402: comes with JupyterLab
-from playwright.sync_api import sync_playwright  # noqa: E402
-
 # a second figure, at 224 pixels, whose clicks are timed; and what a browser would not know: the colours that a map should have, from the library's own functions
 added_cells = [
     """from sklearn.datasets import load_sample_image
@@ -116,6 +109,7 @@ class Lab:
             assert time.monotonic() < deadline, "the notebook did not run to its end"
             time.sleep(0.3)
         connection = next(self.runtime.glob("kernel-*.json"))
+        from jupyter_client import BlockingKernelClient  # comes with JupyterLab
         self.kernel = BlockingKernelClient(connection_file=str(connection))
         self.kernel.load_connection_file()
         self.kernel.start_channels()
@@ -138,6 +132,10 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
+    if chromium is None: pytest.skip("there is no Chromium or Chrome on this machine: the clickable figure was not tested")
+    for package in ("ipywidgets", "ipympl", "jupyterlab", "playwright"):
+        pytest.importorskip(package, reason=f"{package} is not installed (make test-browser installs it): the clickable figure was not tested")
+    from playwright.sync_api import sync_playwright
     folder = tmp_path_factory.mktemp("lab")
     (folder / "project").mkdir()
     with sync_playwright() as playwright:
@@ -291,5 +289,5 @@ def test_fast_clicks_end_at_the_last_one(lab):
 
 
 def test_nothing_was_an_error(lab):
-    assert not lab.errors, "\n".join(lab.errors)
+    assert not lab.errors, "\n".join(lab.errors)  # of the page and on its console
     assert not lab.page.locator('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]').count()
