@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DESCRIPTION := settings.ini setup.py constraints.txt
 
-.PHONY: help demo lab test test-slow prepare clean
+.PHONY: help demo lab test test-browser test-slow prepare clean
 help:
 	@echo "make demo       install and train M2D-N on scikit-learn's digits: weights, curves and predictions in runs/demo"
 	@echo "make lab        install and open JupyterLab on the notebooks"
 	@echo "make test       install and check: notebooks clean, library and README in sync, every notebook and test runs"
+	@echo "make test-browser  the clickable figure in JupyterLab and a real Chromium, which it installs where it can"
 	@echo "make test-slow  the cells and tests marked slow"
 	@echo "make prepare    after editing notebooks: export the library, clean the notebooks, write the README"
 	@echo "make clean      remove what the other targets made"
@@ -38,11 +39,22 @@ lab: $(VENV)/.development
 test: $(VENV)/.development
 	$(BIN)/python tests/gates.py all
 
+$(VENV)/.browser: $(VENV)/.development
+	$(INSTALL) -e ".[dev,browser]"
+	@touch $@
+
+test-browser: $(VENV)/.browser
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name > /dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "installing Chromium through apt-get"; apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null; \
+	else echo "there is no Chromium, and it cannot be installed here (that takes apt-get, as root): install Chromium or Chrome to run this test"; fi || true
+	$(BIN)/python -m pytest -q -rs -m browser tests
+
 test-slow: $(VENV)/.development
 	$(BIN)/python tests/gates.py slow
 
 prepare: $(VENV)/.development
-	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python tests/gates.py write-readme
+	$(BIN)/nbdev_export && $(BIN)/python tests/gates.py keep-pictures && $(BIN)/nbdev_clean && $(BIN)/python tests/gates.py write-readme
 
 clean:
 	rm -rf $(VENV) _proc build dist *.egg-info runs

@@ -78,3 +78,14 @@ def test_nothing_of_the_development_extra_is_imported(installed, tmp_path):
             "    if m.name != 'csrc': importlib.import_module('mamba2d.' + m.name)\n"
             "print([m for m in ('nbdev', 'jupyterlab', 'pytest', 'execnb') if m in sys.modules])")
     assert in_installed(installed, tmp_path, code).strip().endswith("[]")
+
+
+def test_the_extra_for_clicking_is_declared_and_not_needed(packages, installed, tmp_path):
+    with zipfile.ZipFile(packages["wheel"]) as wheel: metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
+    for package in ("ipywidgets", "ipympl"): assert any(line.startswith(f"Requires-Dist: {package}") and 'extra == "explore"' in line for line in metadata.splitlines())
+    code = ("import sys; sys.modules.update(ipywidgets=None, ipympl=None); import importlib.util, mamba2d.viz as viz; find = importlib.util.find_spec; "
+            "importlib.util.find_spec = lambda name, *rest: None if name in ('ipywidgets', 'ipympl') else find(name, *rest); "
+            "import numpy as np; from mamba2d.backbone import Mamba2D; model = Mamba2D(depths=(1,), dims=(16,), mixers=('m2d',)); "
+            "print(sorted(viz.StateExplorer(model, np.zeros((32, 32, 3)))._repr_mimebundle_()))")
+    output = in_installed(installed, tmp_path, code)
+    assert "pip install 'mamba2d[explore]'" in output and output.strip().endswith("['image/png', 'text/plain']")
