@@ -35,8 +35,8 @@ setup(
     package_data={"mamba2d.csrc": ["*"]} if sources else {},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={"explore": settings["explore_requirements"].split(), "browser": settings["browser_requirements"].split(),
-                    "dev": settings["dev_requirements"].split() + settings["explore_requirements"].split()},
+    extras_require={"dev": [name for extra in ("dev", "explore", "log") for name in settings[f"{extra}_requirements"].split()],
+                    **{extra: settings[f"{extra}_requirements"].split() for extra in ("explore", "log", "browser")}},
     entry_points={
         "console_scripts": [line for line in settings["console_scripts"].split()],
         "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
