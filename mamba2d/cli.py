@@ -81,7 +81,7 @@ def train_parser(prog: str = "mamba2d-train") -> argparse.ArgumentParser:
     recipe.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
     recipe.add_argument("--set", type=_field, action="append", default=[], metavar="NAME=VALUE", help="any other field of the recipe (see --print-recipe); may be repeated")
     run = parser.add_argument_group("run")
-    run.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/DATA-SIZE); a run that it holds goes on")
+    run.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/DATA-SIZE, with --fast-dev-run runs/try-DATA-SIZE, always anew); a run that it holds goes on")
     run.add_argument("--overwrite", action="store_true", help="begin anew, whatever --out holds of a run")
     run.add_argument("--checkpoint-minutes", type=_at_least(0, float), default=None, metavar="M", help="checkpoints within an epoch as well, M minutes apart")
     run.add_argument("--max-bad-steps", type=_at_least(0), default=0, metavar="N", help="skip so many steps whose loss or gradient is not finite before giving up (default: 0)")
@@ -219,9 +219,10 @@ def _train(args):
     for kind in ("tensorboard", "wandb"):
         if getattr(args, kind):
             try: __import__(kind)
-            except ImportError: raise _Mistake(f"argument --{kind}: the package {kind} is not installed; pip install {kind}") from None
+            except ImportError: raise _Mistake(f"argument --{kind}: the package {kind} is not installed; pip install mamba2d[log]") from None
     processes = _join(args.device)
-    out = Path(args.out or f"runs/{Path(data).resolve().name if data != 'digits' else data}-{size}")
+    out = Path(args.out or f"runs/{'try-' if args.fast_dev_run else ''}{Path(data).resolve().name if data != 'digits' else data}-{size}")
+    overwrite = args.overwrite or bool(args.fast_dev_run and not args.out)
     published = recipe.effective_batch is not None and args.effective_batch is None and name in recipes
     batch_size = args.batch_size or (128 if published else 64)
     if args.fast_dev_run and recipe.effective_batch:
@@ -241,7 +242,7 @@ def _train(args):
     try:
         with learn.no_bar(), learn.no_logging():
             result = train_run(learn, out, {"size": size, "num_classes": dls.c, **source}, {"layout": dls.layout, "broken": len(dls.broken), "batch_size": batch_size, "weights": args.weights},
-                               overwrite=args.overwrite, processes=processes, checkpoint_minutes=args.checkpoint_minutes, limit=args.fast_dev_run, max_bad_steps=args.max_bad_steps,
+                               overwrite=overwrite, processes=processes, checkpoint_minutes=args.checkpoint_minutes, limit=args.fast_dev_run, max_bad_steps=args.max_bad_steps,
                                dashboards=boards, show_progress=True)
     except (RunInUse, ValueError) as error: raise _Mistake(str(error)) from error
     except StopRequested as stop: _end(processes, StopRequested.exit_code, f"mamba2d-train: {stop}")
