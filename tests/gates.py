@@ -171,12 +171,13 @@ def gate_tests(budget, marks, counts):
 
 
 def keep_pictures():
-    "Take saved widgets, which show nothing without the kernel that made them, out of the notebooks; their pictures stay."
+    "Take saved widgets and their state, which show nothing without the kernel that made them, out of the notebooks; their pictures stay."
     for path in notebooks():
         notebook = json.loads(path.read_text())
         views = [o["data"] for c in notebook["cells"] for o in c.get("outputs", []) if widget_view in o.get("data", {})]
         for data in views: del data[widget_view]
-        if views: path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        state = notebook["metadata"].pop("widgets", None)
+        if views or state: path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(what):
