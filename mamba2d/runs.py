@@ -263,9 +263,8 @@ class KeepRun(Callback):
         if stop: self.stop()
 
     def after_epoch(self):
-        history = self.follow_recipe.reached.history
-        metric = list(history[-1])[3]
-        self.save(best=history[-1][metric] > max((row[metric] for row in history[:-1]), default=-1.))
+        scores = [row.get("accuracy", -row["valid_loss"]) for row in self.follow_recipe.reached.history]
+        self.save(best=all(scores[-1] > earlier for earlier in scores[:-1]))
         if self.processes.rank == 0: self.guard(self.draw)
         if self.processes.sum(self.asked_to_stop is not None)[0]: self.stop()
 
