@@ -30,7 +30,6 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.core import PILImage, TensorImageBW, imagenet_stats
-from fastprogress import progress_bar
 from fasttransform import Transform
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy.special import betaincinv
@@ -40,6 +39,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
 from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
 # %% ../nbs/05_data.ipynb #3d7cb13a
 class BrokenPicture(OSError):
@@ -596,7 +596,7 @@ def check_images(
     files = [str(file) for file in files]
     loader = DataLoader(_Check(files), batch_size=32, num_workers=_cores() if num_workers is None else num_workers, collate_fn=list,
                         generator=torch.Generator(), worker_init_fn=_start_worker)
-    reasons = [reason for batch in (progress_bar(loader) if progress else loader) for reason in batch]
+    reasons = [reason for batch in tqdm(loader, unit="batch", disable=not progress) for reason in batch]
     return {file: reason for file, reason in zip(files, reasons) if reason}
 
 class OpenPicture(Transform):
