@@ -42,7 +42,15 @@ import mamba2d
 from .scan import available_backends
 from .training import Evaluation, Processes, accuracies, divide, evaluate
 
-# %% ../nbs/06a_runs.ipynb #67e21b7b
+# %% ../nbs/06a_runs.ipynb #42ee5497
+def _also_as(path, name):
+    "Give the file `path` another name as well, in the same folder, at once or not at all."
+    spare = path.with_name(f".{Path(name).name}.{os.getpid()}.tmp")
+    spare.unlink(missing_ok=True)
+    try: os.link(path, spare)
+    except OSError: shutil.copyfile(path, spare)  # a file system without links
+    os.replace(spare, name)
+
 def write_safely(
     path: str | Path,
     write,  # called with a binary file that is open for writing
@@ -60,12 +68,7 @@ def write_safely(
         except RuntimeError as error:  # torch.save's way of saying so
             if "write" not in str(error) and "writing" not in str(error): raise
             raise OSError(errno.EIO, f"could not be written: {str(error).splitlines()[0]}", str(path)) from error
-        if keep is not None and path.exists():
-            spare = path.with_name(f".{Path(keep).name}.{os.getpid()}.tmp")
-            spare.unlink(missing_ok=True)
-            try: os.link(path, spare)
-            except OSError: shutil.copyfile(path, spare)  # a file system without links
-            os.replace(spare, keep)
+        if keep is not None and path.exists(): _also_as(path, keep)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -167,8 +170,8 @@ def plot_curves(
     left.legend(fontsize=8)
     middle.plot(done, [100 * a for a in epochs["accuracy"]], marker=".", color="tab:green")
     middle.set(ylabel="validation accuracy (%)", title=f"accuracy: {100 * epochs['accuracy'][-1]:.1f} % after epoch {len(done)}")
-    source, label = (steps, "epoch") if steps else (epochs, "epoch")
-    right.plot(source[label], source["lr"], color="tab:purple")
+    source = steps or epochs
+    right.plot(source["epoch"], source["lr"], color="tab:purple")
     right.set(ylabel="learning rate", title="learning rate")
     for axis in (left, middle, right):
         axis.set_xlabel("epochs")
@@ -285,12 +288,7 @@ class KeepRun(Callback):
         content = {"format": 1, "identity": self.identity, "config": self.config, **self.recipe_state()}
         write_safely(folder / "last.pth", lambda file: torch.save(content, file), keep=folder / "previous.pth")
         self.follow_recipe.last_checkpoint = str(folder / "last.pth")
-        if best:
-            spare = folder / f".best.pth.{os.getpid()}.tmp"
-            spare.unlink(missing_ok=True)
-            try: os.link(folder / "last.pth", spare)
-            except OSError: shutil.copyfile(folder / "last.pth", spare)
-            os.replace(spare, folder / "best.pth")
+        if best: _also_as(folder / "last.pth", folder / "best.pth")
         for name, rows in (("history.csv", reached.history), ("steps.csv", reached.steps)):
             if rows: write_safely(self.folder / name, lambda file: file.write(_csv(rows)))
 

@@ -19,6 +19,7 @@ import random
 import resource
 import time
 import tomllib
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -295,6 +296,7 @@ class PrepareModel(Callback):
         self.wrapped = torch.compile(self.bare) if self.choices.compile else self.bare
         if self.processes.world > 1:
             device = next(self.bare.parameters()).device
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)  # of depthwise convolutions; costs a copy of few numbers
             self.wrapped = DistributedDataParallel(self.wrapped, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.learn.model, self.skipped = self.wrapped, False
 
@@ -383,16 +385,17 @@ class FollowRecipe(Callback):
         self,
         recipe,
         processes,
+        accumulate,  # batches per step, from `divide`
         resume=None,  # what `state` returned in another fit
         limit=None,  # steps of an epoch, and batches of a validation, at most
         max_bad_steps=0,  # so many steps that are not finite are skipped
     ):
-        self.choices, self.processes, self.restored, self.limit, self.max_bad_steps = recipe, processes, resume, limit, max_bad_steps
+        self.choices, self.processes, self.accumulate, self.restored, self.limit, self.max_bad_steps = recipe, processes, accumulate, resume, limit, max_bad_steps
         self.reached, self.problem, self.last_checkpoint = Progress(**resume["progress"]) if resume else Progress(), None, None
 
     def before_fit(self):
         loader = self.dls.train
-        self.keyed, self.accumulate = isinstance(loader, KeyedDL), divide(self.dls, self.choices, self.processes)
+        self.keyed = isinstance(loader, KeyedDL)
         self.epoch_steps = min(len(loader) // self.accumulate, self.limit or len(loader))
         self.rate = recipe_schedule(self.choices)
         self.trained, self.micro = [p for p in self.learn.model.parameters() if p.requires_grad], 0
@@ -402,7 +405,7 @@ class FollowRecipe(Callback):
 
     def before_train(self):
         if self.keyed: self.dl.start(self.reached.epoch, self.reached.step * self.accumulate)
-        self.since, self.asked = (time.perf_counter(),) * 2
+        self.asked = time.perf_counter()
 
     def before_batch(self):
         reached = self.reached
@@ -447,7 +450,7 @@ class FollowRecipe(Callback):
 
     def after_batch(self):
         now = time.perf_counter()
-        self.reached.seconds, self.since, self.asked = self.reached.seconds + now - self.since, now, now
+        self.reached.seconds, self.asked = self.reached.seconds + now - self.asked, now
         if self.micro == self.accumulate: self.micro, self.reached.step = 0, self.reached.step + 1
 
     @property
@@ -506,12 +509,12 @@ def fit_recipe(
     recipe = getattr(self, "recipe", None)
     if recipe is None: raise ValueError("fit_recipe needs a learner made by mamba2d_learner")
     processes = Processes() if processes is None else processes
-    divide(self.dls, recipe, processes)  # says what does not fit before anything happens
+    accumulate = divide(self.dls, recipe, processes)  # says what does not fit before anything happens
     on_gpu = torch.device(self.dls.device).type == "cuda"
     set_seed(recipe.seed, reproducible=not on_gpu)
     if isinstance(self.dls.train, KeyedDL): self.dls.train.seed = recipe.seed
     else: self.dls.train.rng = random.Random(recipe.seed)  # fastai's own loaders draw their order from a generator of their own
-    prepare, follow = PrepareModel(recipe, processes, resume, limit), FollowRecipe(recipe, processes, resume, limit, max_bad_steps)
+    prepare, follow = PrepareModel(recipe, processes, resume, limit), FollowRecipe(recipe, processes, accumulate, resume, limit, max_bad_steps)
     precision = [MixedPrecision(AMPMode.BF16)] if recipe.precision == "bf16" and on_gpu else []
     finished = False
     try:
