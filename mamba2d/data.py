@@ -18,6 +18,7 @@ import io
 import os
 import random
 import tempfile
+import time
 import warnings
 from operator import itemgetter
 from pathlib import Path
@@ -27,6 +28,7 @@ import fastai.vision.data  # registers how `show_batch` draws pictures
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.load import _loaders
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
 from fastai.vision.core import PILImage, TensorImageBW, imagenet_stats
@@ -124,6 +126,7 @@ class KeyedDL(TfmdDL):
         if seed < 0: raise ValueError(f"seed must be a whole number of at least 0, got {seed}")
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         self.epoch = self.first_batch = 0
+        self.waited = 0.
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, drop_last=shuffle if drop_last is None else drop_last, **kwargs)
         self.fake_l.generator = torch.Generator()  # torch's iterators draw a number that nobody uses: not from the global generator
 
@@ -191,8 +194,21 @@ class KeyedDL(TfmdDL):
         return to_detach(b, cpu=cpu, gather=False)
 
     def __iter__(self):
-        try: yield from super().__iter__()
+        "fastai's, but the host does not wait while a batch is copied to a GPU; `waited` is how many seconds the last batch had to be waited for."
+        self.randomize()
+        self.before_iter()
+        self._DataLoader__idxs = self.get_idxs()  # where fastai's sampler looks
+        asked = time.perf_counter()
+        try:
+            for batch in _loaders[self.fake_l.num_workers == 0](self.fake_l):
+                self.waited = time.perf_counter() - asked
+                if isinstance(batch, list): batch = tuple(batch)  # pinning memory makes lists of tuples
+                if self.device is not None: batch = to_device(batch, self.device, non_blocking=self.device.type == "cuda")
+                yield self.after_batch(batch)
+                asked = time.perf_counter()
         except BrokenPicture as error: raise BrokenPicture(str(error).strip().rpartition("BrokenPicture: ")[2]) from None  # without a worker's traceback
+        self.after_iter()
+        if hasattr(self, "it"): del self.it
         self.epoch, self.first_batch = self.epoch + 1, 0
 
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):

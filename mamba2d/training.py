@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipes', 'Recipe', 'decays', 'layer_groups', 'LayerGroupAdamW', 'recipe_schedule', 'FirstProcessFailed', 'Processes',
-           'mamba2d_learner', 'PrepareModel', 'Progress', 'random_state', 'set_random_state', 'divide', 'FollowRecipe',
-           'RecordEpochs', 'scan_silenced', 'Evaluation', 'evaluate', 'accuracies']
+           'mamba2d_learner', 'PrepareModel', 'Progress', 'random_state', 'set_random_state', 'divide', 'StepLoss',
+           'FollowRecipe', 'RecordEpochs', 'scan_silenced', 'Evaluation', 'evaluate', 'accuracies']
 
 # %% ../nbs/06_training.ipynb #29076e00
 import contextlib
@@ -26,12 +26,13 @@ from pathlib import Path
 import fastai.vision.learner  # registers how `show_results` draws pictures
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
-from fastai.learner import Learner
+from fastai.learner import AvgSmoothLoss, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper, set_item_pg
@@ -378,6 +379,14 @@ def divide(dls, recipe: Recipe, processes: Processes) -> int:
     elif len(loader) < wanted // share: raise ValueError(f"effective_batch must be at most {len(loader) * share}, what an epoch has, got {wanted}")
     return wanted // share
 
+class StepLoss(AvgSmoothLoss):
+    "fastai's smooth loss, of steps: their losses are on the host already, and to fetch each batch's would wait for the GPU every time."
+    def accumulate(self, learn):
+        loss = learn.follow_recipe.step_loss
+        if loss is None: return
+        self.count += 1
+        self.val = torch.lerp(torch.tensor(loss), self.val, self.beta)
+
 class FollowRecipe(Callback):
     "Schedule, accumulation, mixing, clipping and keyed randomness; counts and records in `reached`."
     order, run_valid = 5, False  # before fastai's MixedPrecision
@@ -410,7 +419,8 @@ class FollowRecipe(Callback):
     def before_batch(self):
         reached = self.reached
         if reached.step == self.epoch_steps: raise CancelTrainException
-        reached.waited += time.perf_counter() - self.asked
+        self.step_loss = None
+        reached.waited += self.dl.waited if self.keyed else time.perf_counter() - self.asked
         batch = reached.step * self.accumulate + self.micro
         if self.micro == 0:
             self.opt.set_hypers(lr=self.rate(self.steps_done / self.steps_in_all))
@@ -436,6 +446,7 @@ class FollowRecipe(Callback):
         loss = self.processes.sum(loss)[0] / self.processes.world
         reached, number = self.reached, self.steps_done + 1
         if math.isfinite(loss) and math.isfinite(norm):
+            self.step_loss = loss
             reached.losses, reached.norms, reached.counted = reached.losses + loss, reached.norms + norm, reached.counted + 1
             if number % max(1, self.steps_in_all // 2000) == 0 or number == self.steps_in_all:
                 reached.steps.append({"step": number, "epoch": reached.epoch + reached.step / self.epoch_steps, "loss": loss, "lr": self.present_rate, "grad_norm": norm})
@@ -516,11 +527,16 @@ def fit_recipe(
     else: self.dls.train.rng = random.Random(recipe.seed)  # fastai's own loaders draw their order from a generator of their own
     prepare, follow = PrepareModel(recipe, processes, resume, limit), FollowRecipe(recipe, processes, accumulate, resume, limit, max_bad_steps)
     precision = [MixedPrecision(AMPMode.BF16)] if recipe.precision == "bf16" and on_gpu else []
-    finished = False
+    recorder = vars(self.recorder)  # fastai warns of an assignment, since the learner has an attribute of that name too
+    finished, smooth_loss, recorder["smooth_loss"] = False, self.recorder.smooth_loss, StepLoss()
     try:
-        self.fit(recipe.epochs - follow.reached.epoch, lr=recipe.lr, wd=recipe.weight_decay, cbs=[prepare, follow, RecordEpochs(follow), *precision, *(cbs or [])])
+        # the compiler, which looks at this at the first batch, computes elementwise functions again in the backward pass instead of keeping their results (09_bench)
+        with torch._functorch.config.patch(activation_memory_budget=0.95) if recipe.compile else contextlib.nullcontext():
+            self.fit(recipe.epochs - follow.reached.epoch, lr=recipe.lr, wd=recipe.weight_decay, cbs=[prepare, follow, RecordEpochs(follow), *precision, *(cbs or [])])
         finished = follow.reached.epoch == recipe.epochs
-    finally: prepare.unwrap(self, finished)
+    finally:
+        prepare.unwrap(self, finished)
+        recorder["smooth_loss"] = smooth_loss
     self.reached = follow.reached
     if follow.problem: raise follow.problem
 
