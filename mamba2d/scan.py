@@ -305,8 +305,8 @@ class scan_backend:
 def _kernels_for(backend, x, A_t):
     "The `ScanKernels` that shall compute this problem, None for the reference; raises if a forced backend cannot."
     if backend == "reference": return None
-    _require_backend(backend)
-    name = x.device.type if backend == "auto" else backend
+    if backend != "auto": _require_backend(backend)
+    name = backend if backend != "auto" else "cuda" if x.is_cuda else x.device.type  # the text takes longer
     kernels = _kernels.get(name)
     if kernels is None: return None
     reason = kernels.why_not(x, A_t)
