@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager
+from ctypes import byref, c_char_p, c_void_p
 from functools import lru_cache
 from importlib.util import find_spec
 from operator import add
@@ -447,7 +448,7 @@ class _Kernel:
     def __call__(self, grid, block, shared, stream, arguments):
         "Start the kernel on `stream` with the bytes of its one argument."
         # the driver has read the bytes and the pointer to them when it returns
-        call = self.function, grid, 1, 1, block, 1, 1, shared, ctypes.c_void_p(stream), ctypes.byref(ctypes.c_char_p(arguments)), None
+        call = self.function, grid, 1, 1, block, 1, 1, shared, c_void_p(stream), byref(c_char_p(arguments)), None
         status = self.launch(*call)
         if status: self.try_again(status, f"starting {self.name}", self.launch, *call)
 
@@ -621,18 +622,19 @@ def _allocate_room(plan, x, stream):
 
 def cuda_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward):
     "(y, h, saved) of the 2D selective scan by the CUDA kernel; h and saved are empty unless asked for."
-    inputs, options = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l), (delta_softplus, reverse, return_states, for_backward)
     device = x.device.index
     if device != torch._C._cuda_getDevice():
-        with torch.cuda.device(device): return cuda_forward(*inputs, *options)
+        with torch.cuda.device(device):
+            return cuda_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    pointers, layout = _look_at(*inputs, y)
-    key = layout, device, options
+    pointers, layout = _look_at(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, y)
+    key = layout, device, delta_softplus, reverse, return_states, for_backward
     plan = _plans.get(key)
     if plan is None:
-        copies = _dense_copies(inputs)
+        tensors, options = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l), key[2:]
+        copies = _dense_copies(tensors)
         if copies: return cuda_forward(*copies, *options)
-        plan = _plan_forward(inputs, y, key, *options, layout[2], device)
+        plan = _plan_forward(tensors, y, key, *options, layout[2], device)
     h, saved = x.new_empty(plan.h_shape, dtype=plan.real), x.new_empty(plan.kept_shape, dtype=torch.float32)
     if plan.grid:
         stream = _stream(device)
