@@ -583,6 +583,7 @@ def _plan_forward(tensors, y, key, softplus, reverse, return_states, for_backwar
     plan.flags = plan.grid + 1 if plan.strips > 1 else 0
     plan.room = plan.images * plan.width * plan.channels_padded * padded_n * size if plan.strips > 1 else 0
     plan.h_shape, plan.kept_shape = (*y.shape, plan.n) if return_states else 0, plan.saved_shape if for_backward else 0
+    plan.like_h, plan.like_saved = y.new_empty(0, dtype=plan.real), y.new_empty(0, dtype=torch.float32)  # naming the dtype at every call would take longer
     image = plan.images, plan.height, plan.width
     out, states = _dense_strides(*image, plan.channels), _dense_strides(*image, plan.channels * plan.n)
     _finish_plan(plan, reverse, tensors, (out, states), ((out, y.element_size()), (states, size), *((None, 0),) * 3))
@@ -635,13 +636,12 @@ def cuda_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, de
         copies = _dense_copies(tensors)
         if copies: return cuda_forward(*copies, *options)
         plan = _plan_forward(tensors, y, key, *options, layout[2], device)
-    h, saved = x.new_empty(plan.h_shape, dtype=plan.real), x.new_empty(plan.kept_shape, dtype=torch.float32)
+    h, saved = plan.like_h.new_empty(plan.h_shape), plan.like_saved.new_empty(plan.kept_shape)
     if plan.grid:
         stream = _stream(device)
         room, flags, handover = _allocate_room(plan, x, stream) if plan.scratch else (None, 0, 0)
         pointers = *pointers, h.data_ptr(), saved.data_ptr(), handover, flags
-        if plan.offsets: pointers = map(add, pointers, plan.offsets)
-        plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*pointers) + plan.tail)
+        plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*(map(add, pointers, plan.offsets) if plan.offsets else pointers)) + plan.tail)
     return y, h, saved
 
 def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
@@ -698,8 +698,7 @@ def cuda_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_b
     partial = handover + plan.handover
     out = [g.data_ptr() for g in grads]
     pointers = *pointers, saved.data_ptr(), out[0], out[1], out[2], out[5], out[6], out[7], partial, handover, partial + plan.partial, flags
-    if plan.offsets: pointers = map(add, pointers, plan.offsets)
-    plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*pointers) + plan.tail)
+    plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*(map(add, pointers, plan.offsets) if plan.offsets else pointers)) + plan.tail)
     plan.sum_kernel(plan.sum_grid, 512, 0, stream, plan.sum_pack(partial, out[3], out[4], out[8], out[9], out[10], *plan.sum_tail))
     return tuple(grads)
 

@@ -383,7 +383,7 @@ def _autograd_backward(ctx, grad_y, grad_h, grad_saved):
     inputs = ctx.saved_tensors
     if grad_y is None: return (None,) * 16
     grads = _operators.scan_backward(grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
-    return (*(g if wanted and t is not None else None for g, t, wanted in zip(grads, inputs, ctx.needs_input_grad)), *(None,) * 5)
+    return (*[g if wanted and t is not None else None for g, t, wanted in zip(grads, inputs, ctx.needs_input_grad)], None, None, None, None, None)
 
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("selective_scan_2d has no second derivative; selective_scan_2d_ref can be differentiated twice")
