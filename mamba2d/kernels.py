@@ -284,7 +284,8 @@ def _driver():
     try: library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
     except OSError as error: raise KernelError(f"there is no CUDA driver here ({error})") from None
     p, i = ctypes.c_void_p, ctypes.c_int
-    # cuLaunchKernel, cuMemsetD32Async: without, since checking them would take longer than the call; addresses are handed over as c_void_p
+    # none for cuLaunchKernel: looking at its arguments' types would take longer than the call, so its caller hands over addresses as ctypes' pointers
+    library.cuMemsetD32Async.argtypes = [p, ctypes.c_uint, ctypes.c_size_t, p]
     library.cuModuleLoadData.argtypes = [p, p]
     library.cuCtxGetCurrent.argtypes, library.cuCtxSetCurrent.argtypes = [p], [p]
     library.cuModuleGetFunction.argtypes = [p, p, ctypes.c_char_p]
@@ -616,7 +617,7 @@ def _allocate_room(plan, x, stream):
     room = x.new_empty(plan.scratch, dtype=torch.uint8)
     flags = room.data_ptr()
     if plan.counters:
-        clear, call = _driver().cuMemsetD32Async, (ctypes.c_void_p(flags), 0, ctypes.c_size_t(plan.flags), ctypes.c_void_p(stream))
+        clear, call = _driver().cuMemsetD32Async, (flags, 0, plan.flags, stream)
         status = clear(*call)
         if status: plan.kernel.try_again(status, "clearing the counters", clear, *call)
     return room, flags, flags + plan.counters
