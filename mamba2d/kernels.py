@@ -22,8 +22,10 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager
+from ctypes import byref, c_char_p, c_void_p
 from functools import lru_cache
 from importlib.util import find_spec
+from operator import add
 from pathlib import Path
 from typing import NamedTuple
 
@@ -281,9 +283,9 @@ def _driver():
     "The CUDA driver library; raises `KernelError`."
     try: library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
     except OSError as error: raise KernelError(f"there is no CUDA driver here ({error})") from None
-    c, p, u, i = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
-    library.cuLaunchKernel.argtypes = [p, u, u, u, u, u, u, u, p, p, p]
-    library.cuMemsetD32Async.argtypes = [p, u, c, p]
+    p, i = ctypes.c_void_p, ctypes.c_int
+    # none for cuLaunchKernel: looking at its arguments' types would take longer than the call, so its caller hands over addresses as ctypes' pointers
+    library.cuMemsetD32Async.argtypes = [p, ctypes.c_uint, ctypes.c_size_t, p]
     library.cuModuleLoadData.argtypes = [p, p]
     library.cuCtxGetCurrent.argtypes, library.cuCtxSetCurrent.argtypes = [p], [p]
     library.cuModuleGetFunction.argtypes = [p, p, ctypes.c_char_p]
@@ -427,9 +429,7 @@ def _card(index):
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or {75: 65536, 80: 166912, 87: 166912, 90: 232448, 100: 232448, 103: 232448}.get(capability, 101376)
     return capability, shared, properties.multi_processor_count
 
-# %% ../nbs/00_kernels.ipynb #3b13f7e0
-_one_argument = ctypes.c_char_p * 1
-
+# %% ../nbs/00_kernels.ipynb #b60dec06
 class _Kernel:
     "A kernel loaded on one device, ready to be started."
     def __init__(self, code, name):
@@ -448,15 +448,15 @@ class _Kernel:
 
     def __call__(self, grid, block, shared, stream, arguments):
         "Start the kernel on `stream` with the bytes of its one argument."
-        # the driver reads the array of pointers to arguments before it returns
-        status = self.in_context(self.launch, self.function, grid, 1, 1, block, 1, 1, shared, stream, _one_argument(arguments), None)
-        if status: _check_driver(status, f"starting {self.name}")
+        # the driver has read the bytes and the pointer to them when it returns
+        call = self.function, grid, 1, 1, block, 1, 1, shared, c_void_p(stream), byref(c_char_p(arguments)), None
+        status = self.launch(*call)
+        if status: self.try_again(status, f"starting {self.name}", self.launch, *call)
 
-    def in_context(self, call, *arguments):
-        "The status of a call of the driver, in the kernel's context if the thread (one of autograd's, say) has none yet."
-        status = call(*arguments)
-        if status == 201 and not _driver().cuCtxSetCurrent(self.context): status = call(*arguments)
-        return status
+    def try_again(self, status, what, function, *arguments):
+        "Call a function of the driver in the kernel's context if it failed since the thread (one of autograd's, say) has none yet."
+        if status == 201 and not _driver().cuCtxSetCurrent(self.context): status = function(*arguments)
+        _check_driver(status, what)
 
 _loaded, _loading = {}, threading.Lock()
 
@@ -486,12 +486,16 @@ def _dense_strides(b, h, w, c):
     "Strides of a contiguous tensor (b, h, w, c)."
     return h * w * c, w * c, c, 1
 
+def _strides_of(tensor):
+    "Strides of a tensor (B, H, W, ...) as plans see them: those of dimensions of size 1 say nothing."
+    return _dense_strides(*tensor.shape) if tensor.is_contiguous() else tensor.stride()
+
 class _Plan:
     "Everything about a call that depends only on shapes, strides, dtypes and options."
 
 _plans = {}
 _wide, _narrow = (0, 1, 2), (5, 6, 7)  # which inputs have E channels in their last dimension, and which N
-forward_tile_override = {}  # for measurements: rows, warps, channels_per_thread of the forward pass
+forward_tile_override = {}  # for measurements (clear `_plans` after a change): rows, warps, channels of a thread of the forward pass
 lockstep = bool(os.environ.get("MAMBA2D_LOCKSTEP"))  # for compute-sanitizer's racecheck: all warps of a block meet together (csrc/NOTES.md)
 
 def _describe(tensors, softplus, aligned, device):
@@ -506,15 +510,15 @@ def _describe(tensors, softplus, aligned, device):
     if plan.tile is None: raise KernelError(f"{plan.n} states in {plan.real} need more shared memory than this card has")
     names = ("X_T", "DT_T", "DL_T", "AT_T", "AL_T", "BT_T", "BL_T", "C_T", "D_T", "ZT_T", "ZL_T")
     images = [t for t in tensors if t is not None and t.dim() == 4]
-    offsets = max(plan.height * plan.width * 3 * plan.n, *(sum((size - 1) * abs(stride) for size, stride in zip(t.shape[1:], t.stride()[1:])) for t in images))
-    same = lambda which, *more: int(len({t.stride() for t in (*(tensors[k] for k in which), *more)}) == 1)
+    offsets = max(plan.height * plan.width * 3 * plan.n, *(sum((size - 1) * abs(stride) for size, stride in zip(t.shape[1:], _strides_of(t)[1:])) for t in images))
+    same = lambda which, *more: int(len({_strides_of(t) for t in (*(tensors[k] for k in which), *more)}) == 1)
     plan.macros = {name: _type_names[t.dtype] if t is not None else "f32" for name, t in zip(names, tensors)} | dict(
         OFFSET="int" if offsets < 2**31 - 2**20 else "i64", REAL="double" if plan.double else "float", STATES=plan.n, NS=plan.lanes.per_thread,
         NG=plan.lanes.groups, STRIP=_strip, SPAN=plan.tile.span, SOFTPLUS=int(softplus), SKIP=int(tensors[8] is not None),
         BIAS_T=int(tensors[9] is not None), BIAS_L=int(tensors[10] is not None), SAME_E=same(_wide, like_x), SAME_N=same(_narrow),
         SAVED_T=_type_names[_saved_dtype(x.dtype, plan.real)], LOCKSTEP=int(lockstep))
     plan.saved_rows, plan.saved_cols, plan.channels_padded, plan.saved_shape = _saved_layout(x.shape, plan.n, x.dtype, plan.real, plan.shared_limit)
-    plan.aligned = aligned and plan.channels % 4 == 0 and plan.n % 4 == 0 and all(s % 4 == 0 for t in images for s in t.stride()[:3])
+    plan.aligned = aligned and plan.channels % 4 == 0 and plan.n % 4 == 0 and all(s % 4 == 0 for t in images for s in _strides_of(t)[:3])
     return plan
 
 def _saved_dtype(dtype, real):
@@ -534,7 +538,7 @@ def _finish_plan(plan, reverse, tensors, extra, pointers):
     """Pack what the kernel's structure holds after its pointers: strides of the inputs, sizes, and `extra` strides; and note by how much
     each of `pointers` addresses, of which the inputs' are the first, is moved to the first logical pixel: given are (strides, bytes) of the others."""
     shape = plan.images, plan.height, plan.width
-    moved = {k: _strides(tensors[k].stride(), tensors[k].shape, reverse) for k in _wide + _narrow}
+    moved = {k: _strides(_strides_of(tensors[k]), tensors[k].shape, reverse) for k in _wide + _narrow}
     more = [_strides(strides, shape, reverse) if strides else (0, ()) for strides, _ in pointers]
     plan.tail = struct.pack(f"18q10i{3 * len(extra)}q", *(s for _, strides in moved.values() for s in strides), *shape, plan.channels, plan.channels_padded,
                             plan.groups, plan.strips, plan.saved_rows, plan.saved_cols, 0, *(s for strides in extra for s in _strides(strides, shape, reverse)[1]))
@@ -542,6 +546,8 @@ def _finish_plan(plan, reverse, tensors, extra, pointers):
         offset * size for (offset, _), (_, size) in zip(more, pointers))
     if not any(plan.offsets): plan.offsets = None
     plan.pack = struct.Struct(f"{11 + len(pointers)}Q").pack
+    plan.counters = -(-plan.flags // 64) * 256  # bytes
+    plan.scratch = plan.counters + plan.room
 
 def _forward_tile(plan):
     "(layout of a warp, channels per thread, rows per warp, warps) of the forward pass; chosen by what was fastest on an H100."
@@ -577,76 +583,66 @@ def _plan_forward(tensors, y, key, softplus, reverse, return_states, for_backwar
     plan.kernel = _load_kernel(device, "scan_fwd.cu", "scan_forward", macros, plan.shared)
     plan.flags = plan.grid + 1 if plan.strips > 1 else 0
     plan.room = plan.images * plan.width * plan.channels_padded * padded_n * size if plan.strips > 1 else 0
+    plan.h_shape, plan.kept_shape = (*y.shape, plan.n) if return_states else 0, plan.saved_shape if for_backward else 0
+    plan.like_h, plan.like_saved = y.new_empty(0, dtype=plan.real), y.new_empty(0, dtype=torch.float32)  # naming the dtype at every call would take longer
     image = plan.images, plan.height, plan.width
     out, states = _dense_strides(*image, plan.channels), _dense_strides(*image, plan.channels * plan.n)
     _finish_plan(plan, reverse, tensors, (out, states), ((out, y.element_size()), (states, size), *((None, 0),) * 3))
     _plans[key] = plan
     return plan
 
-def _prepare_tensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l, *grad_y):
-    """(tensors with a dense last dimension, their addresses, whether those are multiples of four elements, a key of shapes and layouts); nothing is
-    copied where nothing has to be. This runs at every call, so it asks each tensor as little as it can."""
-    strides = [t.stride() for t in (x, delta_t, delta_l, B_t, B_l, C, *grad_y)]
-    tensors = [x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l, *grad_y]
-    for stride in strides:
-        if stride[3] != 1:
-            dense = _dense_tensors(*tensors)
-            if any(a is not b for a, b in zip(dense, tensors)): return _prepare_tensors(*dense)
-    for k in (3, 4, 8, 9, 10):
-        t = tensors[k]
-        if t is not None and not t.is_contiguous(): tensors[k] = t.contiguous()
-    pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    together = 0
-    for pointer in pointers: together |= pointer
-    aligned = not together & 15 or not any(
-        t is not None and t.element_size() < 8 and pointer % (4 * t.element_size()) for pointer, t in zip(pointers, tensors))
-    return tensors, pointers, aligned, (x.shape, A_t.shape, aligned, *strides, *[None if t is None else t.dtype for t in tensors])
+def _look_at(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l, like_x):
+    """(addresses of the twelve tensors, all that a plan depends on: shapes, strides, dtypes and whether the addresses are multiples of four elements). This runs
+    at every call, so it asks each tensor as little as it can."""
+    pointers = a, b, c, d, e, f, g, h, i, j, k, l = (
+        x.data_ptr(), delta_t.data_ptr(), delta_l.data_ptr(), A_t.data_ptr(), A_l.data_ptr(), B_t.data_ptr(), B_l.data_ptr(), C.data_ptr(),
+        0 if D is None else D.data_ptr(), 0 if bias_t is None else bias_t.data_ptr(), 0 if bias_l is None else bias_l.data_ptr(), like_x.data_ptr())
+    aligned = not (a | b | c | d | e | f | g | h | i | j | k | l) & 15 or all(
+        t is None or t.element_size() == 8 or pointer % (4 * t.element_size()) == 0
+        for pointer, t in zip(pointers, (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l, like_x)))
+    return pointers, (
+        x.shape, A_t.shape, aligned, x.is_contiguous() or x.stride(), delta_t.is_contiguous() or delta_t.stride(), delta_l.is_contiguous() or delta_l.stride(),
+        B_t.is_contiguous() or B_t.stride(), B_l.is_contiguous() or B_l.stride(), C.is_contiguous() or C.stride(), like_x.is_contiguous() or like_x.stride(),
+        A_t.is_contiguous(), A_l.is_contiguous(), D is None or D.is_contiguous(), bias_t is None or bias_t.is_contiguous(), bias_l is None or bias_l.is_contiguous(),
+        x.dtype, delta_t.dtype, delta_l.dtype, A_t.dtype, A_l.dtype, B_t.dtype, B_l.dtype, C.dtype, None if D is None else D.dtype,
+        None if bias_t is None else bias_t.dtype, None if bias_l is None else bias_l.dtype, like_x.dtype)
 
-def _dense_tensors(*tensors):
-    "The tensors, those whose last dimension is not dense copied."
-    return [t if t is None or t.dim() < 4 or t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in tensors]
+def _dense_copies(tensors):
+    "Copies where a last dimension is not dense, or one of a matrix or vector is not; None if nothing has to be copied. Such calls never get a plan."
+    dense = [t if t is None or t.dim() == 4 and (t.stride(3) == 1 or t.shape[3] == 1) else t.contiguous() for t in tensors]
+    return dense if any(a is not b for a, b in zip(dense, tensors)) else None
 
-def _allocate_room(plan, device, stream):
+def _allocate_room(plan, x, stream):
     "Memory for the time of a call: (the tensor that holds it, address of the counters, cleared, address of the rest)."
-    counters = -(-plan.flags // 64) * 256  # bytes
-    if not counters + plan.room: return None, 0, 0
-    room = torch.empty(counters + plan.room, dtype=torch.uint8, device=device)
+    room = x.new_empty(plan.scratch, dtype=torch.uint8)
     flags = room.data_ptr()
-    if counters:
-        status = plan.kernel.in_context(_driver().cuMemsetD32Async, flags, 0, plan.flags, stream)
-        if status: _check_driver(status, "clearing the counters")
-    return room, flags, flags + counters
-
-def _on_device(run):
-    "Decorate a function whose second argument is x: its kernels are started with x's device being the current one."
-    def wrapped(*arguments):
-        device = arguments[1].device.index
-        if device == torch._C._cuda_getDevice(): return run(*arguments)
-        with torch.cuda.device(device): return run(*arguments)
-    return wrapped
+    if plan.counters:
+        clear, call = _driver().cuMemsetD32Async, (flags, 0, plan.flags, stream)
+        status = clear(*call)
+        if status: plan.kernel.try_again(status, "clearing the counters", clear, *call)
+    return room, flags, flags + plan.counters
 
 def cuda_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward):
     "(y, h, saved) of the 2D selective scan by the CUDA kernel; h and saved are empty unless asked for."
-    return _run_forward(None, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward)
-
-@_on_device
-def _run_forward(keep, *arguments):
-    "`cuda_forward` on the current device; `keep` takes the saved states in place of a new tensor."
-    tensors, pointers, aligned, layout = _prepare_tensors(*arguments[:11])
-    softplus, reverse, return_states, for_backward = options = arguments[11:]
-    x = tensors[0]
-    device = x.device
-    y = x.new_empty(x.shape)
-    key = (layout, device.index, options, *forward_tile_override.values())
-    plan = _plans.get(key) or _plan_forward(tensors, y, key, softplus, reverse, return_states, for_backward, aligned, device.index)
-    h = x.new_empty((*x.shape, plan.n) if return_states else 0, dtype=plan.real)
-    saved = x.new_empty(plan.saved_shape if for_backward and keep is None else 0, dtype=torch.float32)
-    if y.numel():
-        stream = _stream(device.index)
-        room, flags, handover = _allocate_room(plan, device, stream)
-        pointers += y.data_ptr(), h.data_ptr(), (saved if keep is None else keep).data_ptr(), handover, flags
-        if plan.offsets: pointers = map(int.__add__, pointers, plan.offsets)
-        plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*pointers) + plan.tail)
+    device = x.device.index
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            return cuda_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    pointers, layout = _look_at(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, y)
+    key = layout, device, delta_softplus, reverse, return_states, for_backward
+    plan = _plans.get(key)
+    if plan is None:
+        tensors, options = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l), key[2:]
+        copies = _dense_copies(tensors)
+        if copies: return cuda_forward(*copies, *options)
+        plan = _plan_forward(tensors, y, key, *options, layout[2], device)
+    h, saved = plan.like_h.new_empty(plan.h_shape), plan.like_saved.new_empty(plan.kept_shape)
+    if plan.grid:
+        stream = _stream(device)
+        room, flags, handover = _allocate_room(plan, x, stream) if plan.scratch else (None, 0, 0)
+        pointers = *pointers, h.data_ptr(), saved.data_ptr(), handover, flags
+        plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*(map(add, pointers, plan.offsets) if plan.offsets else pointers)) + plan.tail)
     return y, h, saved
 
 def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
@@ -672,8 +668,9 @@ def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
     plan.handover = b * w * plan.channels_padded * padded_n * size if plan.strips > 1 else 0
     plan.partial = b * plan.strips * (2 * padded_n + 3) * plan.channels_padded * size
     plan.room = plan.handover + plan.partial + (b * h * w * 3 * n * size if plan.groups > 1 else 0)
-    _finish_plan(plan, reverse, tensors, (grad_y.stride(), wide, narrow),
-                 ((grad_y.stride(), grad_y.element_size()), (None, 0), *((wide, tensors[k].element_size()) for k in _wide),
+    of_grad_y = _strides_of(grad_y)
+    _finish_plan(plan, reverse, tensors, (of_grad_y, wide, narrow),
+                 ((of_grad_y, grad_y.element_size()), (None, 0), *((wide, tensors[k].element_size()) for k in _wide),
                   *((narrow, tensors[k].element_size()) for k in _narrow), *((None, 0),) * 4))
     plan.sum_pack = struct.Struct("6Q4i").pack
     plan.sum_tail = (b * plan.strips, e, plan.channels_padded, 0)
@@ -681,26 +678,28 @@ def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
     _plans[key] = plan
     return plan
 
-@_on_device
 def cuda_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse):
     "Gradients of the eleven inputs (empty for an input that is None), by the CUDA kernels."
-    tensors, pointers, aligned, layout = _prepare_tensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, grad_y)
-    *tensors, grad_y = tensors
-    x, device = tensors[0], x.device
-    key = layout, device.index, delta_softplus, reverse
-    plan = _plans.get(key) or _plan_backward(tensors, grad_y, key, delta_softplus, reverse, aligned, device.index)
-    grads = [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
-    if x.numel() == 0: return tuple(g.zero_() for g in grads)
+    inputs, device = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l), x.device.index
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device): return cuda_backward(grad_y, *inputs, saved, delta_softplus, reverse)
+    pointers, layout = _look_at(*inputs, grad_y)
+    key = layout, device, delta_softplus, reverse
+    plan = _plans.get(key)
+    if plan is None:
+        copies = _dense_copies((grad_y, *inputs))
+        if copies: return cuda_backward(*copies, saved, delta_softplus, reverse)
+        plan = _plan_backward(inputs, grad_y, key, delta_softplus, reverse, layout[2], device)
+    grads = [x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+    if not plan.grid: return tuple(g.zero_() for g in grads)
     if saved.shape != plan.saved_shape:  # the forward pass did not know that this would come
-        saved = x.new_empty(plan.saved_shape, dtype=torch.float32)
-        _run_forward(saved, *tensors, delta_softplus, reverse, False, True)
-    stream = _stream(device.index)
-    room, flags, handover = _allocate_room(plan, device, stream)
+        saved = cuda_forward(*inputs, delta_softplus, reverse, False, True)[2]
+    stream = _stream(device)
+    room, flags, handover = _allocate_room(plan, x, stream)
     partial = handover + plan.handover
     out = [g.data_ptr() for g in grads]
-    pointers += saved.data_ptr(), out[0], out[1], out[2], out[5], out[6], out[7], partial, handover, partial + plan.partial, flags
-    if plan.offsets: pointers = map(int.__add__, pointers, plan.offsets)
-    plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*pointers) + plan.tail)
+    pointers = *pointers, saved.data_ptr(), out[0], out[1], out[2], out[5], out[6], out[7], partial, handover, partial + plan.partial, flags
+    plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*(map(add, pointers, plan.offsets) if plan.offsets else pointers)) + plan.tail)
     plan.sum_kernel(plan.sum_grid, 512, 0, stream, plan.sum_pack(partial, out[3], out[4], out[8], out[9], out[10], *plan.sum_tail))
     return tuple(grads)
 
@@ -735,7 +734,8 @@ def _try_cuda_kernel():
 
 def cuda_why_not(x: Tensor, A_t: Tensor) -> str | None:  # None if they can
     "Why the CUDA kernels cannot compute a scan of `x` (B, H, W, E) with `A_t` (E, N)."
-    if x.device.type != "cuda": return f"x is on {x.device}, the CUDA kernels compute on a CUDA device"
+    if not x.is_cuda: return f"x is on {x.device}, the CUDA kernels compute on a CUDA device"
+    if A_t.shape[1] <= 32: return None  # whatever the dtypes, on every card: see the tiles above
     if A_t.shape[1] > _largest_n: return f"it takes at most {_largest_n} states, got {A_t.shape[1]}"
     # a float64 tensor among the others, where only float32 would fit, is found out when the call is planned
     if _backward_tile(int(A_t.shape[1]), 8 if torch.float64 in (x.dtype, A_t.dtype) else 4, _card(x.device.index or 0)[1]) is None:

@@ -55,13 +55,21 @@ _float_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _arguments_fit(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
     "Whether they do, told quickly: this runs at every call."
-    for t in (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
-        if t is not None and not (isinstance(t, Tensor) and t.dtype in _float_dtypes and t.device == x.device): return False
-    if C is None or len(x.shape) != 4 or len(A_t.shape) != 2: return False
-    wide, matrix = x.shape, A_t.shape
-    narrow, line = (*wide[:3], matrix[1]), wide[3:]
-    return (delta_t.shape == wide and delta_l.shape == wide and matrix[0] == wide[3] and A_l.shape == matrix and B_t.shape == narrow and B_l.shape == narrow
-            and C.shape == narrow and all(t is None or t.shape == line for t in (D, delta_bias_t, delta_bias_l)) and min(wide[1:]) > 0 and matrix[1] > 0)
+    wide, matrix, device, floats = x.shape, A_t.shape, x.device, _float_dtypes
+    if len(wide) != 4 or len(matrix) != 2: return False
+    narrow, line = (*wide[:3], matrix[1]), (wide[3],)
+    return (x.dtype in floats
+            and delta_t.shape == wide and delta_t.dtype in floats and delta_t.device == device
+            and delta_l.shape == wide and delta_l.dtype in floats and delta_l.device == device
+            and matrix[0] == wide[3] and A_t.dtype in floats and A_t.device == device
+            and A_l.shape == matrix and A_l.dtype in floats and A_l.device == device
+            and B_t.shape == narrow and B_t.dtype in floats and B_t.device == device
+            and B_l.shape == narrow and B_l.dtype in floats and B_l.device == device
+            and C.shape == narrow and C.dtype in floats and C.device == device
+            and (D is None or D.shape == line and D.dtype in floats and D.device == device)
+            and (delta_bias_t is None or delta_bias_t.shape == line and delta_bias_t.dtype in floats and delta_bias_t.device == device)
+            and (delta_bias_l is None or delta_bias_l.shape == line and delta_bias_l.dtype in floats and delta_bias_l.device == device)
+            and wide[1] > 0 and wide[2] > 0 and wide[3] > 0 and matrix[1] > 0)
 
 def _check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
     "Raise a `TypeError` or `ValueError` naming the first argument that does not fit."
@@ -305,8 +313,8 @@ class scan_backend:
 def _kernels_for(backend, x, A_t):
     "The `ScanKernels` that shall compute this problem, None for the reference; raises if a forced backend cannot."
     if backend == "reference": return None
-    _require_backend(backend)
-    name = x.device.type if backend == "auto" else backend
+    if backend != "auto": _require_backend(backend)
+    name = backend if backend != "auto" else "cuda" if x.is_cuda else x.device.type  # the text takes longer
     kernels = _kernels.get(name)
     if kernels is None: return None
     reason = kernels.why_not(x, A_t)
@@ -332,9 +340,10 @@ _library.define(f"scan_backward(Tensor grad_y, {_inputs}, Tensor saved, bool del
 
 def _scan_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states,
                   for_backward, backend):
-    arguments = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states)
     kernels = _kernels_for(backend, x, A_t)
-    if kernels: return kernels.forward(*arguments, for_backward)
+    if kernels:
+        return kernels.forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward)
+    arguments = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states)
     y, h = _forward_by_diagonals(*arguments)
     if not return_states: h = x.new_empty(0, dtype=_compute_dtype(*arguments[:11]))
     return y.contiguous(), h.contiguous(), x.new_empty(0, dtype=torch.float32)
@@ -374,7 +383,7 @@ def _autograd_backward(ctx, grad_y, grad_h, grad_saved):
     inputs = ctx.saved_tensors
     if grad_y is None: return (None,) * 16
     grads = _operators.scan_backward(grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
-    return (*(g if wanted and t is not None else None for g, t, wanted in zip(grads, inputs, ctx.needs_input_grad)), *(None,) * 5)
+    return (*[g if wanted and t is not None else None for g, t, wanted in zip(grads, inputs, ctx.needs_input_grad)], None, None, None, None, None)
 
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("selective_scan_2d has no second derivative; selective_scan_2d_ref can be differentiated twice")

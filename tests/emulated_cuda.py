@@ -72,8 +72,6 @@ class EmulatedKernel:
     def __call__(self, grid, block, shared, stream, arguments):
         assert not self.function(grid, block, shared, arguments), "the kernel's threads wait for each other for ever"
 
-    def in_context(self, call, *arguments): return call(*arguments)
-
 
 class EmulatedDriver:
     "The one function of the driver that is called beside starting kernels."
