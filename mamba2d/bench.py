@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['training_shapes', 'single_images', 'published_scan', 'time_eager', 'time_graph', 'extra_memory', 'scan_floor',
-           'scan_arguments', 'bench_scan', 'bench_rival', 'profile_step', 'bench_model', 'generated_images', 'overfit',
-           'stamp', 'save_results', 'run_benchmarks', 'main']
+           'scan_arguments', 'bench_scan', 'bench_rival', 'profile_step', 'bench_model', 'bench_training',
+           'generated_images', 'overfit', 'stamp', 'save_results', 'run_benchmarks', 'main']
 
-# %% ../nbs/09_bench.ipynb #b85c0d55
+# %% ../nbs/09_bench.ipynb #d38e1f71
 import argparse
+import dataclasses
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -216,6 +220,42 @@ def bench_model(
     if with_profile: result["profile_ms"] = profile_step(step)
     return result
 
+# %% ../nbs/09_bench.ipynb #c932b0bb
+def bench_training(
+    size: str = "t",  # of the network, in `recipes`
+    pictures: int = 5440,  # different files, a seventeenth of them for validation
+    names: int = 4,  # of each training file
+    batch: int = 128,
+    epochs: int = 3,
+    compiled: bool = True,
+    image_size: int = 224,  # pixels
+    workers: int | None = None,  # as in `imagenet_dls`
+    device: str = "cuda",
+    folder: str | Path | None = None,  # for the pictures; None: a temporary one
+) -> dict:
+    "Pictures a second: of the loader alone, and of each epoch of training, the first of which compiles; waiting for data as a share of the time."
+    from mamba2d.data import imagenet_dls, make_picture_tree  # with fastai, which nothing else here needs
+    from mamba2d.training import mamba2d_learner, recipes
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as root:
+        tree, groups = Path(root) / "pictures", min(16, max(1, pictures // 34))
+        tasks = [(tree, [f"n{group:02d}{k:06d}" for k in range(2)], pictures // groups // 34 * 16, pictures // groups // 34, (500, 375), "parts", True, 95, group) for group in range(groups)]
+        with multiprocessing.Pool(min(groups, os.cpu_count())) as pool: pool.starmap(make_picture_tree, tasks)
+        files = sorted(tree.rglob("*.JPEG"))
+        for file in files:
+            if "train" in file.parts:
+                for k in range(1, names): os.link(file, file.with_name(f"{k} {file.name}"))
+        dls = imagenet_dls(tree, batch, image_size, num_workers=workers, device=device)
+        start, served = None, 0
+        for images, _ in dls.train:
+            if start is None: start = time.perf_counter()
+            else: served += len(images)
+        result = dict(model=f"mamba2d_{size}", batch=batch, size=image_size, compiled=compiled, files=len(files), kilobytes=sum(f.stat().st_size for f in files) / len(files) / 1000,
+                      cores=os.cpu_count(), workers=dls.train.fake_l.num_workers, loader_alone=served / (time.perf_counter() - start))
+        recipe = dataclasses.replace(recipes[size], epochs=epochs, effective_batch=4 * batch, compile=compiled)
+        learn = mamba2d_learner(dls, getattr(models, f"mamba2d_{size}")(num_classes=dls.c), recipe)
+        with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
+        return result | {key: [row[key] for row in learn.reached.history] for key in ("images_per_second", "data_wait", "memory_gib", "seconds", "train_loss")}
+
 # %% ../nbs/09_bench.ipynb #56006a8c
 def generated_images(count=1024, size=96, classes=10, seed=0) -> tuple:  # images (count, 3, size, size), labels (count,)
     "Noisy plane waves; direction, frequency and colour tell the class."
@@ -303,13 +343,13 @@ training_shapes = ((128, 56, 56, 64), (128, 28, 28, 128))  # stages 1 and 2 of M
 single_images = tuple((1, side, side, 64) for side in (32, 56, 64, 128, 256, 512, 1024, 2048))
 
 def run_benchmarks(
-    which: list,  # of "scan", "model", "overfit"
+    which: list,  # of "scan", "model", "training", "overfit"
     out: str | Path,  # folder for the results
     device: str = "cuda",
     commit: str | None = None,
     model_names: tuple = ("mamba2d_n", "mamba2d_t", "mamba2d_s"),
 ):
-    "Run the named groups and write scan.json, scaling.json, model_NAME.json and overfit.json into `out`; says what it does."
+    "Run the named groups and write scan.json, scaling.json, model_NAME.json, training.json and overfit.json into `out`; says what it does."
     out = Path(out)
     if "scan" in which:
         results = []
@@ -332,13 +372,17 @@ def run_benchmarks(
             results.append(bench_model(name, compiled=compiled, train=train, device=device, with_profile=compiled))
             print(f"{name}, {'compiled' if compiled else 'eager'}, {'training' if train else 'inference'}: {results[-1]['images_per_second']:.0f} images/s", flush=True)
             torch._dynamo.reset()
-        save_results(out / f"model_{name}.json", results, commit)
+            save_results(out / f"model_{name}.json", results, commit)  # what there is so far
+    if "training" in which:
+        results = [bench_training(device=device)]
+        print(f"training from files: {', '.join(f'{rate:.0f}' for rate in results[0]['images_per_second'])} images/s in the epochs, the loader alone {results[0]['loader_alone']:.0f}", flush=True)
+        save_results(out / "training.json", results, commit)
     if "overfit" in which: save_results(out / "overfit.json", [overfit(dtype=dtype, device=device) for dtype in (torch.bfloat16, None)], commit)
 
 def main(argv: list[str] | None = None):
-    "`python -m mamba2d.bench scan model overfit --out FOLDER`"
+    "`python -m mamba2d.bench scan model training overfit --out FOLDER`"
     parser = argparse.ArgumentParser("python -m mamba2d.bench", description="Time the scan and the networks on this machine's GPU.")
-    parser.add_argument("which", nargs="+", choices=("scan", "model", "overfit"), help="what to run")
+    parser.add_argument("which", nargs="+", choices=("scan", "model", "training", "overfit"), help="what to run")
     parser.add_argument("--out", default="bench_results", help="folder for the JSON files")
     parser.add_argument("--commit", help="the commit to stamp the results with, where git does not tell")
     parser.add_argument("--models", nargs="+", default=("mamba2d_n", "mamba2d_t", "mamba2d_s"), help="functions of mamba2d.models")

@@ -123,7 +123,7 @@ def make_readme(target, timeout):
         title, description = [re.search(rf"^{key}: *(.*)$", front, flags=re.M)[1].strip("'\"") for key in ("title", "description")]
         text = re.sub(r"```python\n#\| echo: false\n.*?\n```\n+", "", text, flags=re.S)
         text = re.sub(r"<!-- WARNING: .*? -->\n+", "", text).replace("](index_files/", "](nbs/index_files/")
-        text = re.sub(r"\]\((\d\d_[\w.]+\.ipynb)\)", r"](nbs/\1)", text)  # links between notebooks
+        text = re.sub(r"\]\((\d\d\w?_[\w.]+\.ipynb)\)", r"](nbs/\1)", text)  # links between notebooks
         text = re.sub(r"\[(`[^`]+`)\]\(https://mamba2d\.github\.io[^)]*\)", r"\1", text)  # nbdev's links to documentation pages, of which there are none yet
         text = re.sub(r"\n[ \t]+\n", "\n\n", text)
         text = re.sub(r"\n{3,}", "\n\n", text)
