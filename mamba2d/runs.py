@@ -345,7 +345,7 @@ dashboards = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 class SendRows(Callback):
     "Sends every new row of steps and history to dashboards."
     order = 66
-    def __init__(self, makers, folder, run_id): self.makers, self.folder, self.run_id = makers, folder, run_id
+    def __init__(self, makers, folder, run_id): self.makers, self.folder, self.run_id, self.boards = makers, folder, run_id, []
     def before_fit(self):
         follow = self.follow_recipe
         self.boards = [make(self.folder, self.run_id, follow.choices, follow.steps_done) for make in self.makers]
@@ -357,8 +357,8 @@ class SendRows(Callback):
         if self.training and len(rows) > self.sent: self.send(rows[-1], "step")
         self.sent = len(rows)
     def after_epoch(self): self.send(self.follow_recipe.reached.history[-1], "epoch")
-    def after_fit(self):
-        for board in self.boards: board.close()
+    def close(self):
+        while self.boards: self.boards.pop().close()
 
 # %% ../nbs/06a_runs.ipynb #9499acb3
 def versions() -> dict[str, str]:
@@ -431,14 +431,13 @@ def _train_run(learn, out, config, settings, processes, checkpoint_minutes, limi
     identity["recipe"] = dataclasses.asdict(learn.recipe)
     run_id = processes.first_one_does(lambda: _begin(out, learn.recipe))
     keep = KeepRun(out, processes, identity, config, checkpoint_minutes)
-    callbacks, bar = [keep], ShowProgress()
-    if processes.rank == 0:
-        if show_progress: callbacks.append(bar)
-        if dashboards: callbacks.append(SendRows(dashboards, out, run_id))
+    callbacks, bar, rows = [keep], ShowProgress(), SendRows(dashboards, out, run_id)
+    if processes.rank == 0: callbacks += [*([bar] if show_progress else []), *([rows] if dashboards else [])]
     try: learn.fit_recipe(callbacks, processes=processes, resume=found and found[0], limit=limit, max_bad_steps=max_bad_steps)
     finally:
         keep.restore_handlers()
         bar.close()
+        rows.close()
     shown = evaluate(learn.model, dls.valid, processes, learn.recipe.precision, limit)
     result = {"seconds": round(sum(row["seconds"] for row in learn.reached.history), 1), **accuracies(learn, processes, limit, shown)}
     written = {"config": config, **settings, "recipe": dataclasses.asdict(learn.recipe), "classes": identity["classes"], "device": str(dls.device), "processes": processes.world,
