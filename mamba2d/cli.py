@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -48,9 +49,9 @@ def _add_data_arguments(parser):
     parser.add_argument("--data", default=None, metavar="WHAT", help="'digits' (the default: scikit-learn's, nothing to download), or a folder: ImageNet in any of its "
                         "usual layouts, train/ and val/ with a folder of pictures per class, or only a folder per class")
     parser.add_argument("--labels", default=None, metavar="FILE", help="classes of a flat ImageNet validation folder (default: looked for beside it)")
-    parser.add_argument("--size", choices=("n", "t", "s", "t_v1"), default=None, help="which published network (default: n)")
-    parser.add_argument("--batch-size", type=_at_least(1), default=None, metavar="B", help="pictures at a time in each process (default: 128 with a published recipe, else 64)")
-    parser.add_argument("--image-size", type=_at_least(8), default=None, metavar="PIXELS", help="side of the pictures (default: 32 for digits, else 224)")
+    parser.add_argument("--size", choices=("n", "t", "s", "t_v1"), default=None, help="which published network (default: what the weights say, for training n)")
+    parser.add_argument("--batch-size", type=_at_least(1), default=None, metavar="B", help="pictures at a time in each process (default: 64, training with a published recipe 128)")
+    parser.add_argument("--image-size", type=_at_least(8), default=None, metavar="PIXELS", help="side of the pictures (default: what the recipe or the weights say, else 32 for digits and 224 for others)")
     parser.add_argument("--workers", type=_at_least(0), default=None, metavar="N", help="processes that load pictures, per training process (default: one per core but one, at most 16)")
     parser.add_argument("--skip-broken", action="store_true", help="read every picture once before, report those that cannot be read and leave them out")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one)")
@@ -128,23 +129,20 @@ def _join(name):
         return Processes.join(name)
     except (RuntimeError, AssertionError, ValueError) as error: raise _Mistake(f"argument --device: {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
-def _broken(args, data, out, processes):
-    "Pictures to leave out, as a dict from path to reason: found once, kept in the run folder, the same for every process and after every interruption."
+def _broken(args, data, processes, out=None, overwrite=False):
+    "Pictures to leave out, as a dict from path below the data's folder to reason: found once, kept in the run folder, the same for every process and after every interruption."
     if not args.skip_broken or data == "digits": return {}
     from mamba2d.data import check_images, find_pictures
-    from mamba2d.runs import write_safely
     path = out and out / "broken.json"
     def find():
-        if path and path.exists() and not getattr(args, "overwrite", False): return json.loads(path.read_text())
-        broken = check_images(find_pictures(data, labels=args.labels).files, args.workers)
-        if path:
-            out.mkdir(parents=True, exist_ok=True)
-            write_safely(path, lambda file: file.write(json.dumps(broken, indent=1).encode()))
+        if path and path.exists() and not overwrite: return json.loads(path.read_text())
+        found = find_pictures(data, labels=args.labels)
+        broken = {os.path.relpath(name, found.root): reason for name, reason in check_images(found.files, args.workers).items()}
         print(f"{len(broken)} pictures cannot be read and are left out" + "".join(f"\n  {name}: {reason}" for name, reason in list(broken.items())[:10]) + ("\n  ..." if len(broken) > 10 else ""))
         return broken
     return processes.gather(processes.first_one_does(find))[0]
 
-def _load_data(args, data, size, batch_size, processes, recipe=None, out=None):
+def _load_data(args, data, size, batch_size, processes, recipe=None, broken=None):
     "DataLoaders for `--data`; for training as the recipe says."
     from mamba2d.data import BrokenPicture, digits_dls, imagenet_dls
     options = dict(size=size, batch_size=batch_size, device=processes.device, seed=recipe.seed if recipe else 0)
@@ -152,7 +150,7 @@ def _load_data(args, data, size, batch_size, processes, recipe=None, out=None):
     augment = bool(recipe) and dict(min_scale=recipe.min_scale, randaugment=recipe.randaugment_ops if recipe.randaugment else 0, magnitude=recipe.randaugment, erasing=recipe.erasing)
     try:
         if data == "digits": return digits_dls(**options)
-        return imagenet_dls(data, labels=args.labels, broken=_broken(args, data, out, processes), augment=augment, **options)
+        return imagenet_dls(data, labels=args.labels, broken=broken or {}, augment=augment, **options)
     except (FileNotFoundError, BrokenPicture, ValueError) as error: raise _Mistake(str(error)) from error
 
 def _build(size, **kwargs):
@@ -198,7 +196,9 @@ def _recipe(args, data, size):
     from mamba2d.training import Recipe, recipes
     name = args.recipe or ("digits" if data == "digits" else "finetune" if args.weights else size)
     given = {field: getattr(args, field) for field in ("epochs", "lr", "weight_decay", "effective_batch", "clip_grad", "seed", "precision", "compile", "image_size") if getattr(args, field) is not None}
-    given |= dict(args.set)
+    for field, value in args.set:
+        if field in given and given[field] != value: raise _Mistake(f"argument --set: {field}={value!r} contradicts --{field.replace('_', '-')} {given[field]!r}")
+        given[field] = value
     if args.fast_dev_run: given["epochs"] = 1
     known = {field.name for field in dataclasses.fields(Recipe)}
     for field in given:
@@ -213,38 +213,81 @@ def _train(args):
     name, recipe = _recipe(args, data, size)
     if args.print_recipe: return print(f"# {name}\n{recipe.toml()}", end="")
     _check_backend()
-    from mamba2d.runs import RunInUse, StopRequested, dashboards, train_run
-    from mamba2d.training import FirstProcessFailed, divide, mamba2d_learner, recipes, set_seed
+    from mamba2d.runs import RunInUse, RunRefused, claim_run, dashboards
+    from mamba2d.training import FirstProcessFailed
     boards = [maker for kind, maker in dashboards.items() if getattr(args, kind)]
     for kind in ("tensorboard", "wandb"):
         if getattr(args, kind):
             try: __import__(kind)
             except ImportError: raise _Mistake(f"argument --{kind}: the package {kind} is not installed; pip install mamba2d[log]") from None
+    if args.wandb and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+        if not wandb.api.api_key: raise _Mistake("argument --wandb: there is no key for Weights & Biases; run wandb login, or set WANDB_MODE=offline")
     processes = _join(args.device)
     out = Path(args.out or f"runs/{'try-' if args.fast_dev_run else ''}{Path(data).resolve().name if data != 'digits' else data}-{size}")
-    overwrite = args.overwrite or bool(args.fast_dev_run and not args.out)
+    new = not out.exists()
+    try: lock = processes.first_one_does(lambda: claim_run(out))
+    except (RunInUse, RunRefused) as error: raise _Mistake(str(error)) from error
+    except OSError as error: raise _Mistake(f"argument --out: {error}") from error
+    except FirstProcessFailed: raise SystemExit(1) from None
+    try: _train_in(out, args, data, size, name, recipe, boards, processes)
+    finally:
+        if lock:
+            lock.release()
+            if new and os.listdir(out) == [".lock"]: shutil.rmtree(out)  # nothing came of it
+
+def _train_in(out, args, data, size, name, recipe, boards, processes):
+    "Train in a run folder that is claimed."
+    from mamba2d.models import load_published, read_weights
+    from mamba2d.runs import RunRefused, StopRequested, load_checkpoint, train_run, write_safely
+    from mamba2d.training import FirstProcessFailed, divide, mamba2d_learner, recipes, set_seed
+    def present():
+        "(whether the folder holds a run that goes on, whether it holds one that only tried whether all works)"
+        found = None if args.overwrite else load_checkpoint(out)
+        return found is not None, found is not None and found[0]["identity"]["limit"] is not None
+    try: goes_on, tried = processes.gather(processes.first_one_does(present))[0]
+    except RunRefused as error: raise _Mistake(str(error)) from error
+    overwrite = args.overwrite or bool(args.fast_dev_run and (not args.out or tried))
+    goes_on = goes_on and not overwrite
     published = recipe.effective_batch is not None and args.effective_batch is None and name in recipes
     batch_size = args.batch_size or (128 if published else 64)
     if args.fast_dev_run and recipe.effective_batch:
         recipe = dataclasses.replace(recipe, effective_batch=min(recipe.effective_batch, 2 * batch_size * processes.world))  # accumulation is tried, in two parts
     image_size = recipe.image_size or (32 if data == "digits" else 224)
     set_seed(recipe.seed, reproducible=True)
-    dls = _load_data(args, data, image_size, batch_size, processes, recipe, out)
+    try: broken = _broken(args, data, processes, out, overwrite)
+    except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
+    dls = _load_data(args, data, image_size, batch_size, processes, recipe, broken)
+    classes = [str(c) for c in dls.vocab]
     drop_rates = {field: getattr(recipe, field) for field in ("drop_path", "head_dropout") if getattr(recipe, field) is not None}
-    model = _build(size, weights=args.weights, num_classes=dls.c, **drop_rates)
+    weights, origin = None if goes_on else args.weights, ""
+    if weights and Path(weights).is_file():
+        try: weights = read_weights(weights)
+        except ValueError as error: raise _Mistake(str(error)) from error
+    known = _classes_of(weights)
+    if known and known != classes and len(known) == len(classes):  # as many classes, but others
+        model = _build(size, num_classes=dls.c, **drop_rates)
+        try: load_published(model, weights, backbone_only=True)
+        except (ValueError, RuntimeError) as error: raise _Mistake(str(error)) from error
+    else: model = _build(size, weights=weights, num_classes=dls.c, **drop_rates)
+    if weights: origin = f"; from {args.weights}" + (", with a new head for other classes" if known and known != classes else ", head included" if known else "")
+    elif goes_on: origin = "; goes on where it was" + (f", so {args.weights} is not read again" if args.weights else "")
     learn = mamba2d_learner(dls, model, recipe)
     try: divide(dls, recipe, processes)
     except ValueError as error: raise _Mistake(str(error)) from error
     if processes.rank == 0:
         print(f"training mamba2d_{size} ({sum(p.numel() for p in model.parameters()):,} parameters) on {data} ({dls.layout}): {len(dls.train_ds)} pictures, {len(dls.valid_ds)} held out, "
-              f"{dls.c} classes; recipe {name}, {recipe.epochs} epochs, on {dls.device}" + (f" in {processes.world} processes" if processes.world > 1 else ""), flush=True)
-    source = {"data": data, "image_size": image_size}
+              f"{dls.c} classes; recipe {name}, {recipe.epochs} epochs, on {dls.device}" + (f" in {processes.world} processes" if processes.world > 1 else "") + origin, flush=True)
+    config = {"size": size, "num_classes": dls.c, "image_size": image_size, "classes": classes, "data": data if data == "digits" else str(Path(data).resolve()),
+              **({"labels": str(Path(args.labels).resolve())} if args.labels else {}), **({"broken": sorted(broken)} if broken else {})}
     try:
+        if args.skip_broken and data != "digits":
+            processes.first_one_does(lambda: write_safely(out / "broken.json", lambda file: file.write(json.dumps(broken, indent=1).encode())))
         with learn.no_bar(), learn.no_logging():
-            result = train_run(learn, out, {"size": size, "num_classes": dls.c, **source}, {"layout": dls.layout, "broken": len(dls.broken), "batch_size": batch_size, "weights": args.weights},
+            result = train_run(learn, out, config, {"layout": dls.layout, "broken": len(dls.broken), "batch_size": batch_size, "weights": args.weights},
                                overwrite=overwrite, processes=processes, checkpoint_minutes=args.checkpoint_minutes, limit=args.fast_dev_run, max_bad_steps=args.max_bad_steps,
-                               dashboards=boards, show_progress=True)
-    except (RunInUse, ValueError) as error: raise _Mistake(str(error)) from error
+                               dashboards=boards, show_progress=True, claimed=True)
+    except RunRefused as error: raise _Mistake(str(error)) from error
     except StopRequested as stop: _end(processes, StopRequested.exit_code, f"mamba2d-train: {stop}")
     except (FloatingPointError, OSError) as error: _end(processes, 1, f"mamba2d-train: error: {error}")
     except FirstProcessFailed: raise SystemExit(1) from None
@@ -253,6 +296,11 @@ def _train(args):
         _print_table([*_result_rows(result), ("seconds of training", f"{result['seconds']:.0f}"),
                       ("run folder", f"{out}: " + ", ".join(sorted(p.name for p in out.iterdir() if not p.name.startswith("."))))])
     processes.leave()
+
+def _classes_of(saved):
+    "The classes that weights are for, where their file says so."
+    config = saved.get("config") if isinstance(saved, dict) else None
+    return config.get("classes") if isinstance(config, dict) else None
 
 def _end(processes, code, message):
     "End with an exit code; the first process says why."
@@ -268,24 +316,39 @@ def train(argv: list[str] | None = None):
 def _validate(args):
     _quiet_imports()
     _check_backend()
+    from mamba2d.data import BrokenPicture
     from mamba2d.models import read_weights
     from mamba2d.runs import write_evaluation
-    from mamba2d.training import evaluate, scan_silenced
+    from mamba2d.training import FirstProcessFailed, evaluate, scan_silenced
+    if args.file and args.weights: raise _Mistake(f"argument --weights: {args.file!r} is given as well; one of them is enough")
     weights = args.file or args.weights
     if weights is None: raise _Mistake("the following arguments are required: a file of weights")
     saved, config = weights, {}
+    if weights == "DEFAULT" and args.size is None: raise _Mistake("argument --size: say of which network, n, t or s, the published weights are wanted")
     if Path(weights).is_file() or args.size is None:
         try: saved = read_weights(weights)
         except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
         config = saved.get("config", {}) if isinstance(saved, dict) else {}
     data, size = args.data or config.get("data", "digits"), args.size or config.get("size")
+    known = None if args.data else config.get("broken")  # what the run left out of its data
+    if not args.data: args.labels = args.labels or config.get("labels")
     if size is None: raise _Mistake(f"argument --size: {weights!r} does not say which network it is for; give one of n, t, s, t_v1")
     processes = _join(args.device)
     image_size = args.image_size or config.get("image_size") or (32 if data == "digits" else 224)
-    dls = _load_data(args, data, image_size, args.batch_size or 64, processes)
+    try:
+        if args.out: processes.first_one_does(lambda: Path(args.out).mkdir(parents=True, exist_ok=True))
+        broken = dict.fromkeys(known, "left out by the run") if known else _broken(args, data, processes)
+    except (OSError, ValueError) as error: raise _Mistake(str(error)) from error
+    except FirstProcessFailed: raise SystemExit(1) from None
+    dls = _load_data(args, data, image_size, args.batch_size or 64, processes, broken=broken)
+    classes, given = _classes_of(saved), [str(c) for c in dls.vocab]
+    if classes and classes != given:
+        only = [f"only {where} {', '.join(sorted(set(a) - set(b))[:5])}" for where, a, b in (("of the weights", classes, given), ("of the data", given, classes)) if set(a) - set(b)]
+        raise _Mistake(f"argument --data: {data!r} has other classes than the weights ({len(given)} and {len(classes)}" + "".join(f"; {o}" for o in only) + ")")
     model = _build(size, weights=saved).to(dls.device)
     if model.num_classes != dls.c: raise _Mistake(f"argument --data: {data!r} has {dls.c} classes, the weights are for {model.num_classes}")
-    found = evaluate(model, dls.valid, processes, args.precision)
+    try: found = evaluate(model, dls.valid, processes, args.precision)
+    except BrokenPicture as error: _end(processes, 1, f"mamba2d-validate: error: {error}; --skip-broken leaves such pictures out")
     result = {"accuracy": found.top(1), "top5": found.top(5), "loss": found.loss}
     if args.without_scan:
         with scan_silenced(model): silenced = evaluate(model, dls.valid, processes, args.precision)
@@ -295,10 +358,11 @@ def _validate(args):
         pictures, right = found.per_class(dls.c)
         shares = {str(c): r / n for c, n, r in zip(dls.vocab, pictures.tolist(), right.tolist()) if n}
         rows.append(("lowest accuracy of a class", ", ".join(f"{c} {100 * share:.0f} %" for c, share in sorted(shares.items(), key=lambda item: item[1])[:5])))
-        if args.out:
-            write_evaluation(args.out, found, dls.valid, dls.vocab)
-            rows.append(("written", f"{args.out}: predictions.csv, classes.csv, mistakes.png"))
         _print_table(rows)
+        if args.out:
+            try: write_evaluation(args.out, found, dls.valid, dls.vocab)
+            except OSError as error: _end(processes, 1, f"mamba2d-validate: error: {error}")
+            print(f"written into {args.out}: predictions.csv, classes.csv, mistakes.png")
     processes.leave()
 
 def validate(argv: list[str] | None = None):

@@ -17,8 +17,8 @@ environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 measured = ("images_per_second", "data_wait", "memory_gib", "seconds")  # differ from run to run
 
 
-def start(*arguments):
-    return subprocess.Popen([sys.executable, str(program), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def start(*arguments, new_session=False):
+    return subprocess.Popen([sys.executable, str(program), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=new_session)
 
 
 def complete(*arguments):
@@ -134,6 +134,22 @@ def test_asked_to_stop(tmp_path, unkilled):
         after = load_checkpoint(tmp_path)
         saved = lambda found: (found[0]["progress"]["epoch"], found[0]["progress"]["step"]) if found else (0, 0)
         assert saved(after) > saved(before) if expected == 75 else saved(after) == saved(before)
+    code, out, err = complete(tmp_path)
+    assert code == 0, err
+    assert same(content(tmp_path), content(unkilled))
+
+
+def test_the_whole_group_is_asked_to_stop(tmp_path, unkilled):
+    "A batch system sends its signal to the processes that load pictures as well: they leave it to the one that trains."
+    for steps, number in ((4, signal.SIGTERM), (7, signal.SIGINT)):
+        process = start(tmp_path, "--slow-disk", 0.5, new_session=True)
+        for line in process.stdout:
+            if line.startswith("step"): steps -= 1
+            if not steps: break
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 75 and "Traceback" not in err, err
+        assert load_checkpoint(tmp_path) is not None
     code, out, err = complete(tmp_path)
     assert code == 0, err
     assert same(content(tmp_path), content(unkilled))
