@@ -17,7 +17,9 @@ import hashlib
 import io
 import os
 import random
+import signal
 import tempfile
+import threading
 import time
 import warnings
 from operator import itemgetter
@@ -104,10 +106,28 @@ def epoch_order(
     "The order in which an epoch goes through the training pictures, in all processes together."
     return np.random.Generator(np.random.Philox(_entropy(_ORDER, seed, epoch))).permutation(n)
 
-# %% ../nbs/05_data.ipynb #82478eb0
+# %% ../nbs/05_data.ipynb #67112ed7
+_ending = {signal.SIGTERM, signal.SIGINT}
+
+@contextlib.contextmanager
+def _signals_wait():
+    "Context manager: what would end this process comes when the block is left. A worker that is started inside never sees it."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ending) if hasattr(signal, "pthread_sigmask") else None
+    try: yield
+    finally:
+        if before is not None: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+def _heed_parent():
+    "End this worker when its parent, and nobody else, sends SIGTERM: multiprocessing does so with the workers that are left at its exit."
+    while (came := signal.sigwaitinfo(_ending)).si_signo != signal.SIGTERM or came.si_pid != os.getppid(): pass
+    os._exit(0)
+
 def _start_worker(number=None):
-    "What the parent process has not cleaned up yet, such as the iterator of an epoch that was cut short, is not the worker's to clean up."
+    "What the parent process has not cleaned up yet, such as the iterator of an epoch that was cut short, is not the worker's to clean up, nor are signals its to answer."
     gc.freeze()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
+        threading.Thread(target=_heed_parent, daemon=True).start()
 
 class KeyedDL(TfmdDL):
     "A fastai `DataLoader` in which the order of the pictures and their random transforms depend on seed, epoch and picture only."
@@ -200,7 +220,8 @@ class KeyedDL(TfmdDL):
         self._DataLoader__idxs = self.get_idxs()  # where fastai's sampler looks
         asked = time.perf_counter()
         try:
-            for batch in _loaders[self.fake_l.num_workers == 0](self.fake_l):
+            with _signals_wait(): batches = _loaders[self.fake_l.num_workers == 0](self.fake_l)
+            for batch in batches:
                 self.waited = time.perf_counter() - asked
                 if isinstance(batch, list): batch = tuple(batch)  # pinning memory makes lists of tuples
                 if self.device is not None: batch = to_device(batch, self.device, non_blocking=self.device.type == "cuda")

@@ -62,31 +62,39 @@ def published_state_dict(model: Mamba2D) -> dict[str, Tensor]:
     state = model.state_dict()
     return {published: state[name] for name, published in published_names(model).items()}
 
-# %% ../nbs/04_models.ipynb #6cc04b93
+# %% ../nbs/04_models.ipynb #c9f9fd39
+_weights_files = "a file of torch.save (a state dict, a Lightning checkpoint, weights or a checkpoint of mamba2d-train) or a .safetensors file"
+
 def read_weights(
     path: str | Path,  # written by torch.save: a state dict, a Lightning checkpoint, weights or a checkpoint of `mamba2d-train`; or a .safetensors file
 ) -> dict:
     "What is in a file of weights, on the CPU. Raises `FileNotFoundError`, or `ValueError` for a file that is no such thing or holds code."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
-    if path.suffix == ".safetensors":
-        try:
+    kind = "no safetensors file" if path.suffix == ".safetensors" else "was not written by torch.save"
+    try:
+        if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
-                return {"model": {name: file.get_tensor(name) for name in file.keys()}, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
-        except safetensors.SafetensorError as error: raise ValueError(f"weights: {str(path)!r} is damaged or no safetensors file: {error}") from error
-    try: return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+                content = {"model": {name: file.get_tensor(name) for name in file.keys()}, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
+        else: content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of every kind, where the bytes are anything
         with path.open("rb") as file: start = file.read(2)
-        if start not in (b"PK", b"\x80\x02"): raise ValueError(f"weights: {str(path)!r} was not written by torch.save") from error
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise ValueError(
-            f"weights: {str(path)!r} holds more than tensors and plain values{f' ({wanted[1]})' if wanted else ''}, and loading that can run code. "
-            "If you trust where it comes from, convert it once:\n"
-            f"  checkpoint = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
-            "  torch.save(checkpoint['state_dict'], 'converted.pth')\n"
-            "and load converted.pth.") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"weights: {str(path)!r} is damaged or was not written by torch.save: {str(error).splitlines()[0]}") from error
+        if isinstance(error, pickle.UnpicklingError) and start in (b"PK", b"\x80\x02"):
+            wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise ValueError(
+                f"weights: {str(path)!r} holds more than tensors and plain values{f' ({wanted[1]})' if wanted else ''}, and loading that can run code. "
+                "If you trust where it comes from, convert it once:\n"
+                f"  checkpoint = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
+                "  torch.save(checkpoint['state_dict'], 'converted.pth')\n"
+                "and load converted.pth.") from error
+        if isinstance(error, json.JSONDecodeError): problem = f"has a config in its metadata that is not JSON ({error})"
+        elif path.suffix != ".safetensors" and start not in (b"PK", b"\x80\x02"): problem = kind
+        else: problem = f"is damaged or {kind} ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        raise ValueError(f"weights: {str(path)!r} {problem}; accepted: {_weights_files}") from error
+    if not isinstance(content, dict): raise ValueError(f"weights: {str(path)!r} holds a {type(content).__name__} and no weights by name; accepted: {_weights_files}")
+    if not isinstance(config := content.get("config", {}), (dict, type(None))):
+        raise ValueError(f"weights: {str(path)!r} has a config that is a {type(config).__name__} and no dictionary; accepted: {_weights_files}")
+    return content
 
 def _tensors_in(source):
     "The mapping from names to tensors in a loaded file: itself, a Lightning checkpoint's `state_dict`, our `model`, or a run's averaged weights, which come first."
