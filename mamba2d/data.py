@@ -129,6 +129,9 @@ def _start_worker(number=None):
         signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
         threading.Thread(target=_heed_parent, daemon=True).start()
 
+def _check_seed(seed):
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0: raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+
 class KeyedDL(TfmdDL):
     "A fastai `DataLoader` in which the order of the pictures and their random transforms depend on seed, epoch and picture only."
     def __init__(
@@ -143,7 +146,7 @@ class KeyedDL(TfmdDL):
         accumulate: int = 1,  # micro-batches per optimiser step
         **kwargs,  # of fastai's `TfmdDL`
     ):
-        if seed < 0: raise ValueError(f"seed must be a whole number of at least 0, got {seed}")
+        _check_seed(seed)
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         self.epoch = self.first_batch = 0
         self.waited = 0.
@@ -193,7 +196,7 @@ class KeyedDL(TfmdDL):
     def _check_length(self):
         if self.drop_last and self.n and not len(self):
             raise ValueError(f"batch_size {self.bs} × {self.world} processes × {self.accumulate} accumulated micro-batches are more than the "
-                             f"{self.n} training pictures: not one optimiser step; make one of them smaller")
+                             f"{self.n} training pictures: not one optimiser step; together they must be at most {self.n}")
 
     def get_idxs(self):
         self._check_length()
@@ -500,6 +503,14 @@ def _flat_labels(folder, files, classes, places, given):
     for stem, file in stems.items(): sorted_out.setdefault(labels[stem], []).append(file)
     return sorted_out, Path(candidate).name
 
+_parts = ("train", "training", "trainingset"), ("val", "valid", "validation", "validationset", "test")  # folders' names in small letters
+
+def _is_class(name, root):
+    "Whether the folder is a class, whatever its name: it holds pictures itself, and so do folders beside it whose names are not those of parts (`test1`, say)."
+    holds = lambda folder: any(entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") for entry in os.scandir(folder))
+    beside = [path for other, path in _folders(root).items() if not other.lower().startswith(("train", "val", "test"))]
+    return not _folders(root / name) and holds(root / name) and any(map(holds, beside))
+
 def _held_out(classes, share, seed):
     "Divide each class: two dictionaries {class: paths}."
     train, valid = {}, {}
@@ -523,8 +534,8 @@ def find_pictures(
     for inner in ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"):
         root, names = path / inner, {}
         if root.is_dir(): names = {name.lower(): name for name in _folders(root)}
-        train = next((names[n] for n in ("train", "training", "trainingset") if n in names), None)
-        valid = next((names[n] for n in ("val", "valid", "validation", "validationset", "test") if n in names), None)
+        train, valid = (next((names[n] for n in known if n in names), None) for known in _parts)
+        if train and _is_class(train, root): train = None  # and so is the other: it is looked at only beside a part to train with
         if train: break
     else: root, train, valid = path, None, None
     prefix = f"{root.relative_to(path)}: " if root != path else ""
@@ -648,6 +659,11 @@ class OpenPicture(Transform):
         self.root, self.lazy = str(root), lazy
     def encodes(self, source): return open_picture(os.path.join(self.root, source["file"]) if isinstance(source, np.void) else source, self.lazy)
 
+class _Records(np.ndarray):
+    "Records of a `PictureList` as fastai picks some of them: without `iloc` it takes an array for one item."
+    @property
+    def iloc(self): return self
+
 def _without(records, root, broken):
     "The records whose file is not among `broken`, paths or names relative to `root`."
     left_out = {os.path.relpath(name, root) if os.path.isabs(name) else name for name in map(str, broken)}
@@ -670,6 +686,9 @@ def imagenet_dls(
 ) -> DataLoaders:  # batches of (B, 3, size, size) floats with ImageNet's mean and deviation, and (B,) class numbers
     "Training and validation batches. Raises `FileNotFoundError` or `ValueError` saying what is wrong and expected, and `BrokenPicture` where one is read."
     if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
+    _check_seed(seed)
+    if not isinstance(broken, (dict, list, type(None))): raise ValueError(f"broken must be a list of files, a dictionary of files and reasons, or None, got {broken!r}")
+    if not isinstance(augment, (bool, dict, Augmentation)): raise ValueError(f"augment must be true, false, an Augmentation or a dictionary of its fields, got {augment!r}")
     augmentation = augment if isinstance(augment, Augmentation) else Augmentation(**augment) if isinstance(augment, dict) else Augmentation() if augment else None
     found = find_pictures(path, valid_pct, split_seed, labels)
     workers = min(max(1, _cores() - 1), 16) if num_workers is None else num_workers
@@ -679,7 +698,7 @@ def imagenet_dls(
     for part, name in ((train, "training"), (valid, "validation")):
         if lost := sorted({*found.vocab} - {*part["label"]}):
             raise ValueError(f"data: without the broken pictures there are no {name} pictures of class {lost[0]!r}")
-    data = [Datasets(part, [[OpenPicture(found.root, lazy)], [itemgetter("label"), Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
+    data = [Datasets(part.view(_Records), [[OpenPicture(found.root, lazy)], [itemgetter("label"), Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
             for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False)))]
     evaluate = evaluation_transforms(size)
     return _dataloaders(*data, PictureTransform(*(augmentation.transforms(size) if augmentation else evaluate)), PictureTransform(*evaluate), *imagenet_stats,

@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import urllib.error
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,10 @@ def read_weights(
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
                 content = {"model": {name: file.get_tensor(name) for name in file.keys()}, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
-        else: content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, of other pickles than its own: what follows says it
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of every kind, where the bytes are anything
         with path.open("rb") as file: start = file.read(2)
         if isinstance(error, pickle.UnpicklingError) and start in (b"PK", b"\x80\x02"):

@@ -81,7 +81,7 @@ class Recipe:
     compile: bool = False  # torch.compile the network for training
 
     def __post_init__(self):
-        whole, number = (lambda v: isinstance(v, int)), (lambda v: isinstance(v, (int, float)))
+        whole, number = (lambda v: isinstance(v, int)), (lambda v: isinstance(v, (int, float)) and abs(v) < math.inf)
         for names, accepted, fits in (
             (("epochs", "randaugment_ops"), "a whole number of at least 1", lambda v: whole(v) and v >= 1),
             (("effective_batch", "image_size"), "a whole number of at least 1, or None", lambda v: v is None or whole(v) and v >= 1),
@@ -93,12 +93,13 @@ class Recipe:
             (("beta1", "beta2"), "at least 0 and below 1", lambda v: number(v) and 0 <= v < 1),
             (("drop_path", "head_dropout", "ema"), "at least 0 and below 1, or None", lambda v: v is None or number(v) and 0 <= v < 1),
             (("randaugment",), "a whole number from 0 to 30", lambda v: whole(v) and 0 <= v <= 30),
-            (("seed",), "a whole number of at least 0", lambda v: whole(v) and v >= 0),
+            (("seed",), "a whole number of at least 0 and below 2**63", lambda v: whole(v) and 0 <= v < 2 ** 63),
             (("precision",), '"fp32" or "bf16"', lambda v: v in ("fp32", "bf16")),
             (("channels_last", "compile"), "true or false", lambda v: isinstance(v, bool)),
         ):
             for name in names:
                 value = getattr(self, name)
+                if isinstance(value, float) and not math.isfinite(value): accepted += " (and finite)"
                 if isinstance(value, bool) and "true" not in accepted or not fits(value): raise ValueError(f"{name} must be {accepted}, got {value!r}")
 
     sections = {"schedule": "epochs", "optimizer": "effective_batch", "model": "drop_path", "data": "image_size", "regime": "ema"}  # and their first fields
@@ -117,14 +118,16 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        "Read a recipe that `save` wrote, or that you wrote. Raises `ValueError` for a section or field that there is not."
+        "Read a recipe that `save` wrote, or that you wrote. Raises `ValueError` for a section or field that there is not, and for a field that is there twice."
         try: content = tomllib.loads(Path(path).read_text())
         except tomllib.TOMLDecodeError as error: raise ValueError(f"recipe {str(path)!r} is not TOML: {error}") from error
         values, known = {}, [f.name for f in dataclasses.fields(cls)]
         for name, value in content.items():
             if isinstance(value, dict) and name not in cls.sections:
                 raise ValueError(f"recipe {str(path)!r} has a section {name!r}; accepted: {', '.join(cls.sections)}")
-            values |= value if isinstance(value, dict) else {name: value}
+            part = value if isinstance(value, dict) else {name: value}
+            if twice := [field for field in part if field in values]: raise ValueError(f"recipe {str(path)!r} has the field {twice[0]!r} in two places")
+            values |= part
         for name in values:
             if name not in known: raise ValueError(f"recipe {str(path)!r} has a field {name!r}; accepted: {', '.join(known)}")
         return cls(**values)
@@ -266,8 +269,11 @@ def mamba2d_learner(
     metrics=accuracy,
     **kwargs,  # further arguments of fastai's `Learner`
 ) -> Learner:
-    "A fastai `Learner` with the recipe's optimizer and loss. Raises `ValueError` if the model has another number of classes than the data."
+    "A fastai `Learner` with the recipe's optimizer and loss. Raises `TypeError` for what is no recipe, `ValueError` if the model has another number of classes than the data."
     recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        published = f": mamba2d.training.recipes[{recipe!r}]" if isinstance(recipe, str) and recipe in recipes else ""
+        raise TypeError(f"recipe must be a Recipe{published}, got {recipe!r}")
     outputs = getattr(model, "num_classes", None)
     if outputs is not None and getattr(dls, "c", outputs) != outputs:
         raise ValueError(f"model has {outputs} classes, the data has {dls.c}: build it with num_classes={dls.c}")
@@ -370,6 +376,12 @@ def divide(dls, recipe: Recipe, processes: Processes) -> int:
     "Give this process its share of the pictures; returns how many batches it accumulates per step. Raises `ValueError` where the effective batch does not fit."
     loader, share = dls.train, processes.world * dls.train.bs
     wanted = recipe.effective_batch or share
+    if isinstance(loader, KeyedDL):
+        if loader.n < share:
+            raise ValueError(f"batch_size must be at most {loader.n // processes.world} ({loader.n} training pictures in {processes.world} processes), got {loader.bs}")
+        if wanted > (most := loader.n // share * share):
+            raise ValueError(f"effective_batch must be at most {most} (a multiple of {share}), got {wanted}"
+                             + (f", which are more than the {loader.n} training pictures" if wanted > loader.n else f": there are {loader.n} training pictures"))
     if wanted % share: raise ValueError(f"effective_batch must be a multiple of {share} (batches of {loader.bs} in {processes.world} processes), got {wanted}")
     if (recipe.mixup or recipe.cutmix) and loader.bs % 2: raise ValueError(f"MixUp and CutMix mix pairs: batch_size must be even, got {loader.bs}")
     if isinstance(loader, KeyedDL):
