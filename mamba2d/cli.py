@@ -179,6 +179,10 @@ def _run(prog, action, parser, argv):
     try: action(args)
     except _Mistake as mistake: parser.exit(2, f"{prog}: error: {mistake}\n")
     except KeyboardInterrupt: parser.exit(130, f"\n{prog}: interrupted\n")
+    except RuntimeError as error:
+        from mamba2d.training import FirstProcessFailed
+        if not isinstance(error, FirstProcessFailed): raise
+        raise SystemExit(1) from None  # the first process has said why
 
 def _check_data(args, data):
     "Read every picture once and say what was found."
@@ -214,7 +218,6 @@ def _train(args):
     if args.print_recipe: return print(f"# {name}\n{recipe.toml()}", end="")
     _check_backend()
     from mamba2d.runs import RunInUse, RunRefused, claim_run, dashboards
-    from mamba2d.training import FirstProcessFailed
     boards = [maker for kind, maker in dashboards.items() if getattr(args, kind)]
     for kind in ("tensorboard", "wandb"):
         if getattr(args, kind):
@@ -229,7 +232,6 @@ def _train(args):
     try: lock = processes.first_one_does(lambda: claim_run(out))
     except (RunInUse, RunRefused) as error: raise _Mistake(str(error)) from error
     except OSError as error: raise _Mistake(f"argument --out: {error}") from error
-    except FirstProcessFailed: raise SystemExit(1) from None
     try: _train_in(out, args, data, size, name, recipe, boards, processes)
     finally:
         if lock:
@@ -240,11 +242,11 @@ def _train_in(out, args, data, size, name, recipe, boards, processes):
     "Train in a run folder that is claimed."
     from mamba2d.models import load_published, read_weights
     from mamba2d.runs import RunRefused, StopRequested, load_checkpoint, train_run, write_safely
-    from mamba2d.training import FirstProcessFailed, divide, mamba2d_learner, recipes, set_seed
+    from mamba2d.training import divide, mamba2d_learner, recipes, set_seed
     def present():
         "(whether the folder holds a run that goes on, whether it holds one that only tried whether all works)"
-        found = None if args.overwrite else load_checkpoint(out)
-        return found is not None, found is not None and found[0]["identity"]["limit"] is not None
+        there = not args.overwrite and any((out / "checkpoints" / name).exists() for name in ("last.pth", "previous.pth"))
+        return there, there and bool(args.fast_dev_run and args.out) and load_checkpoint(out)[0]["identity"]["limit"] is not None  # large: read only where it matters
     try: goes_on, tried = processes.gather(processes.first_one_does(present))[0]
     except RunRefused as error: raise _Mistake(str(error)) from error
     overwrite = args.overwrite or bool(args.fast_dev_run and (not args.out or tried))
@@ -290,7 +292,6 @@ def _train_in(out, args, data, size, name, recipe, boards, processes):
     except RunRefused as error: raise _Mistake(str(error)) from error
     except StopRequested as stop: _end(processes, StopRequested.exit_code, f"mamba2d-train: {stop}")
     except (FloatingPointError, OSError) as error: _end(processes, 1, f"mamba2d-train: error: {error}")
-    except FirstProcessFailed: raise SystemExit(1) from None
     if processes.rank == 0:
         print("the run is complete" if result.get("complete") else "")
         _print_table([*_result_rows(result), ("seconds of training", f"{result['seconds']:.0f}"),
@@ -318,8 +319,8 @@ def _validate(args):
     _check_backend()
     from mamba2d.data import BrokenPicture
     from mamba2d.models import read_weights
-    from mamba2d.runs import write_evaluation
-    from mamba2d.training import FirstProcessFailed, evaluate, scan_silenced
+    from mamba2d.runs import different_classes, write_evaluation
+    from mamba2d.training import evaluate, scan_silenced
     if args.file and args.weights: raise _Mistake(f"argument --weights: {args.file!r} is given as well; one of them is enough")
     weights = args.file or args.weights
     if weights is None: raise _Mistake("the following arguments are required: a file of weights")
@@ -339,12 +340,10 @@ def _validate(args):
         if args.out: processes.first_one_does(lambda: Path(args.out).mkdir(parents=True, exist_ok=True))
         broken = dict.fromkeys(known, "left out by the run") if known else _broken(args, data, processes)
     except (OSError, ValueError) as error: raise _Mistake(str(error)) from error
-    except FirstProcessFailed: raise SystemExit(1) from None
     dls = _load_data(args, data, image_size, args.batch_size or 64, processes, broken=broken)
     classes, given = _classes_of(saved), [str(c) for c in dls.vocab]
     if classes and classes != given:
-        only = [f"only {where} {', '.join(sorted(set(a) - set(b))[:5])}" for where, a, b in (("of the weights", classes, given), ("of the data", given, classes)) if set(a) - set(b)]
-        raise _Mistake(f"argument --data: {data!r} has other classes than the weights ({len(given)} and {len(classes)}" + "".join(f"; {o}" for o in only) + ")")
+        raise _Mistake(f"argument --data: {data!r} has other classes than the weights ({len(given)} and {len(classes)}{different_classes(classes, given, 'of the weights', 'of the data')})")
     model = _build(size, weights=saved).to(dls.device)
     if model.num_classes != dls.c: raise _Mistake(f"argument --data: {data!r} has {dls.c} classes, the weights are for {model.num_classes}")
     try: found = evaluate(model, dls.valid, processes, args.precision)
