@@ -170,7 +170,7 @@ class KeyedDL(TfmdDL):
                                             ("accumulate", accumulate, accumulate >= 1, "at least 1")):
             if not fits: raise ValueError(f"{name} must be {accepted}, got {value}")
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self._check_length()
+        len(self)
         return self
 
     def start(
@@ -190,16 +190,14 @@ class KeyedDL(TfmdDL):
         return (batch * self.world + self.rank) * self.bs
 
     def __len__(self):
-        if self.drop_last: return self.n // (self.bs * self.world * self.accumulate) * self.accumulate
-        return -(-len(range(self.rank, self.n, self.world)) // self.bs)
-
-    def _check_length(self):
-        if self.drop_last and self.n and not len(self):
+        if not self.drop_last: return -(-len(range(self.rank, self.n, self.world)) // self.bs)
+        steps = self.n // (self.bs * self.world * self.accumulate)
+        if self.n and not steps:
             raise ValueError(f"batch_size {self.bs} × {self.world} processes × {self.accumulate} accumulated micro-batches are more than the "
                              f"{self.n} training pictures: not one optimiser step; together they must be at most {self.n}")
+        return steps * self.accumulate
 
     def get_idxs(self):
-        self._check_length()
         order = epoch_order(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
         if self.drop_last: mine = order[:len(self) * self.world * self.bs].reshape(-1, self.world, self.bs)[:, self.rank].reshape(-1)
         else: mine = order[self.rank::self.world]
@@ -538,7 +536,7 @@ def find_pictures(
         if train and _is_class(train, root): train = None  # and so is the other: it is looked at only beside a part to train with
         if train: break
     else: root, train, valid = path, None, None
-    prefix = f"{root.relative_to(path)}: " if root != path else ""
+    prefix, source = f"{root.relative_to(path)}: " if root != path else "", None
     if train and valid:
         parts, layout = [_classes(root / train)], f"{prefix}{train}/ of class folders, "
         flat = [file for file in _pictures(root / valid) if os.path.dirname(file) == str(root / valid)]
@@ -558,6 +556,7 @@ def find_pictures(
         root = root / (train or "")
         parts = _held_out(_classes(root), valid_pct, split_seed)
         layout = f"{prefix}{train + '/ of ' if train else ''}class folders, {100 * valid_pct:g} % of each held out (seed {split_seed})"
+    if labels is not None and source is None: raise ValueError(f"labels: only pictures of a flat validation folder need them, got {str(labels)!r}; {str(path)!r} has {layout}")
     records, inside = [], str(root) + os.sep
     for part in parts:  # slicing a string is ten times as fast as os.path.relpath, which counts with a million files
         rows = [(file[len(inside):] if file.startswith(inside) else os.path.relpath(file, root), name) for name in sorted(part) for file in part[name]]
