@@ -146,6 +146,7 @@ def _load_data(args, data, size, batch_size, processes, recipe=None, broken=None
     "DataLoaders for `--data`; for training as the recipe says."
     from mamba2d.data import BrokenPicture, digits_dls, imagenet_dls
     options = dict(size=size, batch_size=batch_size, device=processes.device, seed=recipe.seed if recipe else 0)
+    if data == "digits" and args.labels: raise _Mistake("argument --labels: scikit-learn's digits bring their classes; give --data FOLDER")
     if args.workers is not None: options["num_workers"] = args.workers
     augment = bool(recipe) and dict(min_scale=recipe.min_scale, randaugment=recipe.randaugment_ops if recipe.randaugment else 0, magnitude=recipe.randaugment, erasing=recipe.erasing)
     try:
