@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from .kernels import (_compute_dtype, cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_why_not, cuda_backward,
                              cuda_forward, cuda_kernel_status, cuda_saved_shape, cuda_why_not)
@@ -28,8 +30,7 @@ class _Wavefront(NamedTuple):
     coefficient_l: Tensor  # (H·W, 1, 1) c_l of each visited pixel
     diagonals: list  # of (start, stop, offset): the diagonal's slice of `order`, and its first row minus the previous one's
 
-@lru_cache(maxsize=64)
-def _wavefront(height, width, reverse, device, dtype):
+def _make_wavefront(height, width, reverse, device, dtype):
     "The visiting order of a (height, width) image with its coefficients on `device`."
     rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     rows, cols = rows.flatten(), cols.flatten()
@@ -49,6 +50,15 @@ def _wavefront(height, width, reverse, device, dtype):
     inverse = torch.argsort(order)
     return _Wavefront(order.to(device), inverse.to(device), coefficient_t.view(-1, 1, 1).to(device),
                       coefficient_l.view(-1, 1, 1).to(device), diagonals)
+
+@lru_cache(maxsize=64)
+def _kept_wavefront(*key):
+    with torch.inference_mode(False): return _make_wavefront(*key)
+
+def _wavefront(*key):
+    "`_make_wavefront`, from memory where its tensors would be ordinary ones, which serve later calls as well."
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    return _make_wavefront(*key) if traced else _kept_wavefront(*key)
 
 # %% ../nbs/01_scan.ipynb #0a3cd70f
 _float_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -143,7 +153,7 @@ def _states(p, wave):
 def _forward_by_diagonals(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse,
                           return_states):
     "Output, and states or None, by vectorised steps over the anti-diagonals."
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         dtype = _compute_dtype(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
         wave = _wavefront(x.shape[1], x.shape[2], reverse, x.device, dtype)
         p = _prepare(wave, dtype, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, delta_bias_t, delta_bias_l, delta_softplus)
@@ -217,7 +227,7 @@ def random_problem(
 # %% ../nbs/01_scan.ipynb #c8034310
 def _backward_by_diagonals(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse):
     "Gradients of the eleven inputs in the order of the arguments, None for an input that is None."
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         dtype = _compute_dtype(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
         wave = _wavefront(x.shape[1], x.shape[2], reverse, x.device, dtype)
         p = _prepare(wave, dtype, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, delta_bias_t, delta_bias_l, delta_softplus)
@@ -270,7 +280,9 @@ _kernels: dict[str, ScanKernels] = {
     "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_why_not, cpu_kernel_status),
     "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_why_not, cuda_kernel_status),
 }
-_forced_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
+_default_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
+_forced_backend = _default_backend
+_forcing = []  # the `scan_backend`s that are entered
 
 def _backend_status(name):
     "Whether the backend `name` can run on this machine, and if not, why."
@@ -283,10 +295,11 @@ def available_backends() -> tuple[str, ...]:
 def _require_backend(name):
     "Raise if `name` is not a backend of this machine."
     if name == "auto": return
-    if name not in backend_names: raise ValueError(f"backend must be one of {', '.join(backend_names)}, got {name!r}")
+    source = "MAMBA2D_BACKEND" if name == _default_backend and not _forcing else "backend"
+    if name not in backend_names: raise ValueError(f"{source} must be one of auto, {', '.join(backend_names)}, got {name!r}")
     usable, reason = _backend_status(name)
     if not usable:
-        raise RuntimeError(f"backend {name!r} cannot run here: {reason}. Available: {', '.join(available_backends())}; "
+        raise RuntimeError(f"{source} {name!r} cannot run here: {reason}. Available: {', '.join(available_backends())}; "
                            "mamba2d-doctor says what to install.")
 
 @lru_cache(maxsize=None)
@@ -296,19 +309,25 @@ def _warn_once(name, reason):
                   "mamba2d-doctor says what to install.", RuntimeWarning, stacklevel=3)
 
 class scan_backend:
-    """Context manager: every scan inside runs on the named backend ("cpu", "cuda", "reference").
+    """Context manager: every scan inside runs on the named backend: "cpu", "cuda", "reference", or "auto" for the best there is.
 
+    It holds for the whole process, other threads included; of several that are entered, the latest holds.
     Raises `ValueError` for an unknown name and `RuntimeError` for a backend that cannot run on this machine, on entering."""
     def __init__(self, name: str): self.name = name
 
     def __enter__(self):
         global _forced_backend
-        _require_backend(self.name)
-        self.previous, _forced_backend = _forced_backend, self.name
+        _forcing.append(self)
+        try: _require_backend(self.name)
+        except Exception:
+            _forcing.remove(self)
+            raise
+        _forced_backend = self.name
 
     def __exit__(self, *_):
         global _forced_backend
-        _forced_backend = self.previous
+        del _forcing[len(_forcing) - 1 - _forcing[::-1].index(self)]
+        _forced_backend = _forcing[-1].name if _forcing else _default_backend
 
 def _kernels_for(backend, x, A_t):
     "The `ScanKernels` that shall compute this problem, None for the reference; raises if a forced backend cannot."
@@ -391,7 +410,12 @@ def _no_second_derivative(ctx, *grads):
 torch.library.register_autograd(f"{_namespace}::scan_forward", _autograd_backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd(f"{_namespace}::scan_backward", _no_second_derivative, lib=_library)
 
-# %% ../nbs/01_scan.ipynb #b8e5ad4c
+# %% ../nbs/01_scan.ipynb #53d31c4c
+def _differentiates_functions():
+    "Whether `torch.func` or forward mode takes a derivative just now. The operator has rules for the ordinary backward pass only."
+    if torch.autograd.forward_ad._current_level >= 0: return True
+    return torch._C._are_functorch_transforms_active() and any(interpreter.key() in (TransformType.Grad, TransformType.Jvp) for interpreter in retrieve_all_functorch_interpreters())
+
 def selective_scan_2d(
     x: Tensor,  # (B, H, W, E) input
     delta_t: Tensor,  # (B, H, W, E) step size from the top, before bias and softplus
@@ -413,8 +437,11 @@ def selective_scan_2d(
 
     The dtypes may differ, as autocast makes them; arithmetic is float32, or float64 if any input is. Raises `TypeError` or `ValueError`
     naming the argument that does not fit, `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second
-    derivative."""
+    derivative. Derivatives by `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`, whatever is forced."""
     _check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    if _differentiates_functions():
+        return selective_scan_2d_ref(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
+                                     delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
     inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, h, _ = _operators.scan_forward(*inputs, delta_softplus, reverse, return_states, for_backward, _forced_backend)
