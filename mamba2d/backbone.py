@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Downsample', 'Stage', 'Classifier', 'Mamba2D', 'draw_architecture']
 
-# %% ../nbs/03_backbone.ipynb #e6009dcd
-from collections.abc import Sequence
+# %% ../nbs/03_backbone.ipynb #e5490d0b
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 from torch import Tensor, nn
 
@@ -55,23 +56,39 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, dim) -> (B, num_classes)
         return self.fc2(self.dropout(self.hidden_norm(self.act(self.fc1(self.norm(x.mean((1, 2))))))))
 
-# %% ../nbs/03_backbone.ipynb #55457e8d
-def _validated(depths, dims, mixers, num_classes, in_channels):
-    "Raise a `ValueError` that names the argument; return depths, dims and mixers as tuples."
-    depths, dims, mixers = tuple(depths), tuple(dims), tuple(mixers)
+# %% ../nbs/03_backbone.ipynb #131f3fc6
+def _is_whole(value): return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+def _check_numbers(whole, rates):
+    "Raise a `ValueError` that names the argument: `whole` and `rates` are dictionaries of arguments."
+    for name, value in whole.items():
+        if not _is_whole(value): raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    for name, value in rates.items():
+        if not isinstance(value, Real) or not 0 <= value <= 1: raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
+
+def _stagewise(depths, dims, mixers, residual_scale):
+    "The arguments as tuples with an entry per stage; raise a `ValueError` that names the one that is none."
+    if isinstance(residual_scale, bool) and isinstance(dims, Iterable): residual_scale = [residual_scale] * len(tuple(dims))
+    named = dict(depths=depths, dims=dims, mixers=mixers, residual_scale=residual_scale)
+    for name, values in named.items():
+        if isinstance(values, str) or not isinstance(values, Iterable): raise ValueError(f"{name} must have one entry per stage, got {values!r}")
+        named[name] = tuple(values)
+    depths, dims, mixers, scaled = named.values()
     if not depths or not len(depths) == len(dims) == len(mixers):
         raise ValueError(f"depths, dims and mixers must have one entry per stage, got {len(depths)}, {len(dims)} and {len(mixers)}")
-    for name, values in (("depths", depths), ("dims", dims), ("num_classes", (num_classes,)), ("in_channels", (in_channels,))):
-        if any(not isinstance(v, int) or v < 1 for v in values): raise ValueError(f"{name} must be whole numbers of at least 1, got {values}")
-    for name in mixers:
+    if len(scaled) != len(dims): raise ValueError(f"residual_scale must be a bool or one per stage, got {scaled}")
+    for name, values in (("depths", depths), ("dims", dims)):
+        if not all(map(_is_whole, values)): raise ValueError(f"{name} must be whole numbers of at least 1, got {values}")
+    for name, dim in zip(mixers, dims):
         if name not in mixer_types: raise ValueError(f"mixers must be among {', '.join(map(repr, mixer_types))}, got {name!r}")
-    return depths, dims, mixers
+        if name == "attention" and dim % 32: raise ValueError(f"dims must be multiples of 32 in stages of attention, got {dims}")
+    return tuple(map(int, depths)), tuple(map(int, dims)), mixers, scaled
 
 # %% ../nbs/03_backbone.ipynb #f9f5eec4
 class Mamba2D(nn.Module):
     """The Mamba2D image classifier and backbone (arXiv 2412.16146; the arguments' defaults are those of the published version 2).
 
-    Raises `ValueError` naming the argument for a size that cannot be built, and for an image that is too small or has other channels."""
+    Raises `ValueError` naming the argument for a size that cannot be built, and for images that are too small or have other channels, `TypeError` for images that are no floats."""
     min_size = 3  # pixels: the smallest side that the stem's 7×7 convolution with padding 2 can take
 
     def __init__(
@@ -96,12 +113,9 @@ class Mamba2D(nn.Module):
         stage_norm: bool = True,  # LayerNorm at the end of each stage
     ):
         super().__init__()
-        depths, dims, mixers = _validated(depths, dims, mixers, num_classes, in_channels)
-        for name, rate in (("drop_path", drop_path), ("head_dropout", head_dropout)):
-            if not 0 <= rate <= 1: raise ValueError(f"{name} must be between 0 and 1, got {rate}")
+        _check_numbers(dict(num_classes=num_classes, in_channels=in_channels, expansion=expansion, states=states), dict(drop_path=drop_path, head_dropout=head_dropout))
+        depths, dims, mixers, scaled = _stagewise(depths, dims, mixers, residual_scale)
         self.depths, self.dims, self.in_channels, self.num_classes = depths, dims, in_channels, num_classes
-        scaled = [residual_scale] * len(dims) if isinstance(residual_scale, bool) else list(residual_scale)
-        if len(scaled) != len(dims): raise ValueError(f"residual_scale must be a bool or one per stage, got {residual_scale}")
         rates = iter(drop_path * k / max(1, sum(depths) - 1) for k in range(sum(depths)))
         stages = []
         for k, (depth, dim, kind) in enumerate(zip(depths, dims, mixers)):
@@ -120,7 +134,9 @@ class Mamba2D(nn.Module):
         self.head = Classifier(dims[-1], num_classes, head_dropout)
 
     def check_images(self, images: Tensor):
-        "Raise a `ValueError` unless images are (B, in_channels, H, W) with sides the network can take."
+        "Raise a `TypeError` unless images are a tensor of floats, a `ValueError` unless they are (B, in_channels, H, W) with sides the network can take."
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            raise TypeError(f"images must be a tensor of floats, got {images.dtype if isinstance(images, Tensor) else type(images).__name__}")
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"images must have shape (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
         if min(images.shape[2:]) < self.min_size:
@@ -171,7 +187,7 @@ def draw_architecture(
                 ax.text(x + 0.1, 0, "\n".join("↖" if reverse else "↘" for reverse in corners), ha="center", va="center", fontsize=11)
             x += 0.34
         parameters = sum(p.numel() for p in stage.parameters())
-        ax.text((start + x) / 2, 1.05, f"stage {k + 1}\n{stage.downsample.conv.out_channels} × {height}×{width}", ha="center", va="bottom", fontsize=9)
+        ax.text((start + x) / 2, 1.05, f"stage {k}\n{stage.downsample.conv.out_channels} × {height}×{width}", ha="center", va="bottom", fontsize=9)
         ax.text((start + x) / 2, -1.05, f"{len(stage.blocks)} blocks\n{parameters / 1e6:.2f} M parameters", ha="center", va="top", fontsize=9)
         x += 0.35
     ax.text(x + 0.5, 0, f"mean → MLP\n{model.num_classes} classes\n{sum(p.numel() for p in model.head.parameters()) / 1e6:.2f} M", ha="center",

@@ -93,6 +93,7 @@ class SeparableConv(nn.Module):
     "Pointwise ×2, StarReLU, depthwise, StarReLU, pointwise, on (B, H, W, C)."
     def __init__(self, dim: int, expansion: int = 2, kernel_size: int = 3):
         super().__init__()
+        if kernel_size % 2 == 0: raise ValueError(f"kernel_size must be odd, or the map would change its size, got {kernel_size}")
         inner = expansion * dim
         self.widen, self.narrow = nn.Linear(dim, inner, bias=False), nn.Linear(inner, dim, bias=False)
         self.depthwise = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=False)
@@ -146,6 +147,7 @@ def rotary_table(
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:  # cosine and sine, each (height·width, head_dim // 2), for pairs of neighbouring channels
     "Angles of the 2D rotary embedding: the first half of the pairs turns with the row, the second with the column."
+    if head_dim % 4: raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
     pairs = head_dim // 4
     speed = base ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
     rows = torch.arange(height, device=device, dtype=torch.float32)[:, None, None] * speed
@@ -183,8 +185,8 @@ class Attention(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
             cosine, sine = rotary_table(height, width, self.head_dim, device=x.device)
-            # .to(v.dtype): the rotation is computed in float32, attention in the dtype of its input
-            q, k = [norm(rotate(t, cosine, sine)).to(v.dtype) for t, norm in ((q, self.q_norm), (k, self.k_norm))]
+            # the rotation is computed in float32 (or finer), attention in the dtype of its input
+            q, k = [norm(rotate(t, cosine, sine).to(norm.weight.dtype)).to(v.dtype) for t, norm in ((q, self.q_norm), (k, self.k_norm))]
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
 
@@ -212,6 +214,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm1, self.mixer, self.norm2, self.mlp = nn.LayerNorm(dim), mixer, nn.LayerNorm(dim), MLP(dim)
+        if not 0 <= drop_path <= 1: raise ValueError(f"drop_path must be between 0 and 1, got {drop_path}")
         self.drop_path = StochasticDepth(drop_path, "row")
         self.scale1, self.scale2 = [nn.Parameter(torch.ones(dim)) if residual_scale else None for _ in range(2)]
 

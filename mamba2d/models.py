@@ -7,11 +7,10 @@ __all__ = ['builders', 'published_names', 'published_state_dict', 'read_weights'
            'Mamba2D_T_Weights', 'Mamba2D_S_Weights', 'Mamba2D_T_V1_Weights', 'mamba2d_n', 'mamba2d_t', 'mamba2d_s',
            'mamba2d_t_v1']
 
-# %% ../nbs/04_models.ipynb #da831323
+# %% ../nbs/04_models.ipynb #efea1398
 import json
 import pickle
 import re
-import urllib.error
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -72,9 +71,9 @@ def read_weights(
     "What is in a file of weights, on the CPU. Raises `FileNotFoundError`, or `ValueError` for a file that is no such thing or holds code."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
-    kind = "no safetensors file" if path.suffix == ".safetensors" else "was not written by torch.save"
+    kind = "no safetensors file" if path.suffix.lower() == ".safetensors" else "was not written by torch.save"
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             with safetensors.safe_open(path, "pt") as file:
                 content = {"model": {name: file.get_tensor(name) for name in file.keys()}, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
         else:
@@ -89,10 +88,10 @@ def read_weights(
                 f"weights: {str(path)!r} holds more than tensors and plain values{f' ({wanted[1]})' if wanted else ''}, and loading that can run code. "
                 "If you trust where it comes from, convert it once:\n"
                 f"  checkpoint = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
-                "  torch.save(checkpoint['state_dict'], 'converted.pth')\n"
+                "  torch.save(checkpoint['state_dict'], 'converted.pth')  # of a whole network: checkpoint.state_dict()\n"
                 "and load converted.pth.") from error
         if isinstance(error, json.JSONDecodeError): problem = f"has a config in its metadata that is not JSON ({error})"
-        elif path.suffix != ".safetensors" and start not in (b"PK", b"\x80\x02"): problem = kind
+        elif path.suffix.lower() != ".safetensors" and start not in (b"PK", b"\x80\x02"): problem = kind
         else: problem = f"is damaged or {kind} ({' '.join(str(error).split())[:200] or type(error).__name__})"
         raise ValueError(f"weights: {str(path)!r} {problem}; accepted: {_weights_files}") from error
     if not isinstance(content, dict): raise ValueError(f"weights: {str(path)!r} holds a {type(content).__name__} and no weights by name; accepted: {_weights_files}")
@@ -121,7 +120,8 @@ def _differences(expected, tensors, limit=3):
     "What is missing, unexpected or of another shape, as lines of text."
     kinds = {"missing": [n for n in expected if n not in tensors], "unexpected": [n for n in tensors if n not in expected],
              "of another shape": [f"{n} is {tuple(tensors[n].shape)}, the model's is {tuple(v.shape)}"
-                                  for n, v in expected.items() if n in tensors and tensors[n].shape != v.shape]}
+                                  for n, v in expected.items() if n in tensors and tensors[n].shape != v.shape],
+             "without floating-point values": [f"{n} is {v.dtype} on {v.device}" for n, v in tensors.items() if v.is_meta or not v.is_floating_point()]}
     return [f"  {len(found)} {kind}: {', '.join(found[:limit])}{', …' if len(found) > limit else ''}" for kind, found in kinds.items() if found]
 
 def load_published(
@@ -180,12 +180,14 @@ def _find_weights(weights, enum):
     if isinstance(weights, str) and weights in enum.__members__: weights = enum[weights]
     if isinstance(weights, WeightsEnum):
         if not isinstance(weights, enum): raise ValueError(f"weights must be one of {enum.__name__}, got {weights}")
-        try: weights = weights.get_state_dict(progress=True, map_location="cpu", weights_only=True)
-        except urllib.error.URLError as error:
-            raise RuntimeError(f"weights could not be downloaded from {weights.url} ({error.reason}); "
-                               "download the file by hand and give its path as weights") from error
-        except pickle.UnpicklingError:  # the file is in the cache now: read it again for the error that says what to do
-            weights = read_weights(Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name)
+        entry, kept = weights, Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        try: weights = entry.get_state_dict(progress=True, map_location="cpu", weights_only=True)
+        except Exception as error:
+            if not kept.is_file():
+                raise RuntimeError(f"weights could not be downloaded from {entry.url} to {str(kept)!r} ({getattr(error, 'reason', error)}); "
+                                   "download the file by hand and give its path as weights") from error
+            try: weights = read_weights(kept)  # for the error that says what to do
+            except ValueError as problem: raise ValueError(f"{problem}\nIt came from {entry.url}; once it is deleted, it will be downloaded again.") from problem
     elif isinstance(weights, (str, Path)):
         if not Path(weights).is_file():
             raise FileNotFoundError(f"weights: there is no file {str(weights)!r}, nor is it one of {', '.join(enum.__members__)}")
@@ -197,8 +199,9 @@ def _find_weights(weights, enum):
 def _build(enum, weights, num_classes, in_channels, config):
     "Build a model; with weights for another number of classes, keep their backbone and make a new head."
     tensors = _find_weights(weights, enum)
-    given = None if tensors is None or "head.fc2.bias" not in tensors else len(tensors["head.fc2.bias"])
-    model = Mamba2D(num_classes=num_classes or given or 1000, in_channels=in_channels, **config)
+    given = None if tensors is None or "head.fc2.bias" not in tensors else tensors["head.fc2.bias"].numel()
+    if num_classes is None: num_classes = given or 1000
+    model = Mamba2D(num_classes=num_classes, in_channels=in_channels, **config)
     return model if tensors is None else load_published(model, tensors, backbone_only=given != model.num_classes)
 
 def mamba2d_n(
