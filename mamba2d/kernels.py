@@ -48,8 +48,9 @@ def source_folder() -> Path:
     raise KernelError(f"the sources of the kernels are missing: neither {package / 'csrc'} nor {package.parent / 'csrc'} has a scan.h")
 
 def cache_folder() -> Path:
-    "The folder where built kernels are kept: `MAMBA2D_CACHE`, or mamba2d in the user's cache."
-    return Path(os.environ.get("MAMBA2D_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mamba2d")
+    "The folder where built kernels are kept: `MAMBA2D_CACHE`, or mamba2d in the user's cache. Raises `OSError` where the user has no home."
+    try: return Path(os.environ.get("MAMBA2D_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mamba2d").expanduser()
+    except RuntimeError as error: raise FileNotFoundError(f"there is no home folder to keep it in: {error}") from error
 
 # %% ../nbs/00_kernels.ipynb #bd70a3a7
 @contextmanager
@@ -91,10 +92,14 @@ _install_compiler = ("install one with `apt install g++` (Debian, Ubuntu), `dnf 
                      "or `xcode-select --install` (macOS)")
 _instruction_flags = {"AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c", "AVX2": "-mavx2 -mfma -mf16c"}
 
+def _words(variable):
+    "The words of an environment variable, quoted as in a shell. Raises `KernelError` if they cannot be told apart."
+    try: return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error: raise KernelError(f"the environment variable {variable} is {os.environ[variable]!r}: {error}") from error
+
 def _compiler():
     "The command of the C++ compiler as a list. Raises `KernelError` if there is none."
-    if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
+    if command := _words("CXX"):
         if shutil.which(command[0]): return command
         raise KernelError(f"the C++ compiler {command[0]!r} that the environment variable CXX names was not found")
     for name in ("c++", "g++", "clang++"):
@@ -113,7 +118,7 @@ def _ninja():
 
 def _compile_flags():
     "Flags of every compilation, as a list."
-    flags = shlex.split(os.environ.get("CXXFLAGS", "")) + "-std=c++17 -O3 -fPIC -pthread -ffp-contract=fast -fvisibility=hidden".split()
+    flags = _words("CXXFLAGS") + "-std=c++17 -O3 -fPIC -pthread -ffp-contract=fast -fvisibility=hidden".split()
     if platform.machine() in ("x86_64", "AMD64"):
         flags += _instruction_flags.get(torch.backends.cpu.get_cpu_capability(), "").split()
     return flags
@@ -135,8 +140,10 @@ def _build_cpu_library(folder, sources, flags):
     done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
                           errors="replace")
     if done.returncode:
-        said = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines()
-        raise KernelError(f"compiling it with {compiler[0]} failed: {' | '.join(said[:3])}")
+        said = [line for line in done.stdout.splitlines() if not line.startswith(("[", "ninja:", "FAILED:", compiler[0]))]
+        said = [line for line in said if "error" in line.lower()] or said
+        raise KernelError(f"compiling it with {compiler[0]} failed: {' | '.join(said[:3]) or 'it did not say why'}")
+    if not (folder / "library.so").is_file(): raise KernelError(f"{compiler[0]} made no library, and reported no error")
     return folder / "library.so"
 
 def build_cpu_library() -> Path:
@@ -146,8 +153,7 @@ def build_cpu_library() -> Path:
     flags = _compile_flags()
     key = "\n".join([*sources.values(), *flags, os.environ.get("CXX", ""), platform.system(), platform.machine()])
     try: return build_once("scan_cpu", key, lambda folder: _build_cpu_library(folder, sources, flags), ".so")
-    except OSError as error: raise KernelError(f"it could not be written to {cache_folder()} ({error}); "
-                                               "the environment variable MAMBA2D_CACHE names another folder") from error
+    except OSError as error: raise KernelError(f"it could not be kept ({error}); the environment variable MAMBA2D_CACHE names another folder") from error
 
 # %% ../nbs/00_kernels.ipynb #69f76ec9
 def _torch_thread_pool():
@@ -496,7 +502,7 @@ class _Plan:
 _plans = {}
 _wide, _narrow = (0, 1, 2), (5, 6, 7)  # which inputs have E channels in their last dimension, and which N
 forward_tile_override = {}  # for measurements (clear `_plans` after a change): rows, warps, channels of a thread of the forward pass
-lockstep = bool(os.environ.get("MAMBA2D_LOCKSTEP"))  # for compute-sanitizer's racecheck: all warps of a block meet together (csrc/NOTES.md)
+lockstep = os.environ.get("MAMBA2D_LOCKSTEP", "0") not in ("", "0")  # for compute-sanitizer's racecheck: all warps of a block meet together (csrc/NOTES.md)
 
 def _describe(tensors, softplus, aligned, device):
     "What the plans of the forward and backward pass share; `tensors` are the eleven inputs and the output or its gradient."
@@ -730,7 +736,9 @@ def _try_cuda_kernel():
         y, _, _ = cuda_forward(*[one] * 3, -one[0, 0], -one[0, 0], *[one] * 3, None, None, None, False, False, False, False)
         if y.item() != 1: raise KernelError(f"the kernel computed {y.item()} in place of 1")
     except Exception as error: return False, f"{error}".strip() or type(error).__name__  # whatever it is, there is a slower path
-    return True, f"compute capability {capability / 10}, NVRTC {'.'.join(map(str, nvrtc_version()))}, cache in {cache_folder()}"
+    try: kept = f"cache in {cache_folder()}"
+    except OSError as error: kept = f"no cache ({error})"
+    return True, f"compute capability {capability / 10}, NVRTC {'.'.join(map(str, nvrtc_version()))}, {kept}"
 
 def cuda_why_not(x: Tensor, A_t: Tensor) -> str | None:  # None if they can
     "Why the CUDA kernels cannot compute a scan of `x` (B, H, W, E) with `A_t` (E, N)."

@@ -81,7 +81,10 @@ def test_damaged_library_is_built_again(built, tmp_path):
 @pytest.mark.parametrize("environment, reason", [
     (dict(PATH="", CXX=None), "there is no C++ compiler (c++, g++ or clang++): install one with `apt install g++`"),
     (dict(CXX="no-such-compiler"), "the C++ compiler 'no-such-compiler' that the environment variable CXX names was not found"),
-    (dict(CXX="false"), "compiling it with false failed"),
+    (dict(CXX="false"), "compiling it with false failed: it did not say why"),
+    (dict(CXX="true"), "true made no library, and reported no error"),
+    (dict(CXX="'g++"), "the environment variable CXX is \"'g++\": No closing quotation"),
+    (dict(CXXFLAGS="'-g"), "the environment variable CXXFLAGS is \"'-g\": No closing quotation"),
     (dict(CXXFLAGS="--no-such-flag"), "compiling it with"),
 ])
 def test_no_kernel_one_warning(tmp_path, environment, reason):
@@ -96,11 +99,20 @@ def test_cache_that_cannot_be_written(tmp_path):
     status, output = run(scan_once, blocked)
     assert status == 0 and output.count("warned:") == 1 and "MAMBA2D_CACHE names another folder" in output, output
 
+def test_no_home(tmp_path):
+    "As in a container that runs under a number that no user has."
+    nobody = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n"
+    status, output = run(nobody + scan_once, "", HOME=None, XDG_CACHE_HOME=None)
+    assert status == 0 and output.count("warned:") == 1 and "there is no home folder to keep it in" in output and "MAMBA2D_CACHE" in output, output
+    status, output = run("from mamba2d.kernels import cache_folder\nprint(cache_folder())", "~/kernels", HOME=str(tmp_path))
+    assert output.strip() == str(tmp_path / "kernels"), output
+
 def test_forced_backend_that_cannot_run_is_an_error(tmp_path):
     forced = "from mamba2d.scan import scan_backend\nwith scan_backend('cpu'): pass"
     for code, environment in ((forced, {}), (scan_once, dict(MAMBA2D_BACKEND="cpu"))):
         status, output = run(code, tmp_path, PATH="", CXX=None, **environment)
-        assert status != 0 and "backend 'cpu' cannot run here: there is no C++ compiler" in output and "mamba2d-doctor" in output, output
+        source = "MAMBA2D_BACKEND" if environment else "backend"
+        assert status != 0 and f": {source} 'cpu' cannot run here: there is no C++ compiler" in output and "mamba2d-doctor" in output, output
 
 def test_environment_chooses_the_backend(tmp_path):
     code = scan_once.replace("print(available_backends())", "")
@@ -108,7 +120,7 @@ def test_environment_chooses_the_backend(tmp_path):
     assert status == 0 and "warned" not in output, output
     assert not list(tmp_path.iterdir())
     status, output = run(code, tmp_path, MAMBA2D_BACKEND="tpu")
-    assert status != 0 and "backend must be one of cpu, cuda, reference, got 'tpu'" in output, output
+    assert status != 0 and "MAMBA2D_BACKEND must be one of auto, cpu, cuda, reference, got 'tpu'" in output, output
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set_of_this_machine(tmp_path, capability):
