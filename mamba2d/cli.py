@@ -118,7 +118,7 @@ def _check_backend():
     "Whether the backend that MAMBA2D_BACKEND forces can run here."
     from mamba2d.scan import _forced_backend, _require_backend
     try: _require_backend(_forced_backend)
-    except (ValueError, RuntimeError) as error: raise _Mistake(f"MAMBA2D_BACKEND: {error}") from error
+    except (ValueError, RuntimeError) as error: raise _Mistake(str(error)) from error
 
 def _join(name):
     "The processes that work together, and this one's device."
@@ -223,7 +223,7 @@ def _train(args):
     for kind in ("tensorboard", "wandb"):
         if getattr(args, kind):
             try: __import__(kind)
-            except ImportError: raise _Mistake(f"argument --{kind}: the package {kind} is not installed; pip install mamba2d[log]") from None
+            except ImportError: raise _Mistake(f"argument --{kind}: the package {kind} is not installed: pip install {kind}") from None
     if args.wandb and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
         if not wandb.api.api_key: raise _Mistake("argument --wandb: there is no key for Weights & Biases; run wandb login, or set WANDB_MODE=offline")
@@ -390,7 +390,7 @@ def diagnosis() -> list[tuple[str, str]]:
         rows.append(("scan on the GPU", f"compiled kernel: {finding}" if usable else f"plain PyTorch, slower: {finding}"))
     rows.append(("backends of the scan", ", ".join(available_backends())))
     forced = os.environ.get("MAMBA2D_BACKEND")
-    if forced: rows.append(("MAMBA2D_BACKEND", f"{forced}" + ("" if forced in available_backends() else ": CANNOT RUN HERE, unset it")))
+    if forced: rows.append(("MAMBA2D_BACKEND", f"{forced}" + ("" if forced in ("auto", *available_backends()) else ": CANNOT RUN HERE, unset it")))
     return rows
 
 def _doctor(args):
