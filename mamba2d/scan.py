@@ -282,7 +282,7 @@ _kernels: dict[str, ScanKernels] = {
 }
 _default_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
 _forced_backend = _default_backend
-_forcing = []  # the `scan_backend`s that are entered
+_forcing = ()  # the `scan_backend`s that are entered
 
 def _backend_status(name):
     "Whether the backend `name` can run on this machine, and if not, why."
@@ -292,10 +292,9 @@ def available_backends() -> tuple[str, ...]:
     "Names of the backends that can run on this machine, the fastest first; \"reference\" is always there."
     return tuple(name for name in ("cuda", "cpu", "reference") if _backend_status(name)[0])
 
-def _require_backend(name):
-    "Raise if `name` is not a backend of this machine."
+def _require_backend(name, source="backend"):
+    "Raise if `name`, which comes from `source`, is not a backend of this machine."
     if name == "auto": return
-    source = "MAMBA2D_BACKEND" if name == _default_backend and not _forcing else "backend"
     if name not in backend_names: raise ValueError(f"{source} must be one of auto, {', '.join(backend_names)}, got {name!r}")
     usable, reason = _backend_status(name)
     if not usable:
@@ -316,23 +315,20 @@ class scan_backend:
     def __init__(self, name: str): self.name = name
 
     def __enter__(self):
-        global _forced_backend
-        _forcing.append(self)
-        try: _require_backend(self.name)
-        except Exception:
-            _forcing.remove(self)
-            raise
-        _forced_backend = self.name
+        global _forced_backend, _forcing
+        _require_backend(self.name)
+        _forced_backend, _forcing = self.name, (*_forcing, self)
 
     def __exit__(self, *_):
-        global _forced_backend
-        del _forcing[len(_forcing) - 1 - _forcing[::-1].index(self)]
+        global _forced_backend, _forcing
+        latest = [k for k, entered in enumerate(_forcing) if entered is self][-1]
+        _forcing = _forcing[:latest] + _forcing[latest + 1:]
         _forced_backend = _forcing[-1].name if _forcing else _default_backend
 
 def _kernels_for(backend, x, A_t):
     "The `ScanKernels` that shall compute this problem, None for the reference; raises if a forced backend cannot."
     if backend == "reference": return None
-    if backend != "auto": _require_backend(backend)
+    if backend != "auto": _require_backend(backend, "MAMBA2D_BACKEND" if backend == _default_backend else "backend")
     name = backend if backend != "auto" else "cuda" if x.is_cuda else x.device.type  # the text takes longer
     kernels = _kernels.get(name)
     if kernels is None: return None
