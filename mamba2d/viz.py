@@ -11,11 +11,12 @@ __all__ = ['kept_names', 'meanings', 'orders', 'targets', 'signed_colours', 'eve
            'plot_receptive_fields', 'computed_until', 'animate_wavefront', 'load_image', 'explorer_missing',
            'ExplorerFigure', 'StateExplorer']
 
-# %% ../nbs/08_viz.ipynb #6f1c64c9
+# %% ../nbs/08_viz.ipynb #df26e2ee
 import base64
 import html
 import io
 import math
+import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +73,33 @@ class HiddenStates:
 
 @contextmanager
 def _looking(model):
-    "No gradients, and the model in evaluation mode, as it was before afterwards."
-    training = model.training
+    "No gradients, and the model in evaluation mode; each of its modules is afterwards in the mode it was in. What is computed can be differentiated later, under `inference_mode` too."
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad(): yield
-    finally: model.train(training)
+        with torch.inference_mode(False), torch.no_grad(): yield
+    finally:
+        for module, mode in training.items(): module.training = mode
+
+def _check_index(name, value, size):
+    "Raise a `ValueError` that names the argument unless it is a whole number from 0 to size - 1."
+    try: fits = 0 <= operator.index(value) < size
+    except TypeError: fits = False
+    if not fits: raise ValueError(f"{name} must be a whole number from 0 to {size - 1}, got {value!r}")
+
+def _check_pixel(pixel, map_size):
+    "The same for row and column of a pixel."
+    try: row, column = pixel
+    except (TypeError, ValueError): raise ValueError(f"pixel must be a row and a column, got {pixel!r}") from None
+    for name, value, size in zip(("pixel's row", "pixel's column"), (row, column), map_size): _check_index(name, value, size)
+
+def _check_states(states, *kept, **indices):
+    "Raise a `ValueError` that names the argument unless the states are of one picture, hold what is named, and have the pixel, channel and state that are given."
+    if states.x.dim() != 3: raise ValueError(f"states must be of one picture (C, H, W), got a batch of {len(states.x)}")
+    for name in kept:
+        if getattr(states, name) is None: raise ValueError(f'states must hold {name}: keep "{name}" in hidden_states')
+    sizes = dict(channel=states.x.shape[2], state=states.scan.A_log_t.shape[1])
+    for name, value in indices.items(): _check_pixel(value, states.map_size) if name == "pixel" else _check_index(name, value, sizes[name])
 
 def scanning_mixers(
     model: nn.Module,  # a `Mamba2D`
@@ -97,15 +119,16 @@ def hidden_states(
     "States, step sizes, gates and matrices of one mixer. Raises `ValueError` naming the argument that does not fit."
     mixers = scanning_mixers(model)
     if (stage, block) not in mixers: raise ValueError(f"stage and block must be one of the scanning mixers {mixers}, got {(stage, block)}")
-    unknown = set(keep) - set(kept_names)
-    if unknown: raise ValueError(f"keep accepts {', '.join(kept_names)}, got {', '.join(sorted(unknown))}")
-    if image.dim() not in (3, 4): raise ValueError(f"image must have shape (C, H, W) or (B, C, H, W), got {tuple(image.shape)}")
+    if isinstance(keep, str) or set(keep) - set(kept_names): raise ValueError(f"keep must be a tuple of names among {', '.join(kept_names)}, got {keep!r}")
+    if not isinstance(reverse, bool | None): raise ValueError(f"reverse must be True, False or None, got {reverse!r}")
+    if not isinstance(image, Tensor) or image.dim() not in (3, 4):
+        raise ValueError(f"image must be a tensor (C, H, W) or (B, C, H, W), got {type(image).__name__} {tuple(getattr(image, 'shape', ()))}")
     parameter = next(model.parameters())
     images = (image[None] if image.dim() == 3 else image).to(parameter.device, parameter.dtype)
     model.check_images(images)
     modules = model.stages[stage].blocks
     mixer = modules[block].mixer
-    if not 0 <= scan < len(mixer.scans): raise ValueError(f"scan must be below {len(mixer.scans)}, the scans of this mixer, got {scan}")
+    _check_index("scan", scan, len(mixer.scans))
     with _looking(model):
         features = images.permute(0, 2, 3, 1)
         for earlier in model.stages[:stage]: features = earlier(features)
@@ -133,12 +156,9 @@ class Influence(NamedTuple):
 
 def _check_question(states, pixel, channel, state, of, meaning, order):
     "Raise a `ValueError` that names the argument."
-    if states.x.dim() != 3: raise ValueError(f"states must be of one picture (C, H, W), got a batch of {len(states.x)}")
     for name, value, accepted in (("of", of, targets), ("meaning", meaning, meanings), ("order", order, orders)):
         if value not in accepted: raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
-    for name, value, size in (("pixel's row", pixel[0], states.x.shape[0]), ("pixel's column", pixel[1], states.x.shape[1]),
-                              ("channel", channel, states.x.shape[2]), ("state", state, states.scan.A_log_t.shape[1])):
-        if value is not None and not 0 <= value < size: raise ValueError(f"{name} must be from 0 to {size - 1}, got {value}")
+    _check_states(states, pixel=pixel, **{name: value for name, value in (("channel", channel), ("state", state)) if value is not None})
     if of == "state" and channel is None: raise ValueError("channel must be given to look at a state")
     if of == "output" and state is not None: raise ValueError("state must be None to look at the output, which all states of a channel make")
 
@@ -149,6 +169,7 @@ def _one_channel(inputs, channel):
     return inputs._replace(x=inputs.x[..., pick], delta_t=inputs.delta_t[..., pick], delta_l=inputs.delta_l[..., pick],
                            A_t=inputs.A_t[pick], A_l=inputs.A_l[pick], D=inputs.D[pick])
 
+@torch.inference_mode(False)
 def influence_map(
     states: HiddenStates,  # of one picture, from `hidden_states`; needs nothing in it to be kept
     pixel: tuple[int, int],  # row and column in the map
@@ -199,7 +220,7 @@ def carried(
     channel: int | None = None,  # None: all channels
     order: str = "wavefront",  # or "rows"
 ) -> Tensor:  # (H, W, N), or (H, W, E, N) for all channels
-    "The share of a state at `pixel` that is left at every pixel: 1 at the pixel itself, 0 where the scan does not carry it."
+    "The share of a state at `pixel` that is left at every pixel: 1 at the pixel itself, 0 where the scan does not carry it. Raises `ValueError` naming the argument that does not fit."
     _check_question(states, pixel, channel, None, "output", meanings[0], order)
     height, width = states.map_size
     with torch.no_grad():
@@ -216,6 +237,7 @@ def carried(
     h = h.reshape(height, width, *h.shape[3:])
     return h if channel is None else h[:, :, 0]
 
+@torch.inference_mode(False)
 def impulse_map(
     states: HiddenStates,  # of one picture
     pixel: tuple[int, int],  # row and column in the map of the pixel that sends
@@ -226,8 +248,11 @@ def impulse_map(
     meaning: str = "gates fixed",  # or "total"
     order: str = "wavefront",  # or "rows"
 ) -> Tensor:  # (H, W); (H, W, N) for states if `state` is None
-    "What the input of one pixel adds to a channel's states or output at every pixel, to first order: the transpose of `influence_map`."
+    """What the input of one pixel adds to a channel's states or output at every pixel, to first order: the transpose of `influence_map`.
+
+    Raises `ValueError` naming the argument that does not fit."""
     _check_question(states, pixel, channel, state, of, meaning, order)
+    _check_states(states, channel=channel)
     (row, column), back, width = pixel, 1 if states.reverse else -1, states.map_size[1]
     x = states.x[row, column].detach()
     h = states.h if order == "wavefront" else None
@@ -270,7 +295,8 @@ def memory_curves(
     pixel: tuple[int, int],  # row and column in the map from which it is carried
     reverse: bool = False,  # carried towards the top left
 ) -> MemoryCurves:
-    "How a response falls with the distance, up to the distance at which the first anti-diagonal would leave the map."
+    "How a response falls with the distance, up to the distance at which the first anti-diagonal would leave the map. Raises `ValueError` for a pixel outside it."
+    _check_pixel(pixel, response.shape[:2])
     if reverse: response, pixel = response.flip(0, 1), (response.shape[0] - 1 - pixel[0], response.shape[1] - 1 - pixel[1])
     response = response[pixel[0]:, pixel[1]:]
     length = min(response.shape[:2])
@@ -295,19 +321,24 @@ def local_memory(
     "Memory length if all gates were those of this pixel: -1 / ln of the mean of both gates."
     return -1 / ((gate_t + gate_l) / 2).log()
 
-# %% ../nbs/08_viz.ipynb #e7a5ecdd
+# %% ../nbs/08_viz.ipynb #03ee4925
 def state_composite(
-    h: Tensor,  # (H, W, ...), states or any other features
+    h: Tensor,  # (H, W, E, N), states, or any other features (H, W, E), of one picture
     clip: float = 0.01,  # share of the pixels that is cut off at each end of the range
 ) -> tuple[Tensor, Tensor]:  # (H, W, 3) colours between 0 and 1; (3,) share of the variance of each component
-    "The three strongest principal components over the map as colours. Each feature is centred; signs are such that the largest weight is positive."
+    """The three strongest principal components over the map as colours. Each feature is centred; signs are such that the largest weight is positive.
+
+    A map of fewer than four pixels has fewer components than three: the others are zero. Raises `ValueError` naming the argument that does not fit."""
+    if not 0 <= clip < 0.5: raise ValueError(f"clip must be at least 0 and below 0.5, got {clip}")
+    if h.dim() not in (3, 4): raise ValueError(f"h must be of one picture, (H, W, E, N) or (H, W, E), got {tuple(h.shape)}")
     features = h.detach().flatten(2).flatten(0, 1).double()
     features = features - features.mean(0)
     _, values, vectors = torch.linalg.svd(features, full_matrices=False)
+    values, vectors = [torch.cat([v, v.new_zeros(3, *v.shape[1:])]) for v in (values, vectors)]  # so that there are three
     vectors = vectors[:3] * vectors[:3].gather(1, vectors[:3].abs().argmax(1, keepdim=True)).sign()
     scores = features @ vectors.T
     low, high = scores.quantile(clip, 0), scores.quantile(1 - clip, 0)
-    colours = ((scores - low) / (high - low).clamp_min(1e-30)).clamp(0, 1)
+    colours = ((scores - low) / (high - low).clamp_min(1e-7 * (high - low).max() + 1e-30)).clamp(0, 1)  # less than that is rounding of float32
     return colours.view(*h.shape[:2], -1).float(), (values ** 2 / (values ** 2).sum().clamp_min(1e-30))[:3].float()
 
 # %% ../nbs/08_viz.ipynb #87bb0643
@@ -321,6 +352,8 @@ def effective_receptive_field(
     seed: int = 0,  # of the signs
 ) -> Tensor:  # (H, W), root mean square of the gradient, relative to the largest value
     "Sensitivity of one pixel of a feature map to every pixel of the picture. Raises `ValueError` naming the argument that does not fit."
+    if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
+        raise ValueError(f"images must be a tensor (B, C, H, W) of at least one picture, got {type(images).__name__} {tuple(getattr(images, 'shape', ()))}")
     if not -len(model.stages) <= stage < len(model.stages): raise ValueError(f"stage must be from 0 to {len(model.stages) - 1}, got {stage}")
     stage %= len(model.stages)
     depth = len(model.stages[stage].blocks)
@@ -338,8 +371,7 @@ def effective_receptive_field(
             features = model.stages[stage].downsample(features)
             for block in model.stages[stage].blocks[:blocks]: features = block(features)
         pixel = (features.shape[1] // 2, features.shape[2] // 2) if pixel is None else pixel
-        for name, place, side in (("row", pixel[0], features.shape[1]), ("column", pixel[1], features.shape[2])):
-            if not 0 <= place < side: raise ValueError(f"pixel's {name} must be from 0 to {side - 1}, got {place}")
+        _check_pixel(pixel, features.shape[1:3])
         there = features[:, pixel[0], pixel[1]]
         generator = torch.Generator().manual_seed(seed)
         squares = 0.
@@ -430,7 +462,8 @@ def varied_channels(
     h: Tensor,  # (H, W, E, N)
     count: int = 4,
 ) -> list[int]:
-    "The channels whose states vary most over the map, each state relative to its own size."
+    "The channels whose states vary most over the map, each state relative to its own size. Raises `ValueError` for another shape, of several pictures for example."
+    if h.dim() != 4: raise ValueError(f"h must be of one picture, (H, W, E, N), got {tuple(h.shape)}")
     flat = h.flatten(0, 1)
     return (flat.std(0) / flat.abs().amax(0).clamp_min(1e-30)).mean(1).topk(min(count, h.shape[2])).indices.tolist()
 
@@ -442,10 +475,16 @@ def plot_states(
     picture: np.ndarray | None = None,  # shown in a first column
     axes=None,  # (len(channels), len(which) or one more with a picture) matplotlib axes
 ) -> Figure:
-    "Small multiples of hidden states: a row for each channel, a column for each state. Colours of one map end at its largest magnitude."
-    if states.h is None: raise ValueError('states must hold h: keep "h" in hidden_states')
+    """Small multiples of hidden states: a row for each channel, a column for each state. Colours of one map end at its largest magnitude.
+
+    Raises `ValueError` naming the argument that does not fit."""
+    _check_states(states, "h")
     channels = varied_channels(states.h) if channels is None else channels
-    which = [n for n in which if n < states.h.shape[3]]
+    there = [n for n in which if n < states.h.shape[3]]
+    for name, given, numbers, size in (("channels", channels, channels, states.h.shape[2]), ("which", which, there, states.h.shape[3])):
+        if not len(numbers): raise ValueError(f"{name} must hold at least one number from 0 to {size - 1}, got {given}")
+        for number in numbers: _check_index(f"each of {name}", number, size)
+    which = there
     columns = len(which) + (picture is not None)
     if axes is None: axes = plt.subplots(len(channels), columns, figsize=(2.15 * columns, 2 * len(channels) + 0.3), constrained_layout=True, squeeze=False)[1]
     axes = np.asarray(axes, dtype=object).reshape(len(channels), columns)
@@ -471,8 +510,8 @@ def plot_composite(
     states: HiddenStates,  # of one picture, with `h`
     ax=None,
 ) -> Figure:
-    "All states of a pixel as one colour: the three strongest principal components."
-    if states.h is None: raise ValueError('states must hold h: keep "h" in hidden_states')
+    "All states of a pixel as one colour: the three strongest principal components. Raises `ValueError` for several pictures, and if `h` was not kept."
+    _check_states(states, "h")
     if ax is None: ax = plt.subplots(figsize=(3.6, 3.6), constrained_layout=True)[1]
     colours, shares = state_composite(states.h)
     ax.imshow(colours, extent=(0, states.image_size[1], states.image_size[0], 0), interpolation="nearest")
@@ -490,8 +529,8 @@ def plot_gates(
     picture: np.ndarray | None = None,  # to draw the maps over
     axes=None,  # four matplotlib axes
 ) -> Figure:
-    "Step sizes Δ_t and Δ_l, the mean gate, and the memory length it means, over the picture."
-    if states.gate_t is None or states.delta_t is None: raise ValueError("states must hold delta_t, delta_l, gate_t and gate_l")
+    "Step sizes Δ_t and Δ_l, the mean gate, and the memory length it means, over the picture. Raises `ValueError` naming the argument that does not fit."
+    _check_states(states, "delta_t", "delta_l", "gate_t", "gate_l", channel=channel, state=state)
     if axes is None: axes = plt.subplots(2, 2, figsize=(8, 6), constrained_layout=True)[1]
     gate_t, gate_l = states.gate_t[..., channel, state], states.gate_l[..., channel, state]
     for ax, values, title, label in zip(np.ravel(axes), (states.delta_t[..., channel], states.delta_l[..., channel], (gate_t + gate_l) / 2, local_memory(gate_t, gate_l)),
@@ -510,7 +549,10 @@ def plot_memory(
     state: int = 0,
     axes=None,  # two matplotlib axes
 ) -> Figure:
-    "What is left of a state as it is carried away from a pixel: as a map, and over the distance, with the memory length."
+    """What is left of a state as it is carried away from a pixel: as a map, and over the distance, with the memory length.
+
+    Raises `ValueError` naming the argument that does not fit."""
+    _check_states(states, pixel=pixel, channel=channel, state=state)
     if axes is None: axes = plt.subplots(1, 2, figsize=(9.5, 3.4), constrained_layout=True)[1]
     response = carried(states, pixel, channel)[..., state].cpu()
     curves = memory_curves(response, pixel, states.reverse)
@@ -560,7 +602,10 @@ def plot_influence(
     of: str = "state",  # or "output"
     axes=None,  # (2, 4) matplotlib axes
 ) -> Figure:
-    "Which pixels feed a value: gates fixed, total, row by row; and where the pixel's own input goes. Signed above, magnitudes below."
+    """Which pixels feed a value: gates fixed, total, row by row; and where the pixel's own input goes. Signed above, magnitudes below.
+
+    Raises `ValueError` naming the argument that does not fit."""
+    _check_question(states, pixel, channel, state, of, meanings[0], orders[0])
     if axes is None: axes = plt.subplots(2, 4, figsize=(11.5, 5.6), constrained_layout=True)[1]
     parts = {"gates fixed": {}, "total: through Δ, B, C too": dict(meaning="total"), "1D, row by row, gates fixed": dict(order="rows")}
     for column, (name, options) in zip(axes.T, parts.items()):
@@ -593,7 +638,8 @@ def plot_receptive_fields(
     share: float = 0.5,  # of the sum, held by the circle that is drawn
     axes=None,  # one for each field
 ) -> Figure:
-    "Receptive fields on a logarithmic scale over four decades, each with the circle that holds a share of it."
+    "Receptive fields on a logarithmic scale over four decades, each with the circle that holds a share of it. Raises `ValueError` if there are none."
+    if not fields: raise ValueError("fields must hold at least one field, got none")
     if axes is None:
         columns = min(5, len(fields))
         rows = -(-len(fields) // columns)
@@ -633,8 +679,8 @@ def animate_wavefront(
     ax=None,
     fps: int = 10,
 ) -> FuncAnimation:
-    "The states of one channel filling up diagonal by diagonal. Raises `ValueError` for another kind of file, `RuntimeError` without ffmpeg."
-    if states.h is None: raise ValueError('states must hold h: keep "h" in hidden_states')
+    "The states of one channel filling up diagonal by diagonal. Raises `ValueError` naming the argument that does not fit, `RuntimeError` without ffmpeg."
+    _check_states(states, "h", channel=channel, state=state)
     if frames < 2: raise ValueError(f"frames must be at least 2, got {frames}")
     writers = {".gif": PillowWriter, ".mp4": FFMpegWriter}
     if path is not None:
@@ -657,20 +703,37 @@ def animate_wavefront(
     if path is not None: animation.save(path, writer=writers[suffix](fps=fps))
     return animation
 
-# %% ../nbs/08_viz.ipynb #19c2038c
+# %% ../nbs/08_viz.ipynb #e460c035
+def _as_image(values) -> Image.Image:
+    "Pixel values as a picture. Raises `ValueError` if they are none: nothing wraps around or is cut off."
+    values = np.asarray(values)
+    if values.ndim < 2 or 0 in values.shape or values.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ValueError(f"an array must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) with at least one pixel, got {values.shape}")
+    top = {"b": 1, "f": 1, "u": 255, "i": 255}.get(values.dtype.kind, 0)
+    if not top or not (values.min() >= 0 and values.max() <= top):  # not: NaN is neither
+        raise ValueError(f"values must be whole numbers from 0 to 255 or floats from 0 to 1, got {values.dtype}" + (f" from {values.min()} to {values.max()}" if top else ""))
+    values = (values * (255 / top)).round().astype(np.uint8)
+    return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
+
 def load_image(
-    picture,  # a path, bytes of an image file, a PIL image, or an array or tensor (H, W) or (H, W, C) of pixel values from 0 to 255
+    picture,  # a path, bytes of an image file, a PIL image, or an array or tensor (H, W) or (H, W, C) of whole numbers from 0 to 255 or floats from 0 to 1
     channels: int = 3,  # of the model: 1 or 3
     size: int | None = None,  # resize the shorter side to so many pixels and crop the middle; None: as it is
     mean: float | tuple = (0.485, 0.456, 0.406),  # of each channel, subtracted from values between 0 and 1; ImageNet's
     std: float | tuple = (0.229, 0.224, 0.225),
 ) -> tuple[Tensor, np.ndarray]:  # (C, H, W) normalised; (H, W) or (H, W, 3) between 0 and 1
-    "A picture for a model and for the eye. Raises `ValueError` if it cannot be read."
+    "A picture for a model and for the eye. Raises `ValueError` naming the argument that does not fit, and if the picture cannot be read or shown as it is."
     if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if size is not None and not (isinstance(size, int) and size >= 1): raise ValueError(f"size must be a whole number of at least 1, or None, got {size!r}")
+    centre, spread = [torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std)]
+    for name, v in (("mean", centre), ("std", spread)):
+        if len(v) not in (1, channels): raise ValueError(f"{name} must be one number or one for each of {channels} channels, got {len(v)}")
+    if not (spread > 0).all(): raise ValueError(f"std must be above 0, got {std}")
     try:
         if isinstance(picture, (str, Path)): picture = Image.open(picture)
         elif isinstance(picture, (bytes, memoryview)): picture = Image.open(io.BytesIO(bytes(picture)))
-        elif not isinstance(picture, Image.Image): picture = Image.fromarray(np.asarray(picture).astype(np.uint8).squeeze())
+        if not isinstance(picture, Image.Image) or picture.mode in ("I", "F"): picture = _as_image(picture)
+        elif picture.mode.startswith("I;16"): picture = _as_image(np.asarray(picture) >> 8)  # Pillow would cut off at 255
         picture = picture.convert("L" if channels == 1 else "RGB")
     except Exception as error: raise ValueError(f"picture cannot be read as an image: {error}") from error
     if size is not None:
@@ -680,9 +743,6 @@ def load_image(
         picture = picture.crop((left, top, left + size, top + size))
     values = np.asarray(picture, dtype=np.float32) / 255
     tensor = torch.from_numpy(values.copy()).view(*values.shape[:2], channels).permute(2, 0, 1)
-    centre, spread = [torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std)]
-    for name, v in (("mean", centre), ("std", spread)):
-        if len(v) not in (1, channels): raise ValueError(f"{name} must be one number or one for each of {channels} channels, got {len(v)}")
     return (tensor - centre) / spread, values
 
 def explorer_missing() -> list[str]:
@@ -694,7 +754,9 @@ def explorer_missing() -> list[str]:
 class ExplorerFigure:
     """The figure of a `StateExplorer`: what is chosen, and the maps that belong to it.
 
-    `maps` holds the matplotlib images by name: "picture", "state", "step", "gates fixed", "total", "rows", "impulse"."""
+    `maps` holds the matplotlib images by name: "picture", "state", "step", "gates fixed", "total", "rows", "impulse". Raises `ValueError` for a model without a
+    mixer that scans, and for a picture that `load_image` or the model refuses."""
+    corners = {"its own": None, "top-left": False, "bottom-right": True}  # -> reverse
     titles = {"gates fixed": "what feeds the ring\ngates fixed", "total": "what feeds the ring\ntotal: through Δ, B, C too",
               "rows": "what feeds the ring, 1D\nrow by row, gates fixed", "impulse": "where its input goes\ngates fixed"}
 
@@ -707,8 +769,9 @@ class ExplorerFigure:
         std: float | tuple = (0.229, 0.224, 0.225),
     ):
         self.model, self.options = model, dict(channels=model.in_channels, size=size, mean=mean, std=std)
-        stage, block = scanning_mixers(model)[0]
-        self.stage, self.block, self.corner, self.channel, self.state, self.of = stage, block, "its own", 0, 0, "state"
+        mixers = scanning_mixers(model)
+        if not mixers: raise ValueError("model must have a mixer that scans, got one without")
+        (self.stage, self.block), self.corner, self.channel, self.state, self.of = mixers[0], "its own", 0, 0, "state"
         self.background, self.step = None, None
         self.figure = Figure(figsize=(10.4, 6.1), dpi=90)
         self._axes()
@@ -761,25 +824,27 @@ class ExplorerFigure:
         self.pixel = None
         self._look()
 
-    def _look(self):
-        "Compute the states of the mixer that is chosen, and start at the middle of its map or where the ring was."
-        place = None if self.pixel is None else [(p + 0.5) / side for p, side in zip(self.pixel, self.states.map_size)]
-        reverse = {"its own": None, "top-left": False, "bottom-right": True}[self.corner]
-        self.states = hidden_states(self.model, self.image, self.stage, self.block, reverse=reverse, keep=("h", "delta_t", "delta_l", "y"))
-        height, width = self.states.map_size
-        self.pixel = (int(0.6 * height), int(0.6 * width)) if place is None else (int(place[0] * height), int(place[1] * width))
-        self.channel, self.step = min(self.channel, self.states.x.shape[2] - 1), None
+    def _look(self, given=frozenset()):
+        "Compute the states of the mixer that is chosen. What is not given follows: the ring to the same place of the picture, or the middle, the channel to one that there is."
+        if self.corner not in self.corners: raise ValueError(f"corner must be one of {', '.join(map(repr, self.corners))}, got {self.corner!r}")
+        place = (0.6, 0.6) if self.pixel is None or "pixel" in given else [(p + 0.5) / side for p, side in zip(self.pixel, self.states.map_size)]
+        self.states = hidden_states(self.model, self.image, self.stage, self.block, reverse=self.corners[self.corner], keep=("h", "delta_t", "delta_l", "y"))
+        if "pixel" not in given: self.pixel = tuple(int(p * side) for p, side in zip(place, self.states.map_size))
+        if "channel" not in given: self.channel = min(self.channel, self.states.x.shape[2] - 1)
+        if "step" not in given: self.step = None
         self._show()
 
     def choose(self, **choices):
-        "Change any of stage, block, corner, channel, state, of, pixel (row and column in the map) and step (anti-diagonals to show; None: all); redraws."
+        """Change any of stage, block, corner, channel, state, of, pixel (row and column in the map) and step (anti-diagonals to show; None: all); redraws.
+
+        Raises `ValueError` naming the choice that cannot be made, and leaves everything as it was."""
         for name in choices:
             if name not in ("stage", "block", "corner", "channel", "state", "of", "pixel", "step"): raise ValueError(f"there is no choice {name!r}")
-        before = {name: getattr(self, name) for name in choices}
-        for name, value in choices.items(): setattr(self, name, value)
-        try: self._look() if {"stage", "block", "corner"} & {name for name, value in choices.items() if value != before[name]} else self._show(set(choices))
+        before = vars(self).copy()
+        vars(self).update(choices)
+        try: self._look(choices) if any(vars(self)[name] != before[name] for name in ("stage", "block", "corner")) else self._show(set(choices))
         except Exception:
-            for name, value in before.items(): setattr(self, name, value)
+            vars(self).update(before)
             raise
 
     def click(self, event):
@@ -790,7 +855,9 @@ class ExplorerFigure:
         return True
 
     def _show(self, changed: set = frozenset()):
-        "Put the arrays of what is chosen into the figure."
+        "Put the arrays of what is chosen into the figure, if it can be."
+        _check_states(self.states, pixel=self.pixel, channel=self.channel, state=self.state)
+        if self.step is not None: _check_index("step", self.step, sum(self.states.map_size))
         if changed != {"step"}: self._influence()
         h = self.states.h[..., self.channel, self.state] if self.of == "state" else self.states.y[..., self.channel]
         h = h.detach().float().cpu().numpy()
@@ -858,15 +925,15 @@ class ExplorerFigure:
 class StateExplorer:
     """A picture to click on, with menus, sliders and a player: an `ExplorerFigure` in widgets. `figure` is the matplotlib figure, `view` the `ExplorerFigure`.
 
-    Without `ipywidgets` and `ipympl` it shows the figure as it is, and says what to install."""
+    Without `ipywidgets` and `ipympl` it shows the figure as it is, and says what to install. Raises `ValueError` as `ExplorerFigure` and its `choose` do."""
     def __init__(
         self,
         model: nn.Module,  # a `Mamba2D`
-        picture,  # a path, an array or tensor of pixel values from 0 to 255, or a PIL image
+        picture,  # a path, an array or tensor of whole numbers from 0 to 255 or floats from 0 to 1, or a PIL image
         size: int | None = None,  # pixels of the picture's sides; None: as it is
         mean: float | tuple = (0.485, 0.456, 0.406),  # normalisation that the model was trained with; ImageNet's
         std: float | tuple = (0.229, 0.224, 0.225),
-        **choices,  # what to show first: stage, block, corner, channel, state, of, pixel
+        **choices,  # what to show first, as in `ExplorerFigure.choose`: stage, block, corner, channel, state, of, pixel, step
     ):
         self.view = ExplorerFigure(model, picture, size, mean, std)
         self.figure = self.view.figure
@@ -890,7 +957,7 @@ class StateExplorer:
         stages = sorted({stage for stage, _ in mixers})
         self.controls = controls = {
             "stage": menu(stages, view.stage, "stage"), "block": menu([b for s, b in mixers if s == view.stage], view.block, "block"),
-            "corner": menu(["its own", "top-left", "bottom-right"], view.corner, "scan from"), "of": menu(list(targets), view.of, "look at"),
+            "corner": menu(list(view.corners), view.corner, "scan from"), "of": menu(list(targets), view.of, "look at"),
             "channel": slider(view.channel, view.states.x.shape[2] - 1, "channel"), "state": slider(view.state, view.states.h.shape[3] - 1, "state"),
             "step": slider(sum(view.states.map_size) - 1, sum(view.states.map_size) - 1, "diagonals")}
         self.player = widgets.Play(min=0, max=controls["step"].max, step=1, interval=80, description="wavefront")
