@@ -34,6 +34,7 @@ demo: $(VENV)/.library
 	$(BIN)/mamba2d-train --out runs/demo --overwrite
 
 lab: $(VENV)/.development
+	@$(BIN)/jupyter trust nbs/*.ipynb > /dev/null  # else JupyterLab takes the scripts out of saved outputs, such as the player of 21_tutorial.wavefront
 	$(BIN)/jupyter lab --notebook-dir=nbs
 
 test: $(VENV)/.development

@@ -35,6 +35,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -188,6 +189,7 @@ def plot_curves(
     right.set(ylabel="learning rate", title="learning rate")
     for axis in (left, middle, right):
         axis.set_xlabel("epochs")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     return figure
 
@@ -215,7 +217,7 @@ def plot_predictions(
     for axis, k in zip(axes, order):
         axis.imshow(loader.dataset[int(result.index[k])][0], cmap="gray")
         guess, truth = [short(str(classes[int(i)])) for i in (result.guesses[k, 0], result.truth[k])]
-        axis.set_title(guess if right[k] else f"{guess}, is\n{truth}", fontsize=8, color="black" if right[k] else "#c02020", parse_math=False)
+        axis.set_title(guess if right[k] else f"{guess}{' ' if len(guess + truth) < 12 else chr(10)}(is {truth})", fontsize=8, color="black" if right[k] else "#c02020", parse_math=False)
     return figure
 
 def _save_picture(figure, file):
