@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
+from numbers import Integral, Real
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -61,11 +62,20 @@ def _reading(source):
         reason = "it is not a picture" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split()) or type(error).__name__
         raise BrokenPicture(f"cannot read picture {str(name)!r}: {reason}" if isinstance(name, (str, Path)) else f"cannot read a picture: {reason}") from error
 
+def _eight_bits(pixels, mode):
+    "Grey of more than eight bits as uint8: Pillow would cut it off at 0 and 255."
+    low, high = pixels.min(), pixels.max()
+    if not 0 <= low <= high <= (255 if mode == "F" else 65535): raise ValueError(f"its values from {low} to {high} are no grey: integers from 0 to 65535, or floats from 0 to 1 or to 255")
+    if mode == "F": return (pixels * 255 if high <= 1 else pixels).round().astype(np.uint8)
+    return (pixels >> 8 if high > 255 or mode != "I" else pixels).astype(np.uint8)
+
 def open_picture(
-    source,  # a path, the bytes of a file, an array (H, W) or (H, W, 3) of uint8, or a picture
+    source,  # a path, the bytes of a file, an array (H, W) or (H, W, 3) of uint8 or grey as below, or a picture
     lazy: bool = False,  # leave an ordinary JPEG undecoded, so that it can be decoded at a fraction of its size
 ) -> Image.Image:
-    "An upright RGB picture. Raises `BrokenPicture`."
+    """An upright RGB picture. Raises `BrokenPicture`.
+
+    Grey of more than eight bits: 0 is black; white is 65535 (255 in 32-bit integers with no larger value), or 1 in floats (255 with a value above 1)."""
     with _reading(source):
         if isinstance(source, np.ndarray): picture = Image.fromarray(source)
         else: picture = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -73,7 +83,7 @@ def open_picture(
         except Exception: turned = False  # garbage where the note should be
         if lazy and picture.format == "JPEG" and picture.mode == "RGB" and not turned: return picture
         if turned: picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16"): picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))  # Pillow would cut off at 255
+        if picture.mode.startswith(("I", "F")): picture = Image.fromarray(_eight_bits(np.asarray(picture), picture.mode))
         return PILImage.create(picture.convert("RGB"))
 
 # %% ../nbs/05_data.ipynb #31883ea4
@@ -129,8 +139,8 @@ def _start_worker(number=None):
         signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
         threading.Thread(target=_heed_parent, daemon=True).start()
 
-def _check_seed(seed):
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0: raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+def _check_whole(name, value, least=0):
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least: raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 class KeyedDL(TfmdDL):
     "A fastai `DataLoader` in which the order of the pictures and their random transforms depend on seed, epoch and picture only."
@@ -146,9 +156,9 @@ class KeyedDL(TfmdDL):
         accumulate: int = 1,  # micro-batches per optimiser step
         **kwargs,  # of fastai's `TfmdDL`
     ):
-        _check_seed(seed)
+        _check_whole("seed", seed)
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
-        self.epoch = self.first_batch = 0
+        self.epoch = self.first_batch = self.passes = 0
         self.waited = 0.
         super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, drop_last=shuffle if drop_last is None else drop_last, **kwargs)
         self.fake_l.generator = torch.Generator()  # torch's iterators draw a number that nobody uses: not from the global generator
@@ -156,9 +166,14 @@ class KeyedDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         "A loader like this one, with some arguments changed."
         kept = dict(seed=self.seed, rank=self.rank, world=self.world, accumulate=self.accumulate) if issubclass(cls or type(self), KeyedDL) else {}
+        if "shuffled" in kwargs: kwargs["shuffle"] = kwargs.pop("shuffled")  # what fastai's `tta` calls it
         made = super().new(dataset, cls, **{**kept, **kwargs})
-        made.epoch = self.epoch
+        made.epoch, made.passes = self.epoch, self.passes
+        self.passes = self.passes + 1 if self._split == 0 and not self.shuffle else 0  # fastai makes a loader of this one for each pass
         return made
+
+    @property
+    def _split(self): return getattr(self.dataset, "split_idx", None)  # 0 where training transforms are on
 
     def shard(
         self,
@@ -204,7 +219,8 @@ class KeyedDL(TfmdDL):
         return mine[self.first_batch * self.bs:].tolist()
 
     def _item(self, index, epoch):
-        with keyed_random(self.seed, epoch + 1 if self.shuffle else 0, index or 0): return super().do_item(index)
+        self.after_item.split_idx = self._split  # also where fastai wants an item outside of an iteration
+        with keyed_random(self.seed, epoch + 1 if self.shuffle else self.passes, index or 0): return super().do_item(index)
 
     def do_item(self, s): return self._item(s, self.epoch)
 
@@ -293,7 +309,7 @@ def digit_images(
     size: int = 32,  # pixels; the 8×8 originals are resized bicubically
 ) -> tuple[list[PILImage], list[str]]:  # RGB pictures and their classes "0" to "9"
     "The 1797 digits of scikit-learn as pictures."
-    if size < 8: raise ValueError(f"size must be at least 8 pixels, the digits' own size, got {size}")
+    _check_whole("size", size, 8)  # the digits' own size
     digits = load_digits()
     grey = (digits.images * (255 / 16)).round().astype(np.uint8)
     pictures = [PILImage.create(Image.fromarray(g).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")) for g in grey]
@@ -313,8 +329,9 @@ class PictureTransform(Transform):
     def __init__(
         self,
         *transforms,  # functions, such as torchvision's transforms, from an RGB picture to a tensor (3, H, W) of uint8
+        split_idx: int | None = None,  # 0: only while the dataset is one to train with, 1: to validate, None: always
     ):
-        super().__init__()
+        super().__init__(split_idx=split_idx)
         self.transforms = transforms
 
     def encodes(self, picture: Image.Image):
@@ -327,13 +344,13 @@ class ChannelsLast(Transform):
     def encodes(self, x: TensorImage): return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 def _dataloaders(train, valid, train_tfms, valid_tfms, mean, std, batch_size, seed, num_workers, device, path=".", **attributes):
-    "Keyed loaders of two fastai `Datasets`, with transforms of their items; batches become normalised floats on the device."
+    "Keyed loaders of two fastai `Datasets`, with functions for their pictures; batches become normalised floats on the device."
     device = default_device() if device is None else torch.device(device)
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    options = dict(num_workers=num_workers, seed=seed, device=device, pin_memory=device.type == "cuda",
+    transforms = [PictureTransform(*functions, split_idx=split) for split, functions in enumerate((train_tfms, valid_tfms))]  # each loader has both, for `tta`
+    options = dict(num_workers=num_workers, seed=seed, after_item=transforms, device=device, pin_memory=device.type == "cuda",
                    after_batch=[ChannelsLast, IntToFloatTensor, Normalize.from_stats(mean, std, cuda=False)])
-    dls = DataLoaders(KeyedDL(train, bs=batch_size, shuffle=True, after_item=train_tfms, **options),
-                      KeyedDL(valid, bs=2 * batch_size, after_item=valid_tfms, **options), path=path, device=device)
+    dls = DataLoaders(KeyedDL(train, bs=batch_size, shuffle=True, **options),
+                      KeyedDL(valid, bs=2 * batch_size, **options), path=path, device=device)
     for name, value in attributes.items(): setattr(dls, name, value)
     return dls
 
@@ -348,6 +365,7 @@ def digits_dls(
     num_workers: int = 0,  # processes that prepare pictures besides the main one; these are so small that none is fastest
 ) -> DataLoaders:  # batches of (B, 3, size, size) normalised floats and (B,) class numbers
     "Training and validation batches of scikit-learn's digits, stratified by class. Raises `ValueError` naming a bad argument."
+    _check_whole("batch_size", batch_size, 1)
     if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     pictures, labels = digit_images(size)
     train, valid = train_test_split(range(len(labels)), test_size=valid_pct, random_state=split_seed, stratify=labels)
@@ -355,7 +373,7 @@ def digits_dls(
     items = [dict(picture=picture, label=label) for picture, label in zip(pictures, labels)]
     data = Datasets(items, [[itemgetter("picture")], [itemgetter("label"), Categorize()]], splits=(train, valid))
     turn = v2.RandomAffine(degrees=10, translate=(0.05, 0.05), scale=(1., 1.1), interpolation=InterpolationMode.BILINEAR)
-    return _dataloaders(data.train, data.valid, PictureTransform(*[turn] * augment, v2.PILToTensor()), PictureTransform(v2.PILToTensor()),
+    return _dataloaders(data.train, data.valid, [*[turn] * augment, v2.PILToTensor()], [v2.PILToTensor()],
                         [float(pixels.mean())] * 3, [float(pixels.std())] * 3, batch_size, seed, num_workers, device,
                         layout="scikit-learn's digits", fingerprint=_fingerprint(labels, train, valid), broken={})
 
@@ -371,10 +389,12 @@ class Augmentation:
     random_interpolation: bool = True  # resize with a bilinear or a bicubic filter; False: always bicubic
 
     def __post_init__(self):
-        for name, fits, accepted in (("min_scale", 0 < self.min_scale <= 1, "above 0 and at most 1"), ("flip", 0 <= self.flip <= 1, "between 0 and 1"),
-                                     ("randaugment", self.randaugment >= 0, "at least 0"), ("magnitude", 0 <= self.magnitude <= 30, "between 0 and 30"),
-                                     ("erasing", 0 <= self.erasing <= 1, "between 0 and 1")):
-            if not fits: raise ValueError(f"{name} must be {accepted}, got {getattr(self, name)}")
+        for name, kind, fits, accepted in (("min_scale", Real, lambda v: 0 < v <= 1, "above 0 and at most 1"), ("flip", Real, lambda v: 0 <= v <= 1, "between 0 and 1"),
+                                           ("randaugment", Integral, lambda v: v >= 0, "a whole number of at least 0"),
+                                           ("magnitude", Integral, lambda v: 0 <= v <= 30, "a whole number from 0 to 30"),
+                                           ("erasing", Real, lambda v: 0 <= v <= 1, "between 0 and 1")):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not fits(value): raise ValueError(f"{name} must be {accepted}, got {value!r}")
 
     def transforms(
         self,
@@ -684,10 +704,11 @@ def imagenet_dls(
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of (B, 3, size, size) floats with ImageNet's mean and deviation, and (B,) class numbers
     "Training and validation batches. Raises `FileNotFoundError` or `ValueError` saying what is wrong and expected, and `BrokenPicture` where one is read."
-    if size < 8: raise ValueError(f"size must be at least 8 pixels, got {size}")
-    _check_seed(seed)
+    for name, value, least in (("batch_size", batch_size, 1), ("size", size, 8), ("seed", seed, 0)): _check_whole(name, value, least)
     if not isinstance(broken, (dict, list, type(None))): raise ValueError(f"broken must be a list of files, a dictionary of files and reasons, or None, got {broken!r}")
     if not isinstance(augment, (bool, dict, Augmentation)): raise ValueError(f"augment must be true, false, an Augmentation or a dictionary of its fields, got {augment!r}")
+    fields = [field.name for field in dataclasses.fields(Augmentation)]
+    if isinstance(augment, dict) and (unknown := [*augment.keys() - fields]): raise ValueError(f"augment has a field {unknown[0]!r}; accepted: {', '.join(fields)}")
     augmentation = augment if isinstance(augment, Augmentation) else Augmentation(**augment) if isinstance(augment, dict) else Augmentation() if augment else None
     found = find_pictures(path, valid_pct, split_seed, labels)
     workers = min(max(1, _cores() - 1), 16) if num_workers is None else num_workers
@@ -699,8 +720,8 @@ def imagenet_dls(
             raise ValueError(f"data: without the broken pictures there are no {name} pictures of class {lost[0]!r}")
     data = [Datasets(part.view(_Records), [[OpenPicture(found.root, lazy)], [itemgetter("label"), Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
             for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False)))]
-    evaluate = evaluation_transforms(size)
-    return _dataloaders(*data, PictureTransform(*(augmentation.transforms(size) if augmentation else evaluate)), PictureTransform(*evaluate), *imagenet_stats,
+    plain = evaluation_transforms(size)
+    return _dataloaders(*data, augmentation.transforms(size) if augmentation else plain, plain, *imagenet_stats,
                         batch_size, seed, workers, device, layout=found.layout, fingerprint=_fingerprint(train, valid), broken=dict(broken))
 
 # %% ../nbs/05_data.ipynb #a22bc697
