@@ -32,9 +32,9 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import _loaders
-from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
-from fastai.torch_core import TensorCategory, TensorImage, default_device, to_detach, to_device
-from fastai.vision.core import PILImage, TensorImageBW, imagenet_stats
+from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
+from fastai.torch_core import TensorImage, default_device, to_detach, to_device
+from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
 from fasttransform import Transform
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from scipy.special import betaincinv
@@ -678,6 +678,11 @@ class OpenPicture(Transform):
         self.root, self.lazy = str(root), lazy
     def encodes(self, source): return open_picture(os.path.join(self.root, source["file"]) if isinstance(source, np.void) else source, self.lazy)
 
+class _ClassName(Transform):
+    "The class of a record of a `PictureList`; of a path, as `test_dl(files, with_labels=True)` takes them, the name of its folder."
+    input_types = (np.void, str, Path)
+    def encodes(self, source): return source["label"] if isinstance(source, np.void) else os.path.basename(os.path.dirname(os.path.abspath(source)))
+
 class _Records(np.ndarray):
     "Records of a `PictureList` as fastai picks some of them: without `iloc` it takes an array for one item."
     @property
@@ -718,7 +723,7 @@ def imagenet_dls(
     for part, name in ((train, "training"), (valid, "validation")):
         if lost := sorted({*found.vocab} - {*part["label"]}):
             raise ValueError(f"data: without the broken pictures there are no {name} pictures of class {lost[0]!r}")
-    data = [Datasets(part.view(_Records), [[OpenPicture(found.root, lazy)], [itemgetter("label"), Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
+    data = [Datasets(part.view(_Records), [[OpenPicture(found.root, lazy)], [_ClassName, Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
             for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False)))]
     plain = evaluation_transforms(size)
     return _dataloaders(*data, augmentation.transforms(size) if augmentation else plain, plain, *imagenet_stats,
@@ -782,11 +787,10 @@ def digit_canvases(
         pictures[k, 0, row + 2:row + marker - 2, column + 2:column + marker - 2] = 0
     return Canvases(*map(torch.from_numpy, (pictures, classes[:, 0].copy(), markers, places, classes)))
 
-class _CanvasDataset:
-    "Canvases one by one, typed for fastai's transforms."
-    def __init__(self, canvases): self.canvases = canvases
-    def __len__(self): return len(self.canvases.labels)
-    def __getitem__(self, i): return TensorImageBW(self.canvases.pictures[i]), TensorCategory(self.canvases.labels[i])
+class _GreyPicture(Transform):
+    "From all that `open_picture` takes, or a tensor (1, H, W) or (H, W) of uint8, to a grey picture."
+    input_types = (torch.Tensor, str, Path, bytes, np.ndarray, Image.Image)
+    def encodes(self, source): return PILImageBW.create(source.reshape(source.shape[-2:]) if isinstance(source, torch.Tensor) else open_picture(source).convert("L"))
 
 def canvas_dls(
     count: int = 30000,  # training canvases, with one to `digits` digits
@@ -799,11 +803,12 @@ def canvas_dls(
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of (B, 1, size, size) normalised floats and (B,) class numbers
     "Training and validation batches of digit canvases. Raises `ValueError` naming a bad argument."
-    if not 1 <= batch_size <= count: raise ValueError(f"batch_size must be between 1 and {count}, the training canvases, got {batch_size}")
-    parts = [_CanvasDataset(digit_canvases(count, seed, size=size, digits=digits, fewer=True, balanced=balanced)),
-             _CanvasDataset(digit_canvases(valid_count, 0, held_out=True, size=size, digits=digits, balanced=balanced))]
+    _check_whole("batch_size", batch_size, 1)
+    if batch_size > count: raise ValueError(f"batch_size must be between 1 and {count}, the training canvases, got {batch_size}")
+    parts = [digit_canvases(count, seed, size=size, digits=digits, fewer=True, balanced=balanced),
+             digit_canvases(valid_count, 0, held_out=True, size=size, digits=digits, balanced=balanced)]
+    data = [Datasets([dict(picture=picture, label=str(label)) for picture, label in zip(part.pictures, part.labels.tolist())],
+                     [[itemgetter("picture"), _GreyPicture], [itemgetter("label"), Categorize(vocab=[str(k) for k in range(10)])]], split_idx=k) for k, part in enumerate(parts)]
     transforms = [IntToFloatTensor(), Normalize.from_stats([canvas_mean], [canvas_std], cuda=False)]
-    dls = DataLoaders(*(TfmdDL(part, bs=bs, shuffle=k == 0, drop_last=k == 0, num_workers=0, n_inp=1, after_batch=transforms)
-                          for k, (part, bs) in enumerate(zip(parts, (batch_size, 2 * batch_size)))), device=default_device() if device is None else torch.device(device))
-    dls.c, dls.vocab = 10, [str(k) for k in range(10)]
-    return dls
+    return DataLoaders(*(TfmdDL(part, bs=bs, shuffle=k == 0, drop_last=k == 0, num_workers=0, after_item=ToTensor, after_batch=transforms)
+                         for k, (part, bs) in enumerate(zip(data, (batch_size, 2 * batch_size)))), device=default_device() if device is None else torch.device(device))
