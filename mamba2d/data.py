@@ -349,8 +349,10 @@ def _dataloaders(train, valid, train_tfms, valid_tfms, mean, std, batch_size, se
     transforms = [PictureTransform(*functions, split_idx=split) for split, functions in enumerate((train_tfms, valid_tfms))]  # each loader has both, for `tta`
     options = dict(num_workers=num_workers, seed=seed, after_item=transforms, device=device, pin_memory=device.type == "cuda",
                    after_batch=[ChannelsLast, IntToFloatTensor, Normalize.from_stats(mean, std, cuda=False)])
-    dls = DataLoaders(KeyedDL(train, bs=batch_size, shuffle=True, **options),
-                      KeyedDL(valid, bs=2 * batch_size, **options), path=path, device=device)
+    dls = DataLoaders(KeyedDL(train, bs=batch_size, shuffle=True, **options), KeyedDL(valid, bs=2 * batch_size, **options), path=path, device=device)
+    if not len(train):  # fastai decodes with the first loader, which looks at a picture of its own to know how
+        dls.valid._one_pass()
+        dls.train._n_inp, dls.train._types = dls.valid._n_inp, dls.valid._types
     for name, value in attributes.items(): setattr(dls, name, value)
     return dls
 
@@ -450,7 +452,7 @@ class PictureList(NamedTuple):
     root: Path  # file names are relative to it
     train: np.ndarray  # (n,) records of two strings: file, label
     valid: np.ndarray
-    vocab: list[str]  # the classes, sorted
+    vocab: list[str]  # the classes, sorted or as given
     layout: str  # what was found, in words
 
     @property
@@ -461,26 +463,38 @@ class PictureList(NamedTuple):
 _EXPECTED = ("expected train/ and val/ (or TrainingSet/ and ValidationSet/) with a folder per class in each, or val/ flat with the devkit archive "
              "ILSVRC2012_devkit_t12.tar.gz, a text file of 'file wnid' lines or LOC_val_solution.csv beside it; or a folder per class")
 
+def _is_picture(name): return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
 def _pictures(folder):
     "Paths of the pictures below a folder, sorted; hidden files and folders are left out."
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(where, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")]
+        found += [os.path.join(where, name) for name in sorted(names) if _is_picture(name)]
     return found
 
 def _folders(folder):
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     return {entry.name: entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
 
-def _classes(folder):
+def _flat(folder):
+    "Paths of the pictures in a folder that has no class folders, sorted."
+    flat = sorted(entry.path for entry in os.scandir(folder) if _is_picture(entry.name) and not entry.is_dir())
+    if flat and _folders(folder):
+        raise ValueError(f"data: {str(folder)!r} has {len(flat)} pictures beside class folders, the first is {os.path.basename(flat[0])!r}; it should have either the ones or the others")
+    return flat
+
+def _classes(folder, least=2):
     "Pictures of each class folder: {class: paths}."
+    _flat(folder)
     classes = {name: _pictures(path) for name, path in _folders(folder).items()}
     if empty := [name for name, files in classes.items() if not files]:
         raise ValueError(f"data: the class folder {os.path.join(folder, empty[0])!r} has no pictures ({', '.join(IMG_EXTENSIONS)}); "
                          f"{len(empty)} such in {str(folder)!r}; delete what is no class")
-    if len(classes) < 2: raise ValueError(f"data: {str(folder)!r} has pictures of {len(classes)} classes, at least 2 are needed; {_EXPECTED}")
+    if len(classes) < least: raise ValueError(f"data: {str(folder)!r} has pictures of {len(classes)} classes, at least {least} are needed; {_EXPECTED}")
     return classes
+
+def _few(names): return f"{', '.join(sorted(names)[:5])}{', …' if len(names) > 5 else ''}" if names else "none"
 
 def _devkit_classes(file):
     "wnids of ImageNet's validation pictures in the order of their numbers, from the devkit archive or from torchvision's meta.bin."
@@ -493,18 +507,19 @@ def _devkit_classes(file):
         return load_meta_file(folder)[1]
 
 def _read_labels(file, stems):
-    "Classes by name of the picture without suffix, as one of the kinds of label files has them."
+    "Classes by name of the picture without suffix, as one of the kinds of label files has them, and all classes that the file knows, sorted."
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"labels: there is no file {str(file)!r}")
     if file.suffix in (".gz", ".bin"):
         wnids, numbers = _devkit_classes(file), {stem: stem.rpartition("_")[2] for stem in stems}
-        return {stem: wnids[int(number) - 1] for stem, number in numbers.items() if number.isdecimal() and 1 <= int(number) <= len(wnids)}
+        return {stem: wnids[int(number) - 1] for stem, number in numbers.items() if number.isdecimal() and 1 <= int(number) <= len(wnids)}, sorted({*wnids})
     with open(file, newline="", errors="replace") as lines:
         rows = csv.reader(lines) if file.suffix == ".csv" else (line.split() for line in lines)
-        return {Path(row[0]).stem: row[1].split()[0] for row in rows if len(row) >= 2 and row[1].strip()}
+        labels = {Path(row[0]).stem: row[1].split()[0] for row in rows if len(row) >= 2 and row[1].strip()}
+    return labels, sorted({label for k, (stem, label) in enumerate(labels.items()) if k or stem in stems})  # the first row may be a heading
 
 def _flat_labels(folder, files, classes, places, given):
-    "Classes of the pictures of a flat validation folder: {class: paths}, and the name of the file that they come from."
+    "Classes of the pictures of a flat validation folder: {class: paths}, the name of the file that they come from, and all classes that it knows."
     stems = {Path(file).stem: file for file in files}
     if given is None:
         names = {place: sorted(os.listdir(place)) for place in dict.fromkeys(map(os.path.realpath, places)) if os.path.isdir(place)}
@@ -512,20 +527,20 @@ def _flat_labels(folder, files, classes, places, given):
         candidates = [os.path.join(place, name) for kind in kinds for place, found in names.items() for name in found if kind(name)]
     else: candidates = [given]
     for candidate in candidates:
-        labels = _read_labels(candidate, stems)
-        if given is not None or any(labels.get(stem) in classes for stem in stems): break  # other text files may lie around
+        labels, known = _read_labels(candidate, stems)
+        if given is not None or any(stem in labels if classes is None else labels.get(stem) in classes for stem in stems): break  # other text files may lie around
     else: raise ValueError(f"data: {str(folder)!r} has {len(files)} pictures without class folders, and there are no labels for them; {_EXPECTED}")
     if missing := sorted(stems.keys() - labels.keys()):
         raise ValueError(f"labels: {str(candidate)!r} has no class for {len(missing)} of {len(files)} pictures of {str(folder)!r}, the first is {missing[0]!r}")
     sorted_out = {}
     for stem, file in stems.items(): sorted_out.setdefault(labels[stem], []).append(file)
-    return sorted_out, Path(candidate).name
+    return sorted_out, Path(candidate).name, known
 
 _parts = ("train", "training", "trainingset"), ("val", "valid", "validation", "validationset", "test")  # folders' names in small letters
 
 def _is_class(name, root):
     "Whether the folder is a class, whatever its name: it holds pictures itself, and so do folders beside it whose names are not those of parts (`test1`, say)."
-    holds = lambda folder: any(entry.name.lower().endswith(IMG_EXTENSIONS) and not entry.name.startswith(".") for entry in os.scandir(folder))
+    holds = lambda folder: any(_is_picture(entry.name) for entry in os.scandir(folder))
     beside = [path for other, path in _folders(root).items() if not other.lower().startswith(("train", "val", "test"))]
     return not _folders(root / name) and holds(root / name) and any(map(holds, beside))
 
@@ -544,34 +559,50 @@ def find_pictures(
     valid_pct: float = 0.2,  # share of each class that is held out where there is no validation part
     split_seed: int = 42,  # of that split
     labels: str | Path | None = None,  # file with the classes of a flat validation folder; None: looked for beside it
+    evaluate: bool | list[str] = False,  # the validation part, or else the whole folder, is to be evaluated, and nothing to train with; a list: the classes, in the order of their numbers
 ) -> PictureList:
     "Recognise the layout of a folder of pictures. Raises `FileNotFoundError` or `ValueError` naming the folder and what is expected in it."
     path = Path(path)
     if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
+    vocab = None if isinstance(evaluate, bool) else [str(name) for name in evaluate] if isinstance(evaluate, (list, tuple)) else []
+    if vocab is not None and len({*vocab}) < max(2, len(vocab)): raise ValueError(f"evaluate must be true, false or a list of at least two different classes, got {evaluate!r}")
     if not path.is_dir(): raise FileNotFoundError(f"data: there is no folder {str(path)!r}; {_EXPECTED}")
     for inner in ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"):
         root, names = path / inner, {}
         if root.is_dir(): names = {name.lower(): name for name in _folders(root)}
         train, valid = (next((names[n] for n in known if n in names), None) for known in _parts)
-        if train and _is_class(train, root): train = None  # and so is the other: it is looked at only beside a part to train with
-        if train: break
+        part = train or evaluate and valid
+        if part and _is_class(part, root): train = valid = part = None  # and so is the other: it is looked at only beside a part to train with
+        if part: break
     else: root, train, valid = path, None, None
     prefix, source = f"{root.relative_to(path)}: " if root != path else "", None
-    if train and valid:
+    where = root / (valid or evaluate and train or "")
+    above = [*root.resolve().parents][:3] if root.resolve().parts[-2:] == ("Data", "CLS-LOC") else []
+    if evaluate:
+        if vocab is None and train and valid: vocab = [*_folders(root / train)]
+        if flat := _flat(where):
+            found, source, known = _flat_labels(where, flat, vocab, [path, root, where, where.resolve().parent, *above], labels)
+            vocab, kind = vocab or known, f"with labels from {source}"
+        else:
+            found, kind = _classes(where, 1 if vocab else 2), "of class folders"
+            vocab = vocab or sorted(found)
+        if strange := found.keys() - {*vocab}:
+            raise ValueError(f"data: {str(where)!r} has pictures of {len(strange)} classes that are not among the {len(vocab)} "
+                             f"{'of ' + train + '/' if evaluate is True and train else 'given'}: {_few(strange)}; these are {_few(vocab)}")
+        count, of = sum(map(len, found.values())), f" ({len(found)} of {len(vocab)} classes)" if len(found) < len(vocab) else ""
+        layout = f"{where.relative_to(path)}: " * (where != path) + f"all {count} pictures {kind}{of}"
+        if valid is None: root = where
+        parts = [{}, found]
+    elif train and valid:
         parts, layout = [_classes(root / train)], f"{prefix}{train}/ of class folders, "
-        flat = [file for file in _pictures(root / valid) if os.path.dirname(file) == str(root / valid)]
-        if flat and _folders(root / valid):
-            raise ValueError(f"data: {str(root / valid)!r} has {len(flat)} pictures beside class folders; it should have either the ones or the others")
-        if flat:
-            above = [*root.resolve().parents][:3] if root.resolve().parts[-2:] == ("Data", "CLS-LOC") else []
-            found, source = _flat_labels(root / valid, flat, parts[0], [path, root, root / valid, *above], labels)
+        if flat := _flat(where):
+            found, source, _ = _flat_labels(where, flat, parts[0], [path, root, where, *above], labels)
             layout += f"{valid}/ flat with labels from {source}"
-        else: found, layout = _classes(root / valid), f"{layout}{valid}/ of class folders"
+        else: found, layout = _classes(where), f"{layout}{valid}/ of class folders"
         parts.append(found)
         if parts[0].keys() != parts[1].keys():
-            few = lambda names: f"{', '.join(sorted(names)[:5])}{', …' if len(names) > 5 else ''}" if names else "none"
-            raise ValueError(f"data: {train}/ and {valid}/ of {str(root)!r} have different classes; only in {train}/: {few(parts[0].keys() - parts[1].keys())}; "
-                             f"only in {valid}/: {few(parts[1].keys() - parts[0].keys())}")
+            raise ValueError(f"data: {train}/ and {valid}/ of {str(root)!r} have different classes; only in {train}/: {_few(parts[0].keys() - parts[1].keys())}; "
+                             f"only in {valid}/: {_few(parts[1].keys() - parts[0].keys())}")
     else:
         root = root / (train or "")
         parts = _held_out(_classes(root), valid_pct, split_seed)
@@ -580,9 +611,9 @@ def find_pictures(
     records, inside = [], str(root) + os.sep
     for part in parts:  # slicing a string is ten times as fast as os.path.relpath, which counts with a million files
         rows = [(file[len(inside):] if file.startswith(inside) else os.path.relpath(file, root), name) for name in sorted(part) for file in part[name]]
-        lengths = [max(len(row[k]) for row in rows) for k in (0, 1)]
+        lengths = [max((len(row[k]) for row in rows), default=1) for k in (0, 1)]
         records.append(np.array(rows, dtype=[("file", f"U{lengths[0]}"), ("label", f"U{lengths[1]}")]))
-    return PictureList(root, *records, sorted(parts[0]), layout)
+    return PictureList(root, *records, vocab or sorted(parts[0]), layout)
 
 # %% ../nbs/05_data.ipynb #60ba775f
 def _striped(k, classes, size, rng):
@@ -706,6 +737,7 @@ def imagenet_dls(
     broken: dict[str, str] | list[str] | None = None,  # pictures to leave out that are known already, with or without reasons
     valid_pct: float = 0.2, split_seed: int = 42,  # where there is no validation part: share of each class to hold out, and seed of the choice
     labels: str | Path | None = None,  # file with the classes of a flat validation folder; None: looked for
+    evaluate: bool | list[str] = False,  # all is validation data, nothing is held out or to train with; a list: the classes of the network: see `find_pictures`
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of (B, 3, size, size) floats with ImageNet's mean and deviation, and (B,) class numbers
     "Training and validation batches. Raises `FileNotFoundError` or `ValueError` saying what is wrong and expected, and `BrokenPicture` where one is read."
@@ -715,16 +747,18 @@ def imagenet_dls(
     fields = [field.name for field in dataclasses.fields(Augmentation)]
     if isinstance(augment, dict) and (unknown := [*augment.keys() - fields]): raise ValueError(f"augment has a field {unknown[0]!r}; accepted: {', '.join(fields)}")
     augmentation = augment if isinstance(augment, Augmentation) else Augmentation(**augment) if isinstance(augment, dict) else Augmentation() if augment else None
-    found = find_pictures(path, valid_pct, split_seed, labels)
+    found = find_pictures(path, valid_pct, split_seed, labels, evaluate)
     workers = min(max(1, _cores() - 1), 16) if num_workers is None else num_workers
     if broken is None: broken = check_images(found.files, workers) if skip_broken else {}
     if not isinstance(broken, dict): broken = dict.fromkeys(map(str, broken), "left out")
     train, valid = (_without(part, found.root, broken) for part in (found.train, found.valid))
-    for part, name in ((train, "training"), (valid, "validation")):
+    if not len(valid): raise ValueError("data: without the broken pictures there are no validation pictures")
+    for part, name in () if evaluate else ((train, "training"), (valid, "validation")):
         if lost := sorted({*found.vocab} - {*part["label"]}):
             raise ValueError(f"data: without the broken pictures there are no {name} pictures of class {lost[0]!r}")
     data = [Datasets(part.view(_Records), [[OpenPicture(found.root, lazy)], [_ClassName, Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
-            for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False)))]
+            for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False))) if len(part)]
+    if not len(train): data.insert(0, data[0].new_empty())
     plain = evaluation_transforms(size)
     return _dataloaders(*data, augmentation.transforms(size) if augmentation else plain, plain, *imagenet_stats,
                         batch_size, seed, workers, device, layout=found.layout, fingerprint=_fingerprint(train, valid), broken=dict(broken))
