@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['dashboards', 'write_safely', 'RunRefused', 'load_checkpoint', 'RunInUse', 'different_classes', 'differences',
            'plot_curves', 'plot_predictions', 'write_evaluation', 'StopRequested', 'KeepRun', 'ShowProgress',
-           'TensorBoard', 'WeightsAndBiases', 'SendRows', 'versions', 'export_weights', 'train_run', 'claim_run']
+           'TensorBoard', 'WeightsAndBiases', 'SendRows', 'versions', 'export_weights', 'train_run',
+           'saved_effective_batch', 'claim_run']
 
 # %% ../nbs/06a_runs.ipynb #59141b04
 import csv
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
+import math
 import os
 import pickle
 import platform
@@ -41,7 +44,7 @@ from tqdm import tqdm
 
 import mamba2d
 from .scan import available_backends
-from .training import Evaluation, Processes, accuracies, divide, evaluate
+from .training import Evaluation, Processes, accuracies, divide, evaluate, shares_kept
 
 # %% ../nbs/06a_runs.ipynb #42ee5497
 def _also_as(path, name):
@@ -66,8 +69,11 @@ def write_safely(
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-        except RuntimeError as error:  # torch.save's way of saying so
-            if "write" not in str(error) and "writing" not in str(error): raise
+        except (OSError, RuntimeError) as error:
+            before = error  # torch.save raises a RuntimeError; what the system said comes before it
+            while before is not None and not isinstance(before, OSError): before = before.__context__
+            if before is not None and before.errno: raise OSError(before.errno, before.strerror, str(path)) from error
+            if "write" not in str(error): raise
             raise OSError(errno.EIO, f"could not be written: {str(error).splitlines()[0]}", str(path)) from error
         if keep is not None and path.exists(): _also_as(path, keep)
         os.replace(temporary, path)
@@ -150,7 +156,10 @@ def differences(
              if name not in _harmless and saved[part].get(name) != given[part].get(name) and not (name == "effective_batch" and given[part].get(name) is None)]
     if saved["classes"] != given["classes"]:
         lines.append(f"classes: {len(saved['classes'])} in the run, {len(given['classes'])} now" + different_classes(saved["classes"], given["classes"], "in the run", "now"))
-    elif saved["pictures"] != given["pictures"]: lines.append(f"pictures: {saved['pictures']} in the run, {given['pictures']} now")
+    elif saved["pictures"] != given["pictures"]:
+        told = ["{} for training and {} held out ({})".format(*run["counts"], run["pictures"]) if "counts" in run else run["pictures"] for run in (saved, given)]
+        lines.append(f"pictures: {told[0]} in the run, {told[1]} now")
+    if given.get("weights") and "weights" in saved and saved["weights"] != given["weights"]: lines.append(f"weights at the start: {saved['weights'] or 'none'} in the run, {given['weights']} now")
     if saved["limit"] != given["limit"]: lines.append(f"limit (fast-dev-run): {saved['limit']} in the run, {given['limit']} now")
     return lines
 
@@ -252,7 +261,7 @@ def write_evaluation(
 
 # %% ../nbs/06a_runs.ipynb #595a8f8a
 class StopRequested(Exception):
-    "The run was asked to stop, and has written a checkpoint."
+    "The run was asked to stop; there is a checkpoint."
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 class KeepRun(Callback):
@@ -267,7 +276,7 @@ class KeepRun(Callback):
         checkpoint_minutes: float | None = None,  # time between two checkpoints within an epoch; None: only after each epoch
     ):
         self.folder, self.processes, self.identity, self.config, self.minutes = Path(folder), processes, identity, config, checkpoint_minutes
-        self.asked_to_stop, self.previous_handlers = None, {}
+        self.asked_to_stop, self.previous_handlers, self.answer = None, {}, "finishing this step and writing a checkpoint"
 
     def before_fit(self):
         if threading.current_thread() is threading.main_thread():
@@ -282,7 +291,7 @@ class KeepRun(Callback):
         if self.asked_to_stop: os._exit(128 + number)
         self.asked_to_stop = number
         if os.getpid() == self.process and self.processes.rank == 0:
-            os.write(2, f"\n{signal.Signals(number).name}: finishing this step and writing a checkpoint; a second signal exits at once\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: {self.answer}; a second signal exits at once\n".encode())
 
     def after_batch(self):
         if self.training and not self.follow_recipe.between_steps: return
@@ -328,20 +337,30 @@ class KeepRun(Callback):
 
 # %% ../nbs/06a_runs.ipynb #a3afabf9
 class ShowProgress(Callback):
-    "A bar over all steps of a run, on standard error, and a line per epoch."
-    order = 65
+    "A bar over all steps of a run, on standard error, and a line per epoch; where standard error is no terminal, a line now and then in place of the bar."
+    order, seconds = 65, 30  # between two lines
     def before_fit(self):
         follow = self.follow_recipe
-        self.bar = tqdm(total=follow.steps_in_all, initial=follow.steps_done, unit="step", dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30, smoothing=0.05, file=sys.stderr)
+        self.bar = tqdm(total=follow.steps_in_all, initial=follow.steps_done, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.05, file=sys.stderr, disable=None)
         self.bar.set_description(f"epoch {min(follow.reached.epoch + 1, follow.choices.epochs)}/{follow.choices.epochs}")
+        self.begun = self.told = time.monotonic()
+        self.first = follow.steps_done
 
     def after_batch(self):
-        if self.training and self.follow_recipe.between_steps: self.bar.update()
+        follow, now = self.follow_recipe, time.monotonic()
+        if not self.training or not follow.between_steps: return
+        self.bar.update()
+        if not self.bar.disable or now - self.told < self.seconds or follow.steps_done == self.first: return
+        left = (now - self.begun) / (follow.steps_done - self.first) * (follow.steps_in_all - follow.steps_done)
+        print(f"step {follow.steps_done} of {follow.steps_in_all}, {tqdm.format_interval(left)} left", file=sys.stderr, flush=True)
+        self.told = now
 
     def after_epoch(self):
         row, epochs = self.follow_recipe.reached.history[-1], self.follow_recipe.choices.epochs
-        self.bar.write(f"epoch {row['epoch'] + 1:3}/{epochs}  training loss {row['train_loss']:.3f}  validation loss {row['valid_loss']:.3f}  "
-                       + (f"accuracy {100 * row['accuracy']:.2f} %  " if "accuracy" in row else "") + f"lr {row['lr']:.1e}  {row['images_per_second']:.0f} images/s  waiting for data {100 * row['data_wait']:.0f} %  {row['memory_gib']:.1f} GiB  {row['seconds']:.1f} s", file=sys.stdout)
+        with self.bar.external_write_mode(sys.stdout):
+            print(f"epoch {row['epoch'] + 1:3}/{epochs}  training loss {row['train_loss']:.3f}  validation loss {row['valid_loss']:.3f}  "
+                  + (f"accuracy {100 * row['accuracy']:.2f} %  " if "accuracy" in row else "") + f"lr {row['lr']:.1e}  {row['images_per_second']:.0f} images/s  waiting for data {100 * row['data_wait']:.0f} %  "
+                  f"{row['memory_gib']:.1f} GiB  {row['seconds']:.1f} s" + (f"  skipped steps {row['skipped_steps']}" if row["skipped_steps"] else ""), flush=True)
         self.bar.set_description(f"epoch {min(row['epoch'] + 2, epochs)}/{epochs}")
 
     def close(self):
@@ -421,19 +440,29 @@ def train_run(
     dashboards: tuple = (),  # of `TensorBoard`, `WeightsAndBiases`
     show_progress: bool = False,  # a bar over the whole run and a line per epoch
     claimed: bool = False,  # `claim_run` has locked the folder already
+    weights: str | Path | None = None,  # file, or name, of the weights that the network starts from: another one is another run
 ) -> dict:  # loss, accuracy, accuracy_without_scan, seconds ...; as `result` in settings.json
     """Follow the recipe and leave everything in `out`; go on where the run in `out` was, if there is one, and return its result if it is complete.
 
-    Raises `RunInUse`, `StopRequested` after a signal, `RunRefused` naming what differs where the run in `out` is another one,
-    `FloatingPointError` for a loss that is not finite, `OSError` where the folder cannot be written."""
+    Raises `RunInUse`, `StopRequested` after a signal, `RunRefused` naming what differs where the run in `out` is another one, or what batch size
+    makes its steps, `FloatingPointError` for a loss that is not finite, `OSError` where the folder cannot be written."""
     out, processes = Path(out), Processes() if processes is None else processes
-    divide(learn.dls, learn.recipe, processes)
+    with shares_kept(learn.dls): divide(learn.dls, learn.recipe, processes)
     lock = None if claimed else processes.first_one_does(lambda: claim_run(out))
     try:
         processes.first_one_does(lambda: _clear(out, overwrite))
-        return _train_run(learn, out, config, settings or {}, processes, checkpoint_minutes, limit, max_bad_steps, dashboards, show_progress)
+        return _train_run(learn, out, config, settings or {}, processes, checkpoint_minutes, limit, max_bad_steps, dashboards, show_progress, weights)
     finally:
         if lock: lock.release()
+
+def saved_effective_batch(
+    folder: str | Path,  # of a run
+) -> int | None:
+    "Pictures per optimizer step, over all processes, of the run that would go on in `folder`; None where there is no checkpoint. Raises `RunRefused` where its files are damaged."
+    folder = Path(folder)
+    if not any((folder / "checkpoints" / name).exists() for name in ("last.pth", "previous.pth")): return None
+    known = _read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    return known["effective_batch"] if "effective_batch" in known else load_checkpoint(folder)[0]["identity"]["recipe"]["effective_batch"]
 
 def claim_run(
     out: str | Path,  # a run folder; made if it is not there
@@ -453,43 +482,68 @@ def _clear(out, overwrite):
         for name in _files_of_a_run: (out / name).unlink(missing_ok=True)
         for name in _folders_of_a_run: shutil.rmtree(out / name, ignore_errors=True)
 
-def _train_run(learn, out, config, settings, processes, checkpoint_minutes, limit, max_bad_steps, dashboards, show_progress):
+def _train_run(learn, out, config, settings, processes, checkpoint_minutes, limit, max_bad_steps, dashboards, show_progress, weights):
     dls, share = learn.dls, learn.dls.train.bs * processes.world
-    identity = {"network": {k: v for k, v in config.items() if k not in _where_from}, "classes": [str(c) for c in dls.vocab], "pictures": getattr(dls, "fingerprint", None), "limit": limit, "recipe": dataclasses.asdict(learn.recipe)}
+    identity = {"network": {k: v for k, v in config.items() if k not in _where_from}, "classes": [str(c) for c in dls.vocab], "pictures": getattr(dls, "fingerprint", None), "counts": [dls.train.n, dls.valid.n],
+                "weights": processes.gather(processes.first_one_does(lambda: _fingerprint_of(weights)))[0], "limit": limit, "recipe": dataclasses.asdict(learn.recipe)}
     found = load_checkpoint(out)
     if found:
         different = differences(found[0]["identity"], identity)
-        if different: raise RunRefused(f"run folder {str(out)!r} holds another run: " + "; ".join(different))
-        learn.recipe = dataclasses.replace(learn.recipe, effective_batch=found[0]["identity"]["recipe"]["effective_batch"])
+        if different: raise RunRefused(f"run folder {str(out)!r} holds another run: " + "; ".join(different) + ". Give another folder (--out), or let it be overwritten (--overwrite)")
+        recipe = dataclasses.replace(learn.recipe, effective_batch=found[0]["identity"]["recipe"]["effective_batch"])
         written = out / "settings.json"
         if written.exists() and found[0]["progress"]["epoch"] == learn.recipe.epochs:
             load_weights = found[0]["average"]["weights"] if found[0]["average"] else found[0]["model"]
             learn.model.load_state_dict(load_weights)
             return _read_json(written)["result"] | {"complete": True}
-    else: learn.recipe = dataclasses.replace(learn.recipe, effective_batch=learn.recipe.effective_batch or share)
+        try:
+            with shares_kept(dls): divide(dls, recipe, processes)
+        except ValueError as error: raise RunRefused(f"run folder {str(out)!r} holds a run with {_fitting(recipe, dls.train, processes)} ({error})") from error
+    else: recipe = dataclasses.replace(learn.recipe, effective_batch=learn.recipe.effective_batch or share)
+    learn.recipe = recipe
     identity["recipe"] = dataclasses.asdict(learn.recipe)
     run_id = processes.first_one_does(lambda: _begin(out, learn.recipe))
     keep = KeepRun(out, processes, identity, config, checkpoint_minutes)
     callbacks, bar, rows = [keep], ShowProgress(), SendRows(dashboards, out, run_id)
     if processes.rank == 0: callbacks += [*([bar] if show_progress else []), *([rows] if dashboards else [])]
-    try: learn.fit_recipe(callbacks, processes=processes, resume=found and found[0], limit=limit, max_bad_steps=max_bad_steps)
-    finally:
-        keep.restore_handlers()
-        bar.close()
-        rows.close()
-    shown = evaluate(learn.model, dls.valid, processes, learn.recipe.precision, limit)
-    result = {"seconds": round(sum(row["seconds"] for row in learn.reached.history), 1), **accuracies(learn, processes, limit, shown)}
-    written = {"config": config, **settings, "recipe": dataclasses.asdict(learn.recipe), "classes": identity["classes"], "device": str(dls.device), "processes": processes.world,
-               "threads": torch.get_num_threads(), "backends": available_backends(), "versions": versions(), "result": result}
-    processes.first_one_does(lambda: _finish(learn, out, config, shown, written))
-    return result
+    stop = lambda: keep.asked_to_stop is not None
+    try:
+        try: learn.fit_recipe(callbacks, processes=processes, resume=found and found[0], limit=limit, max_bad_steps=max_bad_steps)
+        finally:
+            bar.close()
+            rows.close()
+        keep.answer = "ending the evaluation"
+        shown = evaluate(learn.model, dls.valid, processes, learn.recipe.precision, limit, stop)
+        result = {"seconds": round(sum(row["seconds"] for row in learn.reached.history), 1), **accuracies(learn, processes, limit, shown, stop)}
+        if processes.sum(stop())[0]: raise StopRequested("stopped after the last step, while the network was evaluated; the same command evaluates it again")
+        if not math.isfinite(result["loss"]):
+            raise FloatingPointError(f"the validation loss of the trained network is {result['loss']}, so no weights are written; {learn.reached.skipped} steps were skipped. "
+                                     "Train with a lower learning rate, in another folder or over this one (--overwrite)")
+        written = {"config": config, **settings, "recipe": dataclasses.asdict(learn.recipe), "classes": identity["classes"], "device": str(dls.device), "processes": processes.world,
+                   "threads": torch.get_num_threads(), "backends": available_backends(), "versions": versions(), "result": result}
+        processes.first_one_does(lambda: _finish(learn, out, config, shown, written))
+        return result
+    finally: keep.restore_handlers()
+
+def _fingerprint_of(weights):
+    "What tells one file of weights from another; a name stands for itself, and a file that is gone for nothing."
+    if weights is None or not Path(weights).is_file(): return "DEFAULT" if weights == "DEFAULT" else None
+    with open(weights, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+def _fitting(recipe, loader, processes):
+    "A run's effective batch and the batch sizes that make it up, in words."
+    whole, rest = divmod(recipe.effective_batch, processes.world)
+    sizes = [n for n in range(1, whole + 1) if not whole % n and not rest and n * processes.world <= loader.n and not (n % 2 and (recipe.mixup or recipe.cutmix))]
+    nearest = sorted(sorted(sizes, key=lambda n: abs(math.log(n / loader.bs)))[:5])
+    return f"steps of {recipe.effective_batch} pictures: " + (f"give --batch-size {' or '.join(map(str, nearest))}" if nearest else f"they cannot be shared by {processes.world} processes")
 
 def _begin(out, recipe):
-    "Write the recipe and the identity of the run for dashboards, which is returned."
+    "Write the recipe, the pictures per step and the identity of the run for dashboards, which is returned."
     recipe.save(out / "recipe.toml")
     path = out / "run.json"
-    if not path.exists(): write_safely(path, lambda file: file.write(json.dumps({"id": uuid.uuid4().hex[:12]}).encode()))
-    return _read_json(path)["id"]
+    run_id = _read_json(path)["id"] if path.exists() else uuid.uuid4().hex[:12]
+    write_safely(path, lambda file: file.write(json.dumps({"id": run_id, "effective_batch": recipe.effective_batch}).encode()))
+    return run_id
 
 def _read_json(path):
     "What a JSON file of a run holds; raises `RunRefused` where it is damaged."

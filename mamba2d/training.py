@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recipes', 'Recipe', 'decays', 'layer_groups', 'LayerGroupAdamW', 'recipe_schedule', 'FirstProcessFailed', 'Processes',
-           'mamba2d_learner', 'PrepareModel', 'Progress', 'random_state', 'set_random_state', 'divide', 'StepLoss',
-           'FollowRecipe', 'RecordEpochs', 'scan_silenced', 'Evaluation', 'evaluate', 'accuracies']
+           'mamba2d_learner', 'PrepareModel', 'Progress', 'random_state', 'set_random_state', 'divide', 'shares_kept',
+           'StepLoss', 'FollowRecipe', 'RecordEpochs', 'scan_silenced', 'Evaluation', 'evaluate', 'accuracies']
 
 # %% ../nbs/06_training.ipynb #29076e00
 import contextlib
@@ -30,7 +30,7 @@ import torch._functorch.config
 import torch.distributed
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException
-from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -38,6 +38,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper, set_item_pg
 from fastai.torch_core import set_seed
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -267,13 +268,15 @@ def mamba2d_learner(
     recipe: Recipe | None = None,  # None: `Recipe()`
     loss_func=None,  # None: cross entropy with the recipe's label smoothing, against class numbers or shares of classes
     metrics=accuracy,
-    **kwargs,  # further arguments of fastai's `Learner`
+    **kwargs,  # further arguments of fastai's `Learner`, besides lr, opt_func and splitter, which follow from the recipe
 ) -> Learner:
-    "A fastai `Learner` with the recipe's optimizer and loss. Raises `TypeError` for what is no recipe, `ValueError` if the model has another number of classes than the data."
+    "A fastai `Learner` with the recipe's optimizer and loss. Raises `TypeError` for what is no recipe or follows from it, `ValueError` if the model has another number of classes than the data."
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         published = f": mamba2d.training.recipes[{recipe!r}]" if isinstance(recipe, str) and recipe in recipes else ""
         raise TypeError(f"recipe must be a Recipe{published}, got {recipe!r}")
+    if taken := [name for name in ("lr", "opt_func", "splitter") if name in kwargs]:
+        raise TypeError(f"{taken[0]} follows from the recipe (lr, weight_decay, beta1, beta2), got {kwargs[taken[0]]!r}: give a Recipe, or make a Learner of fastai's")
     outputs = getattr(model, "num_classes", None)
     if outputs is not None and getattr(dls, "c", outputs) != outputs:
         raise ValueError(f"model has {outputs} classes, the data has {dls.c}: build it with num_classes={dls.c}")
@@ -304,8 +307,13 @@ class PrepareModel(Callback):
         if self.processes.world > 1:
             device = next(self.bare.parameters()).device
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)  # of depthwise convolutions; costs a copy of few numbers
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its replacement is unknown to older versions
             self.wrapped = DistributedDataParallel(self.wrapped, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.learn.model, self.skipped = self.wrapped, False
+        self.skipped = False
+
+    def before_epoch(self): self.learn.model = self.wrapped
+    def before_validate(self): self.learn.model = self.average.module if self.average else self.bare
+    after_epoch = before_validate  # where there is no validation
 
     def before_batch(self):
         if not self.training and self.limit is not None and self.iter >= self.limit: raise CancelValidException
@@ -318,19 +326,13 @@ class PrepareModel(Callback):
         if self.average and not self.skipped: self.average.update_parameters(self.bare)
         self.skipped = False
 
-    def before_validate(self):
-        if self.average: self.learn.model = self.average.module
-    def after_validate(self): self.learn.model = self.wrapped
-
     def state(self):
         average = {"weights": self.average.module.state_dict(), "updates": self.average.n_averaged} if self.average else None
         return {"model": self.bare.state_dict(), "average": average}
 
-    def unwrap(self, learn, finished):
-        "Give the learner its own network back, with the averaged weights where the fit came to its end."
-        if not hasattr(self, "bare"): return
-        learn.model = self.bare
-        if finished and self.average: self.bare.load_state_dict(self.average.module.state_dict())
+    def after_fit(self):
+        self.learn.model = self.bare
+        if self.average and not self.follow_recipe.problem: self.bare.load_state_dict(self.average.module.state_dict())
 
 # %% ../nbs/06_training.ipynb #c7e3bacd
 @dataclasses.dataclass
@@ -374,7 +376,11 @@ def set_random_state(state: dict):
 
 def divide(dls, recipe: Recipe, processes: Processes) -> int:
     "Give this process its share of the pictures; returns how many batches it accumulates per step. Raises `ValueError` where the effective batch does not fit."
-    loader, share = dls.train, processes.world * dls.train.bs
+    loader = dls.train
+    if not getattr(loader, "bs", None):
+        raise ValueError(f"a recipe needs fastai's loaders, which know their batch size, got {type(loader).__module__}.{type(loader).__name__}: "
+                         "fastai's DataLoaders.from_dsets(training_dataset, validation_dataset, bs=64) makes them")
+    share = processes.world * loader.bs
     wanted = recipe.effective_batch or share
     if isinstance(loader, KeyedDL):
         if loader.n < share:
@@ -390,6 +396,14 @@ def divide(dls, recipe: Recipe, processes: Processes) -> int:
     elif processes.world > 1: raise ValueError(f"several processes need loaders that divide their pictures (KeyedDL), got {type(loader).__name__}")
     elif len(loader) < wanted // share: raise ValueError(f"effective_batch must be at most {len(loader) * share}, what an epoch has, got {wanted}")
     return wanted // share
+
+@contextlib.contextmanager
+def shares_kept(dls):
+    "Context manager: afterwards the loaders serve the shares of the pictures that they served before."
+    before = [(loader, loader.rank, loader.world, loader.accumulate) for loader in dls.loaders if isinstance(loader, KeyedDL)]
+    try: yield
+    finally:
+        for loader, *share in before: loader.rank, loader.world, loader.accumulate = share
 
 class StepLoss(AvgSmoothLoss):
     "fastai's smooth loss, of steps: their losses are on the host already, and to fetch each batch's would wait for the GPU every time."
@@ -519,36 +533,37 @@ class RecordEpochs(Callback):
 @patch
 def fit_recipe(
     self: Learner,
-    cbs=None,  # further callbacks for this fit
+    cbs=None,  # a further callback for this fit, or several
     *,
     processes: Processes | None = None,  # from `Processes.join()`; None: this one alone
     resume: dict | None = None,  # what `recipe_state` returned in a fit of the same recipe on the same data
     limit: int | None = None,  # steps of an epoch, and batches of a validation, at most
     max_bad_steps: int = 0,  # skip so many steps whose loss or gradient is not finite before giving up
 ):
-    """Train as the recipe says; only for learners made by `mamba2d_learner`. Afterwards the learner holds the averaged weights, if the recipe asks for averaging.
+    """Train as the recipe says; only for learners made by `mamba2d_learner`. Afterwards the learner holds the averaged weights, if the recipe asks for averaging, or what a callback has loaded.
 
-    Raises `FloatingPointError` when a loss or gradient is not finite, and `ValueError` where the effective batch does not fit."""
+    Raises `FloatingPointError` when a loss or gradient is not finite, and `ValueError` where the effective batch does not fit, the loaders are not fastai's, or a callback sets the precision."""
     recipe = getattr(self, "recipe", None)
     if recipe is None: raise ValueError("fit_recipe needs a learner made by mamba2d_learner")
     processes = Processes() if processes is None else processes
-    accumulate = divide(self.dls, recipe, processes)  # says what does not fit before anything happens
-    on_gpu = torch.device(self.dls.device).type == "cuda"
-    set_seed(recipe.seed, reproducible=not on_gpu)
-    if isinstance(self.dls.train, KeyedDL): self.dls.train.seed = recipe.seed
-    else: self.dls.train.rng = random.Random(recipe.seed)  # fastai's own loaders draw their order from a generator of their own
-    prepare, follow = PrepareModel(recipe, processes, resume, limit), FollowRecipe(recipe, processes, accumulate, resume, limit, max_bad_steps)
-    precision = [MixedPrecision(AMPMode.BF16)] if recipe.precision == "bf16" and on_gpu else []
-    recorder = vars(self.recorder)  # fastai warns of an assignment, since the learner has an attribute of that name too
-    finished, smooth_loss, recorder["smooth_loss"] = False, self.recorder.smooth_loss, StepLoss()
-    try:
-        # the compiler, which looks at this at the first batch, computes elementwise functions again in the backward pass instead of keeping their results (09_bench)
-        with torch._functorch.config.patch(activation_memory_budget=0.95) if recipe.compile else contextlib.nullcontext():
-            self.fit(recipe.epochs - follow.reached.epoch, lr=recipe.lr, wd=recipe.weight_decay, cbs=[prepare, follow, RecordEpochs(follow), *precision, *(cbs or [])])
-        finished = follow.reached.epoch == recipe.epochs
-    finally:
-        prepare.unwrap(self, finished)
-        recorder["smooth_loss"] = smooth_loss
+    cbs = [cb() if isinstance(cb, type) else cb for cb in L(cbs)]
+    if mixed := [cb for cb in (*self.cbs, *cbs) if isinstance(cb, (MixedPrecision, NonNativeMixedPrecision))]:
+        raise ValueError(f'the recipe sets the precision, got the callback {type(mixed[0]).__name__}: say precision="bf16" in the recipe instead of to_fp16 or to_bf16 (to_fp32 takes it out)')
+    with shares_kept(self.dls):
+        accumulate = divide(self.dls, recipe, processes)  # says what does not fit before anything happens
+        on_gpu = torch.device(self.dls.device).type == "cuda"
+        set_seed(recipe.seed, reproducible=not on_gpu)
+        if isinstance(self.dls.train, KeyedDL): self.dls.train.seed = recipe.seed
+        else: self.dls.train.rng = random.Random(recipe.seed)  # fastai's own loaders draw their order from a generator of their own
+        prepare, follow = PrepareModel(recipe, processes, resume, limit), FollowRecipe(recipe, processes, accumulate, resume, limit, max_bad_steps)
+        precision = [MixedPrecision(AMPMode.BF16)] if recipe.precision == "bf16" and on_gpu else []
+        recorder = vars(self.recorder)  # fastai warns of an assignment, since the learner has an attribute of that name too
+        bare, smooth_loss, recorder["smooth_loss"] = self.model, self.recorder.smooth_loss, StepLoss()
+        try:
+            # the compiler, which looks at this at the first batch, computes elementwise functions again in the backward pass instead of keeping their results (09_bench)
+            with torch._functorch.config.patch(activation_memory_budget=0.95) if recipe.compile else contextlib.nullcontext():
+                self.fit(recipe.epochs - follow.reached.epoch, lr=recipe.lr, wd=recipe.weight_decay, cbs=[prepare, follow, RecordEpochs(follow), *precision, *cbs])
+        finally: self.model, recorder["smooth_loss"] = bare, smooth_loss
     self.reached = follow.reached
     if follow.problem: raise follow.problem
 
@@ -596,6 +611,7 @@ def evaluate(
     processes: Processes | None = None,
     precision: str = "fp32",  # "bf16": autocast, on GPUs
     limit: int | None = None,  # batches at most
+    stop=None,  # called after each batch; where it returns true, no further one follows
 ) -> Evaluation:
     "Run `model` over `loader`. Every process gets the whole result."
     processes, start, was_training = Processes() if processes is None else processes, time.perf_counter(), model.training
@@ -608,6 +624,7 @@ def evaluate(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and device.type == "cuda"): logits = model(images).float()
         best = logits.softmax(-1).topk(min(5, logits.shape[-1]))
         rows.append([part.cpu() for part in (targets, best.indices, best.values, F.cross_entropy(logits, targets, reduction="none"))])
+        if stop and stop(): break
     model.train(was_training)
     mine = [torch.cat(column) for column in zip(*rows)] if rows else None
     index = torch.tensor(list(loader.get_idxs())[:len(mine[0])] if mine else [], dtype=torch.long)
@@ -621,9 +638,10 @@ def accuracies(
     processes: Processes | None = None,
     limit: int | None = None,  # batches at most
     whole: Evaluation | None = None,  # with the scan, where that is there already
+    stop=None,  # as of `evaluate`
 ) -> dict[str, float]:
     "Validation loss and accuracy, and both with the scan's output set to zero (`loss_without_scan`, `accuracy_without_scan`)."
-    arguments = (learn.model, learn.dls.valid, processes, getattr(learn, "recipe", Recipe()).precision, limit)
+    arguments = (learn.model, learn.dls.valid, processes, getattr(learn, "recipe", Recipe()).precision, limit, stop)
     whole = evaluate(*arguments) if whole is None else whole
     with scan_silenced(learn.model): silenced = evaluate(*arguments)
     return {"loss": whole.loss, "accuracy": whole.top(1), "top5": whole.top(5), "loss_without_scan": silenced.loss, "accuracy_without_scan": silenced.top(1)}
