@@ -6,7 +6,7 @@
 __all__ = ['canvas_mean', 'canvas_std', 'BrokenPicture', 'open_picture', 'keyed_random', 'epoch_order', 'KeyedDL', 'mix_pairs',
            'digit_images', 'PictureTransform', 'ChannelsLast', 'digits_dls', 'Augmentation', 'RandomPart',
            'NoiseErasing', 'evaluation_transforms', 'PictureList', 'find_pictures', 'make_picture_tree', 'check_images',
-           'OpenPicture', 'imagenet_dls', 'Canvases', 'digit_canvases', 'canvas_dls']
+           'OpenPicture', 'imagenet_dls', 'list_pictures', 'pictures_dl', 'Canvases', 'digit_canvases', 'canvas_dls']
 
 # %% ../nbs/05_data.ipynb #dfa96b8a
 import contextlib
@@ -685,6 +685,10 @@ def _cores():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
+def _workers(given):
+    "How many processes prepare pictures, where nobody says it: one per core but one, at most 16."
+    return min(max(1, _cores() - 1), 16) if given is None else given
+
 def check_images(
     files,  # paths
     num_workers: int | None = None,  # processes; None: one per core
@@ -748,7 +752,7 @@ def imagenet_dls(
     if isinstance(augment, dict) and (unknown := [*augment.keys() - fields]): raise ValueError(f"augment has a field {unknown[0]!r}; accepted: {', '.join(fields)}")
     augmentation = augment if isinstance(augment, Augmentation) else Augmentation(**augment) if isinstance(augment, dict) else Augmentation() if augment else None
     found = find_pictures(path, valid_pct, split_seed, labels, evaluate)
-    workers = min(max(1, _cores() - 1), 16) if num_workers is None else num_workers
+    workers = _workers(num_workers)
     if broken is None: broken = check_images(found.files, workers) if skip_broken else {}
     if not isinstance(broken, dict): broken = dict.fromkeys(map(str, broken), "left out")
     train, valid = (_without(part, found.root, broken) for part in (found.train, found.valid))
@@ -762,6 +766,35 @@ def imagenet_dls(
     plain = evaluation_transforms(size)
     return _dataloaders(*data, augmentation.transforms(size) if augmentation else plain, plain, *imagenet_stats,
                         batch_size, seed, workers, device, layout=found.layout, fingerprint=_fingerprint(train, valid), broken=dict(broken))
+
+# %% ../nbs/05_data.ipynb #1b897f3c
+def list_pictures(
+    paths: list,  # of files, taken as they are, and of folders, of which all pictures below are taken
+) -> list[str]:
+    "Paths of pictures. Raises `FileNotFoundError` or `ValueError` naming a path that is no file, or a folder without pictures."
+    found = []
+    for path in map(str, paths):
+        if not os.path.exists(path): raise FileNotFoundError(f"there is no file or folder {path!r}")
+        inside = _pictures(path) if os.path.isdir(path) else [path]
+        if not inside: raise ValueError(f"the folder {path!r} has no pictures ({', '.join(IMG_EXTENSIONS)})")
+        found += inside
+    return found
+
+def pictures_dl(
+    files: list,  # paths
+    batch_size: int = 64,
+    size: int = 224,  # pixels
+    *,
+    num_workers: int | None = None,  # as in `imagenet_dls`
+    after_batch=None,  # what makes normalised floats of bytes; None: ImageNet's mean and deviation
+    device=None,  # None: fastai's default, the GPU where there is one
+) -> KeyedDL:  # batches with one item: (B, 3, size, size)
+    "Pictures without classes, prepared as `imagenet_dls` prepares those for validation. A picture that cannot be read raises `BrokenPicture`."
+    for name, value, least in (("batch_size", batch_size, 1), ("size", size, 8)): _check_whole(name, value, least)
+    device = default_device() if device is None else torch.device(device)
+    return KeyedDL(Datasets(list(map(str, files)), [[OpenPicture("")]]), bs=batch_size, after_item=PictureTransform(*evaluation_transforms(size)),
+                   after_batch=after_batch or [ChannelsLast, IntToFloatTensor, Normalize.from_stats(*imagenet_stats, cuda=False)],
+                   num_workers=_workers(num_workers), device=device, pin_memory=device.type == "cuda")
 
 # %% ../nbs/05_data.ipynb #a22bc697
 canvas_mean, canvas_std = 0.023, 0.13  # of the pixels of 128×128 canvases with four digits, between 0 and 1

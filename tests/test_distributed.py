@@ -1,12 +1,15 @@
 """Two processes on the CPU, started by torchrun: the same training as one, exact evaluation, and common ends."""
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from mamba2d.data import epoch_order, find_pictures, make_picture_tree
 from mamba2d.models import read_weights
 from mamba2d.runs import load_checkpoint
 
@@ -66,3 +69,38 @@ def test_another_number_of_processes_goes_on(tmp_path, alone):
 def test_one_failed_process_ends_all(tmp_path):
     code, out, err = train(tmp_path, "--batch-size", 32, "--die", 1, 5, processes=2, timeout=120)
     assert code != 0 and "this process dies" in err
+
+
+def command(*arguments, processes=1, **kwargs):
+    "A process of `mamba2d-train` or `mamba2d-validate`."
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, "-m", "mamba2d.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, **kwargs)
+
+
+def test_a_picture_that_one_process_cannot_read_is_named(tmp_path):
+    tree = make_picture_tree(tmp_path / "pictures", classes=4, per_class=10, valid_per_class=3)
+    files = find_pictures(tree).files
+    victim = Path(files[epoch_order(40, 0, 0)[13]])  # of the second process, in its second batch
+    intact = victim.read_bytes()
+    victim.write_bytes(intact[:300])
+    settings = ["--data", tree, "--image-size", 32, "--workers", 1, "--batch-size", 4, "--device", "cpu"]
+    out, err = (training := command("train", *settings, "--recipe", "digits", "--epochs", 1, "--out", tmp_path / "run", processes=2)).communicate(timeout=300)
+    assert training.returncode == 1 and f"error: cannot read picture '{victim}'" in err and "--skip-broken" in err, err
+    assert "Traceback" not in err.split("torch.distributed.elastic")[0].partition("ChildFailedError")[0], err
+    victim.write_bytes(intact)
+
+
+def test_steps_stay_what_they_were_with_another_number_of_processes(tmp_path):
+    "The recipe says nothing of the pictures in a step: the run's first command does, by its batch."
+    tree = make_picture_tree(tmp_path / "pictures", classes=4, per_class=10, valid_per_class=3)
+    arguments = ["train", "--data", tree, "--image-size", 32, "--workers", 0, "--recipe", "digits", "--device", "cpu", "--epochs", 2, "--out", tmp_path / "run"]
+    first = command(*arguments, "--batch-size", 4)
+    while not (tmp_path / "run/history.csv").exists() and first.poll() is None: time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=300)
+    assert first.returncode == 75, err
+    out, err = (refused := command(*arguments, "--batch-size", 8)).communicate(timeout=300)
+    assert refused.returncode == 2 and "argument --effective-batch: must be a multiple of 8" in err and err.count("\n") == 1, err
+    out, err = (second := command(*arguments, processes=2)).communicate(timeout=300)
+    assert second.returncode == 0 and "2 pictures at a time on cpu in 2 processes" in out and "the run is complete" in out, out + err
