@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -529,8 +530,9 @@ def plot_gates(
 ) -> Figure:
     "Step sizes Δ_t and Δ_l, the mean gate, and the memory length it means. Raises `ValueError` naming the argument that does not fit."
     _check_states(states, "delta_t", "delta_l", "gate_t", "gate_l", channel=channel, state=state)
-    if axes is None: axes = plt.subplots(2, 2 if picture is None else 3, figsize=(8 if picture is None else 11, 6), constrained_layout=True)[1]
-    axes = np.asarray(axes, dtype=object).reshape(2, -1)
+    columns = 2 if picture is None else 3
+    if axes is None: axes = plt.subplots(2, columns, figsize=(3.6 * columns + 0.5, 6), constrained_layout=True)[1]
+    axes = np.asarray(axes, dtype=object).reshape(2, columns)
     gate_t, gate_l = states.gate_t[..., channel, state], states.gate_l[..., channel, state]
     for ax, values, title, label in zip(axes[:, -2:].flat, (states.delta_t[..., channel], states.delta_l[..., channel], (gate_t + gate_l) / 2, local_memory(gate_t, gate_l)),
                                         (f"step size from the top\nchannel {channel}", f"step size from the left\nchannel {channel}",
@@ -952,9 +954,8 @@ class StateExplorer:
     def _widgets(self):
         "Build the widgets; every change goes through `_guarded`."
         import ipywidgets as widgets
-        backend = matplotlib.get_backend()
-        from ipympl.backend_nbagg import Canvas, FigureManager
-        matplotlib.use(backend)  # ipympl, once imported, draws every later plot
+        with mock.patch.object(matplotlib, "use"):  # ipympl, as it is imported, would make itself the backend of every later plot
+            from ipympl.backend_nbagg import Canvas, FigureManager
         view, model = self.view, self.view.model
         canvas = Canvas(self.figure)
         FigureManager(canvas, 0)
