@@ -17,11 +17,13 @@ import html
 import io
 import math
 import operator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from .blocks import SelectiveScan
@@ -436,7 +438,6 @@ def draw_map(
     log: bool = False,  # logarithmic, over four decades below the largest; for maps that are nowhere negative
     signed: bool | None = None,  # blue and red around zero; None: if there are negative values
     limit: float | None = None,  # end of the colours; None: the largest magnitude
-    over: np.ndarray | None = None,  # a picture to draw it over
 ) -> Figure:
     "A map with its colour bar."
     if ax is None: ax = plt.subplots(figsize=(4, 3.4), constrained_layout=True)[1]
@@ -447,9 +448,7 @@ def draw_map(
     limit = max(float(values[values.isfinite()].abs().max()) if limit is None else limit, 1e-30)
     norm = LogNorm(limit * 1e-4, limit, clip=True) if log else Normalize(-limit, limit) if signed else Normalize(min(0., values.min().item()), limit)
     extent = None if image_size is None else (0, image_size[1], image_size[0], 0)
-    if over is not None: ax.imshow(over if over.ndim == 2 else over.mean(2), cmap="gray", extent=extent)
-    shown = ax.imshow(values.numpy(), cmap=signed_colours if signed else even_colours, norm=norm, extent=extent, interpolation="nearest",
-                      alpha=1. if over is None else 0.7)
+    shown = ax.imshow(values.numpy(), cmap=signed_colours if signed else even_colours, norm=norm, extent=extent, interpolation="nearest")
     ax.set_title(title, fontsize=10)
     unit = "map pixels" if image_size is None else "pixels"
     ax.set_xlabel(f"column ({unit})", fontsize=9)
@@ -526,21 +525,28 @@ def plot_gates(
     states: HiddenStates,  # of one picture, with Δ and gates
     channel: int,
     state: int = 0,
-    picture: np.ndarray | None = None,  # to draw the maps over
-    axes=None,  # four matplotlib axes
+    picture: np.ndarray | None = None,  # shown in a first column
+    axes=None,  # (2, 2) matplotlib axes, (2, 3) with a picture
 ) -> Figure:
-    "Step sizes Δ_t and Δ_l, the mean gate, and the memory length it means, over the picture. Raises `ValueError` naming the argument that does not fit."
+    "Step sizes Δ_t and Δ_l, the mean gate, and the memory length it means. Raises `ValueError` naming the argument that does not fit."
     _check_states(states, "delta_t", "delta_l", "gate_t", "gate_l", channel=channel, state=state)
-    if axes is None: axes = plt.subplots(2, 2, figsize=(8, 6), constrained_layout=True)[1]
+    columns = 2 if picture is None else 3
+    if axes is None: axes = plt.subplots(2, columns, figsize=(3.6 * columns + 0.5, 6), constrained_layout=True)[1]
+    axes = np.asarray(axes, dtype=object).reshape(2, columns)
     gate_t, gate_l = states.gate_t[..., channel, state], states.gate_l[..., channel, state]
-    for ax, values, title, label in zip(np.ravel(axes), (states.delta_t[..., channel], states.delta_l[..., channel], (gate_t + gate_l) / 2, local_memory(gate_t, gate_l)),
+    for ax, values, title, label in zip(axes[:, -2:].flat, (states.delta_t[..., channel], states.delta_l[..., channel], (gate_t + gate_l) / 2, local_memory(gate_t, gate_l)),
                                         (f"step size from the top\nchannel {channel}", f"step size from the left\nchannel {channel}",
                                          f"mean gate: the share that is kept\nchannel {channel}, state {state}", f"memory length\nchannel {channel}, state {state}"),
                                         ("Δ_t", "Δ_l", "mean of Ā_t and Ā_l", "map pixels")):
-        draw_map(values, ax, states.image_size, title, label, over=picture)
+        draw_map(values, ax, states.image_size, title, label)
         low, high = values.min().item(), values.max().item()
         ax.images[-1].set_norm(Normalize(low, high if high > low else low + 1e-6))  # they differ little: the colours span what there is
-    return np.ravel(axes)[0].figure
+    if picture is not None:
+        axes[0, 0].imshow(picture, cmap="gray", extent=(0, states.image_size[1], states.image_size[0], 0))
+        axes[0, 0].set_title("the picture", fontsize=10)
+        axes[0, 0].tick_params(labelsize=8)
+        axes[1, 0].axis("off")
+    return axes[0, 0].figure
 
 def plot_memory(
     states: HiddenStates,  # of one picture
@@ -697,7 +703,7 @@ def animate_wavefront(
     steps = np.linspace(0, sum(values.shape) - 1, frames).round().astype(int)
     def draw(k):
         shown.set_data(np.ma.masked_where(~computed_until(values.shape, steps[k], states.reverse).numpy(), values.numpy()))
-        ax.set_title(f"from the {states.corner}: {steps[k]} of {sum(values.shape) - 1} anti-diagonals", fontsize=10)
+        ax.set_title(f"from the {states.corner}\n{steps[k]} of {sum(values.shape) - 1} anti-diagonals", fontsize=10)
         return [shown]
     animation = FuncAnimation(ax.figure, draw, frames=len(steps), interval=1000 / fps)
     if path is not None: animation.save(path, writer=writers[suffix](fps=fps))
@@ -732,10 +738,13 @@ def load_image(
     try:
         if isinstance(picture, (str, Path)): picture = Image.open(picture)
         elif isinstance(picture, (bytes, memoryview)): picture = Image.open(io.BytesIO(bytes(picture)))
+        with suppress(Exception): picture = ImageOps.exif_transpose(picture)  # upright; unless it is an array, or has garbage where the note should be
         if not isinstance(picture, Image.Image) or picture.mode in ("I", "F"): picture = _as_image(picture)
         elif picture.mode.startswith("I;16"): picture = _as_image(np.asarray(picture) >> 8)  # Pillow would cut off at 255
         picture = picture.convert("L" if channels == 1 else "RGB")
-    except Exception as error: raise ValueError(f"picture cannot be read as an image: {error}") from error
+    except Exception as error:
+        unknown = isinstance(error, UnidentifiedImageError) and not isinstance(picture, (str, Path))  # Pillow would name a path, but of bytes their address in memory
+        raise ValueError(f"picture cannot be read as an image: {'these bytes are of no format that is known' if unknown else error}") from error
     if size is not None:
         scale = size / min(picture.size)
         picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
@@ -772,7 +781,7 @@ class ExplorerFigure:
         mixers = scanning_mixers(model)
         if not mixers: raise ValueError("model must have a mixer that scans, got one without")
         (self.stage, self.block), self.corner, self.channel, self.state, self.of = mixers[0], "its own", 0, 0, "state"
-        self.background, self.step = None, None
+        self.step = None
         self.figure = Figure(figsize=(10.4, 6.1), dpi=90)
         self._axes()
         self.open(picture)
@@ -795,14 +804,14 @@ class ExplorerFigure:
             bar = self.figure.colorbar(ScalarMappable(norm, colours), cax=self.figure.add_axes([left[column] + width + 0.006, bottom[row], 0.009, height]),
                                        ticks=ticks, format="%g")
             bar.ax.tick_params(labelsize=8, pad=1, length=2)
-            if row: bar.set_label("relative to the largest", fontsize=8, labelpad=0)
+            if row: bar.set_label("relative to the largest", fontsize=8, labelpad=4)
         self.axes, self.maps, self.rings, self.heads = axes, {}, {}, {}
 
     def open(self, picture):
         "Show another picture. Raises `ValueError` if it cannot be read, and leaves everything as it was."
         image, shown = load_image(picture, **self.options)
         self.model.check_images(image[None])
-        self.image, self.picture = image, shown
+        self.image, self.picture, self.background = image, shown, None  # none: it shows the picture before
         for ax in self.axes.values():
             for artist in [*ax.images, *ax.lines, *ax.patches]: artist.remove()
         extent, blank = (0, shown.shape[1], shown.shape[0], 0), np.zeros((2, 2))
@@ -821,15 +830,15 @@ class ExplorerFigure:
         self.axes["vector"].axhline(0, color="black", lw=0.6)
         for name, ax in self.axes.items():
             if name not in self.heads: self.heads[name] = ax.set_title(self.titles.get(name, ""), fontsize=9, animated=name not in self.titles)
-        self.pixel = None
+        self.place = (0.6, 0.6)  # of the ring, as shares of the picture's sides: on a coarser map and back it returns to the pixel where it was
         self._look()
+        self.figure.canvas.draw()
 
     def _look(self, given=frozenset()):
         "Compute the states of the mixer that is chosen. What is not given follows: the ring to the same place of the picture, or the middle, the channel to one that there is."
         if self.corner not in self.corners: raise ValueError(f"corner must be one of {', '.join(map(repr, self.corners))}, got {self.corner!r}")
-        place = (0.6, 0.6) if self.pixel is None or "pixel" in given else [(p + 0.5) / side for p, side in zip(self.pixel, self.states.map_size)]
         self.states = hidden_states(self.model, self.image, self.stage, self.block, reverse=self.corners[self.corner], keep=("h", "delta_t", "delta_l", "y"))
-        if "pixel" not in given: self.pixel = tuple(int(p * side) for p, side in zip(place, self.states.map_size))
+        if "pixel" not in given: self.pixel = tuple(int(p * side) for p, side in zip(self.place, self.states.map_size))
         if "channel" not in given: self.channel = min(self.channel, self.states.x.shape[2] - 1)
         if "step" not in given: self.step = None
         self._show()
@@ -846,6 +855,7 @@ class ExplorerFigure:
         except Exception:
             vars(self).update(before)
             raise
+        if "pixel" in choices: self.place = tuple((p + 0.5) / side for p, side in zip(self.pixel, self.states.map_size))
 
     def click(self, event):
         "Answer a matplotlib button press on a map or on the picture."
@@ -864,11 +874,11 @@ class ExplorerFigure:
         done = slice(None) if self.step is None else ~computed_until(h.shape, self.step, self.states.reverse).numpy()
         self._set("state", np.ma.array(h, mask=False if self.step is None else done), Normalize)
         what = f"h, channel {self.channel}, state {self.state}" if self.of == "state" else f"y, channel {self.channel}"
-        self.heads["state"].set_text(f"{what}, from the {self.states.corner}\nlargest {np.abs(h).max():.3g}")
+        self.heads["state"].set_text(f"{what}\nfrom the {self.states.corner}, largest {np.abs(h).max():.3g}")
         self.draw()
 
     def _set(self, name, values, norm):
-        largest = max(float(np.abs(values).max()), 1e-30)
+        largest = max(float(np.abs(np.ma.getdata(values)).max()), 1e-30)  # of all of it, masked or not: colours stay while the wavefront plays
         self.maps[name].set_data(values)
         self.maps[name].set_norm(Normalize(-largest, largest) if norm is Normalize else norm(largest))
 
@@ -944,7 +954,8 @@ class StateExplorer:
     def _widgets(self):
         "Build the widgets; every change goes through `_guarded`."
         import ipywidgets as widgets
-        from ipympl.backend_nbagg import Canvas, FigureManager
+        with mock.patch.object(matplotlib, "use"):  # ipympl, as it is imported, would make itself the backend of every later plot
+            from ipympl.backend_nbagg import Canvas, FigureManager
         view, model = self.view, self.view.model
         canvas = Canvas(self.figure)
         FigureManager(canvas, 0)
@@ -969,9 +980,10 @@ class StateExplorer:
         self.player.observe(lambda change: setattr(controls["step"], "value", change["new"]), "value")
         self.open_button.observe(lambda change: self._guarded(self._open, change["new"]), "value")
         self.save_button.on_click(lambda button: self._guarded(self.save))
-        rows = [[controls[name] for name in names] for names in (("stage", "block", "corner", "of"), ("channel", "state"))]
-        self.widget = widgets.VBox([widgets.HBox(rows[0]), widgets.HBox([*rows[1], self.open_button]), widgets.HBox([self.player, controls["step"], self.save_button]),
-                                    self.message, canvas])
+        rows = ([controls[name] for name in ("stage", "block", "corner", "of")], [controls["channel"], controls["state"], self.open_button], [self.player, controls["step"], self.save_button])
+        # in a narrow window controls go to the next line, and the figure, whose width is fixed, scrolls
+        self.widget = widgets.VBox([*(widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap")) for row in rows), self.message,
+                                    widgets.Box([canvas], layout=widgets.Layout(overflow="auto"))])
 
     def _guarded(self, action, *arguments):
         "Do something; show what is seen now, or the error, in the widget."
@@ -1006,6 +1018,6 @@ class StateExplorer:
         return f"saved as {name}"
 
     def _repr_mimebundle_(self, **kwargs):
-        if self.missing: print(f"To click on this figure, install {' and '.join(self.missing)}: pip install 'mamba2d[explore]'. This is the figure as it is.")
+        if self.missing: print(f"To click on this figure, install {' and '.join(self.missing)}: pip install {' '.join(self.missing)}. This is the figure as it is.")
         bundle = {} if self.missing else self.widget._repr_mimebundle_(**kwargs)
         return {**bundle, "text/plain": f"StateExplorer({self.view.describe()})", "image/png": base64.b64encode(self.view.png()).decode()}

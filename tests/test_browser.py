@@ -11,6 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 from gates import copy_of_project
+from PIL import Image
 
 pytestmark = pytest.mark.browser
 tutorial = "22_tutorial.inside.ipynb"
@@ -22,6 +23,8 @@ from mamba2d.models import mamba2d_t
 torch.manual_seed(0)
 wide = StateExplorer(mamba2d_t(), load_sample_image("china.jpg"), size=224)
 wide""",
+    """plt.figure(figsize=(2, 2))
+plt.plot([0, 1]);""",
     """import json
 import numpy as np
 from mamba2d.viz import hidden_states, impulse_map, influence_map, influence_norm
@@ -195,7 +198,13 @@ def test_all_cells_run(lab):
     assert len(prompts) > 5 and all(p.strip("[]: ").isdigit() for p in prompts), prompts
     assert not lab.page.locator('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]').count()
     assert not lab.page.locator("text=Error displaying widget").count()
-    assert lab.page.locator(".jupyter-matplotlib canvas").count() >= 2
+    assert lab.page.locator(".jupyter-matplotlib").count() == 2
+
+
+def test_other_plots_stay_pictures(lab):
+    "The explorers draw on ipympl's canvas; a plot after them is drawn by the backend that was there before."
+    plot = lab.page.locator(f'.jp-CodeCell:has-text("plt.plot([0, 1]);")').last
+    assert plot.locator(".jp-RenderedImage img").count() == 1 and not plot.locator("canvas").count()
 
 
 def test_clicks_show_the_influence_of_the_pixel(lab, explorer):
@@ -222,18 +231,21 @@ def test_menus(lab, explorer):
     explorer.wait("stage 1, block 1, from the bottom-right; pixel (13, 4)")
     explorer.check((13, 4), stage=1, block=1, channel=3)
     explorer.box.locator('.widget-dropdown:has(label:text-is("stage")) select').select_option("0")
-    explorer.wait("stage 0, block 0")
+    explorer.wait("stage 0, block 0, from the top-left; pixel (27, 8)")  # where the ring came from
 
 
 def test_the_wavefront_plays(lab, explorer):
     explorer.box.locator(".widget-play button").first.click()
-    seen = set()
+    seen, limits = set(), set()
     deadline = time.monotonic() + 10
     while len(seen) < 4 and time.monotonic() < deadline:
-        seen.add(lab.ask("explorer.view.step"))
+        step, limit = lab.ask("[explorer.view.step, explorer.view.maps['state'].norm.vmax]")
+        seen.add(step)
+        limits.add(limit)
         time.sleep(0.15)
     explorer.box.locator(".widget-play button").first.click()  # pause
     assert len(seen) >= 4 and all(isinstance(step, int) for step in seen - {None}), seen
+    assert len(limits) == 1, limits  # a colour means the same value all the time
     time.sleep(0.5)
     step = lab.ask("explorer.view.step")
     assert lab.ask("int((~explorer.view.maps['state'].get_array().mask).sum())") == lab.ask(f"int(sum(i + j < {step} for i in range(32) for j in range(32)))")
@@ -244,19 +256,44 @@ def test_own_picture_errors_and_saving(lab, explorer, tmp_path):
     (tmp_path / "no picture.png").write_text("nothing")
     with explorer.page.expect_file_chooser() as chooser: explorer.box.locator(".jupyter-button:has-text('open a picture')").click()
     chooser.value.set_files(tmp_path / "no picture.png")
-    explorer.wait("picture cannot be read as an image")
-    shutil.copy(next((lab.root / "nbs/index_files").glob("*.png")), tmp_path / "own.png")
+    explorer.wait("picture cannot be read as an image: these bytes are of no format that is known")
+    own = Image.new("L", (96, 64), 51)  # dark on the left, bright on the right, wider than high
+    own.paste(204, (48, 0, 96, 64))
+    own.save(tmp_path / "own.png")
     with explorer.page.expect_file_chooser() as chooser: explorer.box.locator(".jupyter-button:has-text('open a picture')").click()
     chooser.value.set_files(tmp_path / "own.png")
     explorer.wait("stage 0, block 0")
-    assert lab.ask("list(explorer.view.picture.shape)") != [128, 128]
+    assert lab.ask("list(explorer.view.picture.shape)") == [64, 96]
+    places = [lab.ask(f"place_of(explorer, 'picture', {row}, {column})") for row, column in ((8, 8), (56, 40), (8, 56), (56, 88))]
+    deadline = time.monotonic() + 5
+    while max(abs(255 * value - grey) for colour, grey in zip(explorer.pixels(places), (51, 51, 204, 204)) for value in colour) > 2:
+        assert time.monotonic() < deadline, "another picture is seen than the one that was opened"
+        time.sleep(0.1)
+    explorer.check(lab.ask("explorer.view.pixel"), channel=3)
     explorer.box.locator(".jupyter-button:has-text('save the figure')").click()
     explorer.wait("saved as states.png")
     assert (lab.root / "nbs/states.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_nothing_is_out_of_reach_in_a_narrow_window(lab, explorer):
+    "Controls go to the next line, and the figure scrolls."
+    explorer.page.locator('.jp-SideBar .lm-TabBar-tab.lm-mod-current').first.click()  # closes the list of files
+    for width in (480, 1000, 1400):
+        explorer.page.set_viewport_size({"width": width, "height": 900})
+        time.sleep(1)
+        out, narrow, reached = explorer.box.evaluate("""box => {
+            const edge = e => e.getBoundingClientRect(), controls = [...box.querySelectorAll('.widget-dropdown, .widget-hslider, .widget-play, button')];
+            const figure = box.querySelector('.jupyter-matplotlib canvas'), holder = box.querySelector('.jupyter-matplotlib').parentElement;
+            holder.scrollLeft = 1e6; const reached = getComputedStyle(holder).overflowX == 'auto' && edge(figure).right <= edge(box).right + 1; holder.scrollLeft = 0;
+            const name = e => e.innerText || e.className;
+            return [controls.filter(e => edge(e).left < edge(box).left || edge(e).right > edge(box).right + 1).map(name),
+                    [...box.querySelectorAll('select, .noUi-target')].filter(e => edge(e).width < 80).length, reached && edge(figure).left >= edge(box).left]; }""")
+        assert not out and not narrow and reached, (width, out, narrow, reached)
+    explorer.page.set_viewport_size({"width": 1500, "height": 1300})
+
+
 def test_a_click_answers_within_200_ms(lab, record_property):
-    "From the press of the button until the canvas shows the right maps, at 224 pixels in stage 1 of M2D-T, after the first pass."
+    "From the press of the button until the canvas shows the right maps, at 224 pixels in stage 0 of M2D-T, after the first pass."
     wide = Explorer(lab, "wide", 1)
     wide.page.evaluate("""canvas => { window.answers = []; let pressed = null;
         const copy = document.createElement('canvas'), g = copy.getContext('2d', {willReadFrequently: true});

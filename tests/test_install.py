@@ -88,4 +88,4 @@ def test_the_extra_for_clicking_is_declared_and_not_needed(packages, installed, 
             "import numpy as np; from mamba2d.backbone import Mamba2D; model = Mamba2D(depths=(1,), dims=(16,), mixers=('m2d',)); "
             "print(sorted(viz.StateExplorer(model, np.zeros((32, 32, 3)))._repr_mimebundle_()))")
     output = in_installed(installed, tmp_path, code)
-    assert "pip install 'mamba2d[explore]'" in output and output.strip().endswith("['image/png', 'text/plain']")
+    assert "pip install ipywidgets ipympl" in output and output.strip().endswith("['image/png', 'text/plain']")
