@@ -280,16 +280,17 @@ def _train_in(out, args, data, size, weights, name, recipe, boards, processes):
     from mamba2d.runs import RunRefused, StopRequested, load_checkpoint, saved_effective_batch, train_run, write_safely
     from mamba2d.training import divide, mamba2d_learner, recipes, set_seed
     def present():
-        "(whether the folder holds a run that goes on, whether it holds one that only tried whether all works)"
+        "(whether the folder holds a run that goes on, whether it holds one that only tried whether all works, pictures in a step of that which goes on)"
         there = not args.overwrite and any((out / "checkpoints" / name).exists() for name in ("last.pth", "previous.pth"))
-        return there, there and bool(args.fast_dev_run and args.out) and load_checkpoint(out)[0]["identity"]["limit"] is not None  # large: read only where it matters
-    try: goes_on, tried = processes.gather(processes.first_one_does(present))[0]
+        tried = there and bool(args.fast_dev_run and args.out) and load_checkpoint(out)[0]["identity"]["limit"] is not None  # large: read only where it matters
+        return there, tried, saved_effective_batch(out) if there and not recipe.effective_batch else None
+    try: goes_on, tried, saved = processes.gather(processes.first_one_does(present))[0]
     except RunRefused as error: raise _Mistake(str(error)) from error
     overwrite = args.overwrite or bool(args.fast_dev_run and (not args.out or tried))
     goes_on = goes_on and not overwrite
     published = recipe.effective_batch is not None and args.effective_batch is None and name in recipes
-    batch_size, saved = args.batch_size or (128 if published else 64), goes_on and not recipe.effective_batch and saved_effective_batch(out)
-    if saved:  # the batch may be another than the run's, with other GPUs or in other numbers of them: its steps stay what they were
+    batch_size = args.batch_size or (128 if published else 64)
+    if goes_on and saved:  # the batch may be another than the run's, with other GPUs or in other numbers of them: its steps stay what they were
         recipe = dataclasses.replace(recipe, effective_batch=saved)
         if args.batch_size is None: batch_size = next((b for b in range(min(batch_size, saved), 0, -1) if saved % (b * processes.world) == 0), batch_size)
     if args.fast_dev_run and recipe.effective_batch:
@@ -330,7 +331,7 @@ def _train_in(out, args, data, size, weights, name, recipe, boards, processes):
             processes.first_one_does(lambda: write_safely(out / "broken.json", lambda file: file.write(json.dumps(broken, indent=1).encode())))
         with learn.no_bar(), learn.no_logging():
             result = train_run(learn, out, config, {"layout": dls.layout, "broken": len(dls.broken), "batch_size": batch_size, "weights": args.weights},
-                               overwrite=overwrite, processes=processes, checkpoint_minutes=args.checkpoint_minutes, limit=args.fast_dev_run, max_bad_steps=args.max_bad_steps,
+                               overwrite=overwrite, processes=processes, checkpoint_minutes=args.checkpoint_minutes, limit=args.fast_dev_run, max_bad_steps=args.max_bad_steps, weights=args.weights,
                                dashboards=boards, show_progress=True, claimed=True)
     except RunRefused as error: raise _Mistake(str(error)) from error
     except StopRequested as stop: _end(processes, StopRequested.exit_code, f"mamba2d-train: {stop}")
