@@ -103,4 +103,4 @@ def test_steps_stay_what_they_were_with_another_number_of_processes(tmp_path):
     out, err = (refused := command(*arguments, "--batch-size", 8)).communicate(timeout=300)
     assert refused.returncode == 2 and "argument --effective-batch: must be a multiple of 8" in err and err.count("\n") == 1, err
     out, err = (second := command(*arguments, processes=2)).communicate(timeout=300)
-    assert second.returncode == 0 and "2 pictures at a time on cpu in 2 processes" in out and "the run is complete" in out, out + err
+    assert second.returncode == 0 and "2 pictures at a time on cpu in 2 processes" in out and "epoch   2/2" in out and "epoch   1/2" not in out, out + err
