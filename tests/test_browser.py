@@ -203,7 +203,7 @@ def test_all_cells_run(lab):
 
 def test_other_plots_stay_pictures(lab):
     "The explorers draw on ipympl's canvas; a plot after them is drawn by the backend that was there before."
-    plot = lab.page.locator(f'.jp-CodeCell:has-text("plt.plot([0, 1]);")').last
+    plot = lab.page.locator('.jp-CodeCell:has-text("plt.plot([0, 1]);")').last
     assert plot.locator(".jp-RenderedImage img").count() == 1 and not plot.locator("canvas").count()
 
 
