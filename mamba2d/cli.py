@@ -260,7 +260,7 @@ def _train(args):
     processes = _join(args.device)
     out = Path(args.out or f"runs/{'try-' if args.fast_dev_run else ''}{Path(data).resolve().name if data != 'digits' else data}-{size}")
     if data != "digits" and Path(data).resolve() in (out.resolve(), *out.resolve().parents):
-        raise _Mistake(f"argument --out: {str(out)!r} lies in --data {data!r}, where a folder is taken for a class; give another")
+        raise _Mistake(f"argument --out: {str(out)!r} lies in --data {data!r}, among the pictures; give another")
     new = [path for path in (out, *out.parents) if not path.exists()]
     try: lock = processes.first_one_does(lambda: claim_run(out))
     except (RunInUse, RunRefused) as error: raise _Mistake(str(error)) from error
