@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
 
 from .kernels import (_compute_dtype, cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_why_not, cuda_backward,
                              cuda_forward, cuda_kernel_status, cuda_saved_shape, cuda_why_not)
@@ -57,7 +59,7 @@ def _kept_wavefront(*key):
 
 def _wavefront(*key):
     "`_make_wavefront`, from memory where its tensors would be ordinary ones, which serve later calls as well."
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _are_functorch_transforms_active()
     return _make_wavefront(*key) if traced else _kept_wavefront(*key)
 
 # %% ../nbs/01_scan.ipynb #0a3cd70f
@@ -406,11 +408,10 @@ def _no_second_derivative(ctx, *grads):
 torch.library.register_autograd(f"{_namespace}::scan_forward", _autograd_backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd(f"{_namespace}::scan_backward", _no_second_derivative, lib=_library)
 
-# %% ../nbs/01_scan.ipynb #53d31c4c
+# %% ../nbs/01_scan.ipynb #4f4a85f1
 def _differentiates_functions():
-    "Whether `torch.func` or forward mode takes a derivative just now. The operator has rules for the ordinary backward pass only."
-    if torch.autograd.forward_ad._current_level >= 0: return True
-    return torch._C._are_functorch_transforms_active() and any(interpreter.key() in (TransformType.Grad, TransformType.Jvp) for interpreter in retrieve_all_functorch_interpreters())
+    "Whether one of the transformations of `torch.func` that are at work takes a derivative."
+    return any(interpreter.key() in (TransformType.Grad, TransformType.Jvp) for interpreter in retrieve_all_functorch_interpreters())
 
 def selective_scan_2d(
     x: Tensor,  # (B, H, W, E) input
@@ -435,7 +436,8 @@ def selective_scan_2d(
     naming the argument that does not fit, `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second
     derivative. Derivatives by `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`, whatever is forced."""
     _check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    if _differentiates_functions():
+    # derivatives for which the operator has no rules: it has those of the ordinary backward pass
+    if forward_ad._current_level >= 0 or _are_functorch_transforms_active() and _differentiates_functions():
         return selective_scan_2d_ref(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
                                      delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
     inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
