@@ -99,6 +99,8 @@ def gate_clean(budget):
         if any(widget_view in o.get("data", {}) for o in outputs):
             problems.append(f"{path.name} has a saved widget, which shows nothing without its kernel: keep its picture only (`make prepare` does)")
         if any(o["output_type"] == "error" for o in outputs): problems.append(f"{path.name} has a saved error")
+        printed = "".join(str(part) for o in outputs for part in (o.get("text", ""), {k: v for k, v in o.get("data", {}).items() if not k.startswith("image/")}))
+        if found := re.search(r"[\w./-]*/site-packages/[\w./-]*", printed): problems.append(f"{path.name} has a path of this machine in a saved output: {found[0]}")
         if len(json.dumps(outputs)) > 3_000_000: problems.append(f"{path.name} has saved outputs of more than 3 MB")
     return problems
 
