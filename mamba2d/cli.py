@@ -458,8 +458,8 @@ def _predict(args):
     if args.out:
         try:
             with open(args.out, "w", newline="") as file:
-                heads = [f"{what}_{k + 1}" for k in range(min(args.top, model.num_classes)) for what in ("class", "probability")]
-                csv.writer(file).writerows([["file", *heads], *([name, *itertools.chain(*((c, f"{share:.6f}") for c, share in row))] for name, row in zip(files, rows))])
+                heads = [f"{what} {k + 1}" for k in range(min(args.top, model.num_classes)) for what in ("guess", "probability")]
+                csv.writer(file).writerows([["picture", *heads], *([name, *itertools.chain(*((c, f"{share:.5f}") for c, share in row))] for name, row in zip(files, rows))])
         except OSError as error: raise _Mistake(f"argument --out: {error}") from error
         print(f"{len(rows)} pictures, written into {args.out}")
     else: _print_table([(name, ", ".join(f"{c} {100 * share:.1f} %" for c, share in row)) for name, row in zip(files, rows)])
