@@ -438,12 +438,14 @@ def _predict(args):
     from mamba2d.data import BrokenPicture, check_images, digits_dls, list_pictures, pictures_dl
     saved, config, size = _read(args.weights, args.size)
     processes = _join(args.device)
+    if args.out and (Path(args.out).is_dir() or not os.access(Path(args.out).resolve().parent, os.W_OK)): raise _Mistake(f"argument --out: {args.out!r} cannot be written")
     try: files = list_pictures(args.pictures)
     except (FileNotFoundError, ValueError) as error: raise _Mistake(f"argument PICTURE: {error}") from error
     if args.skip_broken:
         broken = check_images(files, args.workers, progress=len(files) > 100)
         for name, reason in broken.items(): print(f"{name}: left out, {reason}", file=sys.stderr)
         files = [name for name in files if name not in broken]
+        if not files: raise _Mistake("argument PICTURE: none of them can be read")
     model, image_size = _build(size, weights=saved).eval(), args.image_size or config.get("image_size") or 224
     normalize = digits_dls(size=image_size).valid.after_batch if config.get("data") == "digits" else None
     loader = pictures_dl(files, args.batch_size or 64, image_size, num_workers=args.workers, device=processes.device, after_batch=normalize)
