@@ -37,6 +37,11 @@ def _at_least(smallest, kind=int):
         return value
     return convert
 
+def _named(text):
+    "An argparse type: the name of a folder."
+    if not text: raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return text
+
 def _field(text):
     "An argparse type: NAME=VALUE for a field of the recipe; values as in TOML, or words."
     import tomllib
@@ -56,7 +61,7 @@ def _add_machine_arguments(parser):
 
 def _add_data_arguments(parser):
     "The arguments that training and validation share."
-    parser.add_argument("--data", default=None, metavar="WHAT", help="'digits' (the default: scikit-learn's, nothing to download), or a folder: ImageNet in any of its "
+    parser.add_argument("--data", type=_named, default=None, metavar="WHAT", help="'digits' (the default: scikit-learn's, nothing to download), or a folder: ImageNet in any of its "
                         "usual layouts, train/ and val/ with a folder of pictures per class, or only a folder per class")
     parser.add_argument("--labels", default=None, metavar="FILE", help="classes of a flat ImageNet validation folder (default: looked for beside it)")
     _add_machine_arguments(parser)
@@ -237,13 +242,9 @@ def _recipe(args, data, size):
 
 def _train(args):
     _quiet_imports()
-    if args.data == "": raise _Mistake("argument --data: the name of the folder is empty")
     data, weights = args.data or "digits", args.weights
     if args.check_data: return _check_data(args, data)
-    if weights and Path(weights).is_file():
-        from mamba2d.models import read_weights
-        try: weights = read_weights(weights)
-        except ValueError as error: raise _Mistake(str(error)) from error
+    if weights and Path(weights).is_file(): weights = _content(weights)
     size = args.size or _config_of(weights).get("size") or "n"
     name, recipe = _recipe(args, data, size)
     if args.print_recipe: return print(f"# {name}\n{recipe.toml()}", end="")
@@ -277,11 +278,11 @@ def _train_in(out, args, data, size, weights, name, recipe, boards, processes):
     "Train in a run folder that is claimed."
     from mamba2d.data import BrokenPicture
     from mamba2d.models import load_published
-    from mamba2d.runs import RunRefused, StopRequested, load_checkpoint, saved_effective_batch, train_run, write_safely
+    from mamba2d.runs import RunRefused, StopRequested, checkpoint_files, load_checkpoint, saved_effective_batch, train_run, write_safely
     from mamba2d.training import divide, mamba2d_learner, recipes, set_seed
     def present():
         "(whether the folder holds a run that goes on, whether it holds one that only tried whether all works, pictures in a step of that which goes on)"
-        there = not args.overwrite and any((out / "checkpoints" / name).exists() for name in ("last.pth", "previous.pth"))
+        there = not args.overwrite and bool(checkpoint_files(out))
         tried = there and bool(args.fast_dev_run and args.out) and load_checkpoint(out)[0]["identity"]["limit"] is not None  # large: read only where it matters
         return there, tried, saved_effective_batch(out) if there and not recipe.effective_batch else None
     try: goes_on, tried, saved = processes.gather(processes.first_one_does(present))[0]
@@ -344,6 +345,12 @@ def _train_in(out, args, data, size, weights, name, recipe, boards, processes):
                       ("run folder", f"{out}: " + ", ".join(sorted(p.name for p in out.iterdir() if not p.name.startswith("."))))])
     processes.leave()
 
+def _content(file):
+    "What a file of weights holds."
+    from mamba2d.models import read_weights
+    try: return read_weights(file)
+    except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
+
 def _config_of(saved):
     "What a file of weights says of the network and the data besides, as a dictionary."
     config = saved.get("config") if isinstance(saved, dict) else None
@@ -366,14 +373,10 @@ def train(argv: list[str] | None = None):
 # %% ../nbs/07_cli.ipynb #0d476424
 def _read(weights, size):
     "What a run folder or a file of weights holds, what it says besides, and the size of the network; a name that is no file stays what it is."
-    from mamba2d.models import read_weights
     if weights == "DEFAULT" and size is None: raise _Mistake("argument --size: say of which network, n, t or s, the published weights are wanted")
     if Path(weights).is_dir(): weights = str(Path(weights) / "weights.pth")
-    saved, config = weights, {}
-    if Path(weights).is_file() or size is None:
-        try: saved = read_weights(weights)
-        except (FileNotFoundError, ValueError) as error: raise _Mistake(str(error)) from error
-        config = _config_of(saved)
+    saved = _content(weights) if Path(weights).is_file() or size is None else weights
+    config = _config_of(saved)
     if size and config.get("size", size) != size: raise _Mistake(f"argument --size: {weights!r} is for {config['size']}, got {size}")
     if not (size or config.get("size")): raise _Mistake(f"argument --size: {weights!r} does not say which network it is for; give one of n, t, s, t_v1")
     return saved, config, size or config["size"]
@@ -388,7 +391,6 @@ def _validate(args):
     weights = args.file or args.weights
     if weights is None: raise _Mistake("the following arguments are required: a file of weights")
     saved, config, size = _read(weights, args.size)
-    if args.data == "": raise _Mistake("argument --data: the name of the folder is empty")
     data = args.data or config.get("data", "digits")
     known = None if args.data else config.get("broken")  # what the run left out of its data
     if not args.data: args.labels = args.labels or config.get("labels")
@@ -433,9 +435,9 @@ def _predict(args):
     _quiet_imports()
     _check_backend()
     import csv
-    import itertools
     import torch
     from mamba2d.data import BrokenPicture, check_images, digits_dls, list_pictures, pictures_dl
+    from mamba2d.runs import guess_cells, guess_columns
     saved, config, size = _read(args.weights, args.size)
     processes = _join(args.device)
     if args.out and (Path(args.out).is_dir() or not os.access(Path(args.out).resolve().parent, os.W_OK)): raise _Mistake(f"argument --out: {args.out!r} cannot be written")
@@ -449,22 +451,21 @@ def _predict(args):
     model, image_size = _build(size, weights=saved).eval(), args.image_size or config.get("image_size") or 224
     normalize = digits_dls(size=image_size).valid.after_batch if config.get("data") == "digits" else None
     loader = pictures_dl(files, args.batch_size or 64, image_size, num_workers=args.workers, device=processes.device, after_batch=normalize)
-    device, classes, rows = loader.device, config.get("classes") or _imagenet_classes(model.num_classes), []
+    device, classes, count, rows = loader.device, config.get("classes") or _imagenet_classes(model.num_classes), min(args.top, model.num_classes), []
     model.to(device)
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16" and device.type == "cuda"):
             for images, in loader:
-                shares, guesses = model(images.as_subclass(torch.Tensor)).float().softmax(-1).topk(min(args.top, model.num_classes))
-                rows += [[(classes[k], share) for k, share in zip(*row)] for row in zip(guesses.tolist(), shares.tolist())]
+                shares, guesses = model(images.as_subclass(torch.Tensor)).float().softmax(-1).topk(count)
+                rows += zip(guesses.tolist(), shares.tolist())
     except BrokenPicture as error: _end(processes, 1, f"mamba2d-predict: error: {error}; --skip-broken leaves such pictures out", alone=True)
     if args.out:
         try:
-            with open(args.out, "w", newline="") as file:
-                heads = [f"{what} {k + 1}" for k in range(min(args.top, model.num_classes)) for what in ("guess", "probability")]
-                csv.writer(file).writerows([["picture", *heads], *([name, *itertools.chain(*((c, f"{share:.5f}") for c, share in row))] for name, row in zip(files, rows))])
+            with open(args.out, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                csv.writer(file).writerows([["picture", *guess_columns(count)], *([name, *guess_cells(classes, *row)] for name, row in zip(files, rows))])
         except OSError as error: raise _Mistake(f"argument --out: {error}") from error
         print(f"{len(rows)} pictures, written into {args.out}")
-    else: _print_table([(name, ", ".join(f"{c} {100 * share:.1f} %" for c, share in row)) for name, row in zip(files, rows)])
+    else: _print_table([(name, ", ".join(f"{classes[k]} {100 * share:.1f} %" for k, share in zip(*row))) for name, row in zip(files, rows)])
 
 def _imagenet_classes(count):
     "Names of ImageNet's classes, as torchvision has them; the numbers of others."

@@ -343,13 +343,17 @@ class ChannelsLast(Transform):
     order = IntToFloatTensor.order - 1  # while they are bytes
     def encodes(self, x: TensorImage): return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
+def _loader_options(num_workers, device, mean, std):
+    "What every loader of pictures is given: processes, device, and what makes normalised floats of bytes on it."
+    device = default_device() if device is None else torch.device(device)
+    return dict(num_workers=num_workers, device=device, pin_memory=device.type == "cuda",
+                after_batch=[ChannelsLast, IntToFloatTensor, Normalize.from_stats(mean, std, cuda=False)])
+
 def _dataloaders(train, valid, train_tfms, valid_tfms, mean, std, batch_size, seed, num_workers, device, path=".", **attributes):
     "Keyed loaders of two fastai `Datasets`, with functions for their pictures; batches become normalised floats on the device."
-    device = default_device() if device is None else torch.device(device)
     transforms = [PictureTransform(*functions, split_idx=split) for split, functions in enumerate((train_tfms, valid_tfms))]  # each loader has both, for `tta`
-    options = dict(num_workers=num_workers, seed=seed, after_item=transforms, device=device, pin_memory=device.type == "cuda",
-                   after_batch=[ChannelsLast, IntToFloatTensor, Normalize.from_stats(mean, std, cuda=False)])
-    dls = DataLoaders(KeyedDL(train, bs=batch_size, shuffle=True, **options), KeyedDL(valid, bs=2 * batch_size, **options), path=path, device=device)
+    options = dict(seed=seed, after_item=transforms, **_loader_options(num_workers, device, mean, std))
+    dls = DataLoaders(KeyedDL(train, bs=batch_size, shuffle=True, **options), KeyedDL(valid, bs=2 * batch_size, **options), path=path, device=options["device"])
     if not len(train):  # fastai decodes with the first loader, which looks at a picture of its own to know how
         dls.valid._one_pass()
         dls.train._n_inp, dls.train._types = dls.valid._n_inp, dls.valid._types
@@ -791,10 +795,9 @@ def pictures_dl(
 ) -> KeyedDL:  # batches with one item: (B, 3, size, size)
     "Pictures without classes, prepared as `imagenet_dls` prepares those for validation. A picture that cannot be read raises `BrokenPicture`."
     for name, value, least in (("batch_size", batch_size, 1), ("size", size, 8)): _check_whole(name, value, least)
-    device = default_device() if device is None else torch.device(device)
-    return KeyedDL(Datasets(list(map(str, files)), [[OpenPicture("")]]), bs=batch_size, after_item=PictureTransform(*evaluation_transforms(size)),
-                   after_batch=after_batch or [ChannelsLast, IntToFloatTensor, Normalize.from_stats(*imagenet_stats, cuda=False)],
-                   num_workers=_workers(num_workers), device=device, pin_memory=device.type == "cuda")
+    options = _loader_options(_workers(num_workers), device, *imagenet_stats)
+    if after_batch is not None: options["after_batch"] = after_batch
+    return KeyedDL(Datasets(list(map(str, files)), [[OpenPicture("")]]), bs=batch_size, after_item=PictureTransform(*evaluation_transforms(size)), **options)
 
 # %% ../nbs/05_data.ipynb #a22bc697
 canvas_mean, canvas_std = 0.023, 0.13  # of the pixels of 128×128 canvases with four digits, between 0 and 1

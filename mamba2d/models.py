@@ -71,9 +71,10 @@ def read_weights(
     "What is in a file of weights, on the CPU. Raises `FileNotFoundError`, or `ValueError` for a file that is no such thing or holds code."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
-    kind = "no safetensors file" if path.suffix.lower() == ".safetensors" else "was not written by torch.save"
+    safe = path.suffix.lower() == ".safetensors"
+    kind = "no safetensors file" if safe else "was not written by torch.save"
     try:
-        if path.suffix.lower() == ".safetensors":
+        if safe:
             with safetensors.safe_open(path, "pt") as file:
                 content = {"model": {name: file.get_tensor(name) for name in file.keys()}, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
         else:
@@ -91,7 +92,7 @@ def read_weights(
                 "  torch.save(checkpoint['state_dict'], 'converted.pth')  # of a whole network: checkpoint.state_dict()\n"
                 "and load converted.pth.") from error
         if isinstance(error, json.JSONDecodeError): problem = f"has a config in its metadata that is not JSON ({error})"
-        elif path.suffix.lower() != ".safetensors" and start not in (b"PK", b"\x80\x02"): problem = kind
+        elif not safe and start not in (b"PK", b"\x80\x02"): problem = kind
         else: problem = f"is damaged or {kind} ({' '.join(str(error).split())[:200] or type(error).__name__})"
         raise ValueError(f"weights: {str(path)!r} {problem}; accepted: {_weights_files}") from error
     if not isinstance(content, dict): raise ValueError(f"weights: {str(path)!r} holds a {type(content).__name__} and no weights by name; accepted: {_weights_files}")

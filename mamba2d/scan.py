@@ -229,7 +229,7 @@ def random_problem(
 # %% ../nbs/01_scan.ipynb #c8034310
 def _backward_by_diagonals(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse):
     "Gradients of the eleven inputs in the order of the arguments, None for an input that is None."
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         dtype = _compute_dtype(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
         wave = _wavefront(x.shape[1], x.shape[2], reverse, x.device, dtype)
         p = _prepare(wave, dtype, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, delta_bias_t, delta_bias_l, delta_softplus)

@@ -16,10 +16,14 @@ from mamba2d.runs import load_checkpoint
 program = Path(__file__).with_name("small_training.py")
 
 
+def python(processes):
+    "The beginning of the command for so many processes."
+    return [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else [])]
+
+
 def train(folder, *arguments, processes=1, timeout=400):
     "Exit code and output of `small_training.py`."
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(program), str(folder), "--workers", "0", "--drop-path", "0", *map(str, arguments)], capture_output=True, text=True,
+    done = subprocess.run([*python(processes), str(program), str(folder), "--workers", "0", "--drop-path", "0", *map(str, arguments)], capture_output=True, text=True,
                           timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return done.returncode, done.stdout, done.stderr
 
@@ -73,8 +77,7 @@ def test_one_failed_process_ends_all(tmp_path):
 
 def command(*arguments, processes=1, **kwargs):
     "A process of `mamba2d-train` or `mamba2d-validate`."
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, "-m", "mamba2d.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    return subprocess.Popen([*python(processes), "-m", "mamba2d.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, **kwargs)
 
 
