@@ -1,2 +1,43 @@
-"""Mamba2D: a selective state-space model that scans images natively in two dimensions."""
+"""Mamba2D: a selective state-space model that scans images natively in two dimensions.
+
+`import mamba2d` loads nothing else. Each name below is loaded when it is first used."""
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_packages = ("scan", "models", "data", "training", "viz", "bench", "cli")
+_lazy = {
+    "selective_scan_2d": "scan",
+    "selective_scan_2d_ref": "scan",
+    "scan_backend": "scan",
+    "available_backends": "scan",
+    "Mamba2D": "models",
+    "mamba2d_n": "models",
+    "mamba2d_t": "models",
+    "mamba2d_s": "models",
+    "mamba2d_t_v1": "models",
+    "load_published": "models",
+    "digits_dls": "data",
+    "imagenet_dls": "data",
+    "Recipe": "training",
+    "recipes": "training",
+    "mamba2d_learner": "training",
+    "hidden_states": "viz",
+    "StateExplorer": "viz",
+}
+
+__all__ = ["__version__", *_packages, *_lazy]
+
+
+def __getattr__(name):
+    if name in _packages:
+        return import_module(f".{name}", __name__)
+    if name not in _lazy:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_lazy[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

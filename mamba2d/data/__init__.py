@@ -1,0 +1,16 @@
+"""Images as fastai `DataLoaders` whose every random number depends on seed, epoch and sample only."""
+from .images import CorruptImageError, open_image
+from .transforms import Augmentation, evaluation_transforms, mix_pairs
+from .loader import KeyedDL
+from .imagefolder import check_images, find_images, ImageList, imagenet_dls, images_dl, list_images
+from .datasets import (
+    canvas_dls, canvas_mean, canvas_std, Canvases, digit_canvases, digit_images, digits_dls,
+    make_image_tree,
+)
+
+__all__ = [
+    "Augmentation", "canvas_dls", "canvas_mean", "canvas_std", "Canvases", "check_images",
+    "CorruptImageError", "digit_canvases", "digit_images", "digits_dls", "evaluation_transforms",
+    "find_images", "ImageList", "imagenet_dls", "images_dl", "KeyedDL", "list_images",
+    "make_image_tree", "mix_pairs", "open_image",
+]

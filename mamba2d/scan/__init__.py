@@ -1,0 +1,12 @@
+"""The 2D selective scan: the equations in PyTorch, kernels in C++ and CUDA, and the operator over them."""
+from .reference import random_problem, selective_scan_2d_naive, selective_scan_2d_ref
+from .build import KernelError
+from .cpu import cpu_kernel_status
+from .cuda import cuda_kernel_status
+from .operator import available_backends, scan_backend, selective_scan_2d
+
+__all__ = [
+    "available_backends", "cpu_kernel_status", "cuda_kernel_status", "KernelError",
+    "random_problem", "scan_backend", "selective_scan_2d", "selective_scan_2d_naive",
+    "selective_scan_2d_ref",
+]

@@ -1,0 +1,43 @@
+"""A recipe, a fastai `Learner` that follows it, and run folders that can be killed at any moment."""
+from importlib import import_module
+
+from .recipe import layer_groups, Recipe, recipe_schedule, recipes
+from .distributed import Distributed, RankZeroError
+from .learner import (
+    FollowRecipeCallback, mamba2d_learner, PrepareModelCallback, RecordEpochsCallback,
+)
+from .evaluation import ablate_scan, accuracies, evaluate, Evaluation
+
+# These modules are loaded when one of their names is first used: a learner needs none of them.
+_modules = {
+    "checkpoints": (
+        "export_weights", "IncompatibleRunError", "load_checkpoint", "RunLockedError",
+    ),
+    "runs": (
+        "CheckpointCallback", "DashboardCallback", "dashboards", "plot_curves", "plot_predictions",
+        "RunProgressCallback", "StopRequestedError", "TensorBoard", "train_run", "WeightsAndBiases",
+        "write_evaluation",
+    ),
+}
+_lazy = {name: module for module, names in _modules.items() for name in names}
+
+__all__ = [
+    "ablate_scan", "accuracies", "CheckpointCallback", "DashboardCallback", "dashboards",
+    "Distributed", "evaluate", "Evaluation", "export_weights", "FollowRecipeCallback",
+    "IncompatibleRunError", "layer_groups", "load_checkpoint", "mamba2d_learner", "plot_curves",
+    "plot_predictions", "PrepareModelCallback", "RankZeroError", "Recipe", "recipe_schedule",
+    "recipes", "RecordEpochsCallback", "RunLockedError", "RunProgressCallback",
+    "StopRequestedError", "TensorBoard", "train_run", "WeightsAndBiases", "write_evaluation",
+]
+
+
+def __getattr__(name):
+    if name not in _lazy:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_lazy[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
