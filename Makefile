@@ -5,19 +5,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DESCRIPTION := settings.ini setup.py constraints.txt
+NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*')
 
-.PHONY: help demo lab test test-browser test-slow prepare clean
+.PHONY: help demo lab test test-browser test-slow imports prepare clean
 help:
-	@echo "make demo       install and train M2D-N on scikit-learn's digits: weights, curves and predictions in runs/demo"
-	@echo "make lab        install and open JupyterLab on the notebooks"
-	@echo "make test       install and check: notebooks clean, library and README in sync, every notebook and test runs"
-	@echo "make test-browser  the clickable figure in JupyterLab and a real Chromium, which it installs where it can"
-	@echo "make test-slow  the cells and tests marked slow"
-	@echo "make prepare    after editing notebooks: export the library, clean the notebooks, write the README"
-	@echo "make clean      remove what the other targets made"
+	@echo "make demo          install and train M2D-N on scikit-learn's digits:"
+	@echo "                   weights, curves and predictions in runs/demo"
+	@echo "make lab           install and open JupyterLab on the notebooks"
+	@echo "make test          install and check: notebooks clean, links, imports and public names,"
+	@echo "                   library and README in sync, every notebook and every test runs"
+	@echo "make test-browser  the clickable figure in JupyterLab and a real Chromium (installed where possible)"
+	@echo "make test-slow     the cells and tests marked slow"
+	@echo "make imports       list which package and module of the library imports which"
+	@echo "make prepare       after editing notebooks: export the library, clean the notebooks, write the README"
+	@echo "make clean         remove what the other targets made"
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mamba2d needs Python 3.11 or newer, " + sys.executable + " is " + sys.version.split()[0] + ": make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
+		f"mamba2d needs Python 3.11 or newer, {sys.executable} is {v}: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.library: $(DESCRIPTION) | $(VENV)/bin/python
@@ -26,15 +31,18 @@ $(VENV)/.library: $(DESCRIPTION) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.development: $(DESCRIPTION) | $(VENV)/bin/python
-	@echo "installing mamba2d and its development tools into $(VENV) (PyTorch is large: this can take some minutes)"
+	@echo "installing mamba2d and its development tools into $(VENV)"
+	@echo "(PyTorch is large: this can take some minutes)"
 	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.library
 
 demo: $(VENV)/.library
 	$(BIN)/mamba2d-train --out runs/demo --overwrite
 
+# JupyterLab takes the scripts out of the saved outputs of notebooks that are not trusted: the player of
+# tutorials/02_wavefront would not play.
 lab: $(VENV)/.development
-	@$(BIN)/jupyter trust nbs/*.ipynb > /dev/null  # else JupyterLab takes the scripts out of saved outputs, such as the player of 21_tutorial.wavefront
+	@$(BIN)/jupyter trust $(NOTEBOOKS) > /dev/null
 	$(BIN)/jupyter lab --notebook-dir=nbs
 
 test: $(VENV)/.development
@@ -45,17 +53,29 @@ $(VENV)/.browser: $(VENV)/.development
 	@touch $@
 
 test-browser: $(VENV)/.browser
-	@for name in chromium chromium-browser google-chrome google-chrome-stable; do command -v $$name > /dev/null && exit 0; done; \
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name > /dev/null && exit 0; \
+	done; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-		echo "installing Chromium through apt-get"; apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null; \
-	else echo "there is no Chromium, and it cannot be installed here (that takes apt-get, as root): install Chromium or Chrome to run this test"; fi || true
+		echo "installing Chromium through apt-get"; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null; \
+	else \
+		echo "there is no Chromium, and it cannot be installed here (that takes apt-get, as root):"; \
+		echo "install Chromium or Chrome to run this test"; \
+	fi || true
 	$(BIN)/python -m pytest -q -rs -m browser tests
 
 test-slow: $(VENV)/.development
 	$(BIN)/python tests/gates.py slow
 
+imports: $(VENV)/.development
+	@$(BIN)/python tests/gates.py imports
+
 prepare: $(VENV)/.development
-	$(BIN)/nbdev_export && $(BIN)/python tests/gates.py keep-pictures && $(BIN)/nbdev_clean && $(BIN)/python tests/gates.py write-readme
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/gates.py keep-images
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/gates.py write-readme
 
 clean:
 	rm -rf $(VENV) _proc build dist *.egg-info runs

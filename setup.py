@@ -2,19 +2,27 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
 
-licenses = {"apache2": ("Apache-2.0", "License :: OSI Approved :: Apache Software License")}
-statuses = {"3": "Development Status :: 3 - Alpha", "4": "Development Status :: 4 - Beta", "5": "Development Status :: 5 - Production/Stable"}
+licenses = {"apache2": "Apache-2.0"}
+statuses = {
+    "3": "Development Status :: 3 - Alpha",
+    "4": "Development Status :: 4 - Beta",
+    "5": "Development Status :: 5 - Production/Stable",
+}
 python_versions = ("3.11", "3.12", "3.13", "3.14")
 supported = python_versions[python_versions.index(settings["min_python"]):]
 
-sources = sorted(str(path.relative_to(here)) for path in (here / "csrc").glob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+
+def requirements(*names):
+    "The packages that settings.ini lists under these names."
+    return [package for name in names for package in settings[name].split()]
+
 
 setup(
     name=settings["lib_name"],
@@ -26,19 +34,27 @@ setup(
     author_email=settings["author_email"],
     url=settings["git_url"],
     keywords=settings["keywords"],
-    license=licenses[settings["license"]][0],
-    classifiers=[statuses[settings["status"]], "Intended Audience :: " + settings["audience"].title(),
-                 "Natural Language :: " + settings["language"].title(),
-                 *("Programming Language :: Python :: " + version for version in supported)],
-    packages=["mamba2d", "mamba2d.csrc"] if sources else ["mamba2d"],
-    package_dir={"mamba2d.csrc": "csrc"} if sources else {},  # the kernels' sources travel inside the wheel
-    package_data={"mamba2d.csrc": ["*"]} if sources else {},
+    license=licenses[settings["license"]],
+    classifiers=[
+        statuses[settings["status"]],
+        "Intended Audience :: " + settings["audience"].title(),
+        "Natural Language :: " + settings["language"].title(),
+        *("Programming Language :: Python :: " + version for version in supported),
+    ],
+    # The sources of the kernels become a folder of the library: they are compiled on the user's machine.
+    packages=[*find_packages(include=["mamba2d", "mamba2d.*"]), "mamba2d.csrc"],
+    package_dir={"mamba2d.csrc": "csrc"},
+    package_data={"mamba2d.csrc": ["**/*"]},
     python_requires=">=" + settings["min_python"],
-    install_requires=settings["requirements"].split(),
-    extras_require={"dev": [name for extra in ("dev", "explore", "log") for name in settings[f"{extra}_requirements"].split()],
-                    **{extra: settings[f"{extra}_requirements"].split() for extra in ("explore", "log", "browser")}},
+    install_requires=requirements("requirements"),
+    extras_require={
+        "explore": requirements("explore_requirements"),
+        "log": requirements("log_requirements"),
+        "browser": requirements("browser_requirements"),
+        "dev": requirements("dev_requirements", "explore_requirements", "log_requirements"),
+    },
     entry_points={
-        "console_scripts": [line for line in settings["console_scripts"].split()],
+        "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
     },
     zip_safe=False,

@@ -7,6 +7,7 @@ __all__ = ['time_eager', 'time_graph', 'extra_memory', 'scan_floor', 'bench_scan
            'save_results', 'run_benchmarks']
 
 # %% ../nbs/60_bench.ipynb #c9a228c5
+import argparse
 import dataclasses
 import json
 import math
@@ -25,9 +26,8 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import nn
 
-from . import models
-from .cli.__main__ import main
-from .scan.operator import scan_operators, scan_backend
+from .models.sizes import builders
+from .scan.operator import scan_backend, scan_operators
 
 # %% ../nbs/60_bench.ipynb #a262e18f
 def _wait(device):
@@ -79,7 +79,7 @@ def scan_floor(
     states: int = 16,  # N
     element: int = 2,  # bytes of an element
     processors: int = 132, clock: float = 1.755e9, bandwidth: float = 3.0e12,  # multiprocessors, Hz and bytes/s: an H100's by default
-) -> tuple[float, float]:  # milliseconds forward, and forward and backward
+) -> tuple[float, float]:  # milliseconds forward, and forward + backward
     "The time that a scan's exponentials or bytes take at least, whichever is more."
     b, h, w, e = shape
     pixels, exponentials = b * h * w, 2 * b * h * w * e * states / (16 * processors * clock)
@@ -88,7 +88,7 @@ def scan_floor(
     return 1e3 * forward, 1e3 * (forward + max(2 * exponentials, (2 * inputs + output) / bandwidth))
 
 # %% ../nbs/60_bench.ipynb #5a7c29f2
-def scan_arguments(shape, states=16, dtype=torch.bfloat16, device="cuda", softplus=True, seed=0) -> list:
+def _scan_arguments(shape, states=16, dtype=torch.bfloat16, device="cuda", softplus=True, seed=0) -> list:
     "The eleven arguments of a scan as a network under autocast would feed it, and a gradient of its output."
     b, h, w, e = shape
     generator = torch.Generator(device).manual_seed(seed)
@@ -102,12 +102,12 @@ def scan_arguments(shape, states=16, dtype=torch.bfloat16, device="cuda", softpl
 
 # %% ../nbs/60_bench.ipynb #1634a345
 def _scan_calls(backend, softplus):
-    "(forward, forward and backward) as functions of the arguments and a gradient, without autograd around the operators."
+    "(forward, forward + backward) as functions of the arguments and a gradient, without autograd around the operators."
     def forward(arguments, grad_y): return scan_operators.scan_forward(*arguments, softplus, False, False, False, backend)[0]
-    def both(arguments, grad_y):
+    def forward_backward(arguments, grad_y):
         y, _, saved = scan_operators.scan_forward(*arguments, softplus, False, False, True, backend)
         return y, saved, scan_operators.scan_backward(grad_y, *arguments, saved, softplus, False, backend)
-    return forward, both
+    return forward, forward_backward
 
 # %% ../nbs/60_bench.ipynb #cc4b0cdb
 @torch.no_grad()
@@ -124,9 +124,9 @@ def bench_scan(
     "Times in milliseconds (from a replayed graph on a GPU, and eager), extra memory in MiB, and the floor in milliseconds."
     device = torch.device(device)
     size = 3 * shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize
-    sets = [scan_arguments(shape, states, dtype, device, softplus, seed) for seed in range(max(2, min(8, 2**28 // size)) if device.type == "cuda" else 1)]
+    sets = [_scan_arguments(shape, states, dtype, device, softplus, seed) for seed in range(max(2, min(8, 2**28 // size)) if device.type == "cuda" else 1)]
     result = dict(shape=shape, states=states, dtype=str(dtype).removeprefix("torch."), backend=backend, softplus=softplus, floor=scan_floor(shape, states, dtype.itemsize))
-    for name, call in zip(("forward", "both") if backward else ("forward",), _scan_calls(backend, softplus)):
+    for name, call in zip(("forward", "forward_backward") if backward else ("forward",), _scan_calls(backend, softplus)):
         result[f"{name}_eager"] = time_eager(call, sets, device, seconds)
         if device.type == "cuda":
             result[f"{name}_memory"] = extra_memory(call, sets[0])
@@ -150,7 +150,7 @@ def _rival(name, channels, dtype, device):
 
 # %% ../nbs/60_bench.ipynb #9a759dec
 @torch.no_grad()
-def bench_rival(name: str, shape: tuple, dtype=torch.bfloat16, device="cuda", seconds: float = 0.2) -> float | None:  # ms; None: too large for it
+def _bench_rival(name: str, shape: tuple, dtype=torch.bfloat16, device="cuda", seconds: float = 0.2) -> float | None:  # ms; None: too large for it
     "Forward time of what could stand in the scan's place."
     device = torch.device(device)
     call, largest = _rival(name, shape[3], dtype, device)
@@ -164,7 +164,7 @@ _kernel_kinds = {"scan": ("scan_forward", "scan_backward"), "attention": ("sdpa"
                  "matrix product": ("nvjet", "gemm", "cublas", "splitK", "cutlass"), "memory": ("Memset", "Memcpy")}
 
 # %% ../nbs/60_bench.ipynb #7a5ce24c
-def profile_step(step, repeats=3) -> dict:  # milliseconds by kind
+def _profile_step(step, repeats=3) -> dict:  # milliseconds by kind
     "What the kernels of one step take by kind (a kind's names are in `_kernel_kinds`, the first that fits counts), from torch's profiler."
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -178,9 +178,16 @@ def profile_step(step, repeats=3) -> dict:  # milliseconds by kind
         found[kind] += event.self_device_time_total / repeats / 1e3
     return found
 
+# %% ../nbs/60_bench.ipynb #2e974577
+def _builder(name):
+    "The function of `mamba2d.models` with this name. Raises `ValueError` if it builds no published size."
+    found = {build.__name__: build for build in builders.values()}
+    if name not in found: raise ValueError(f"name must be one of {', '.join(found)}, got {name!r}")
+    return found[name]
+
 # %% ../nbs/60_bench.ipynb #2ca6e3bf
 def bench_model(
-    name: str = "mamba2d_t",  # a function of `mamba2d.models`
+    name: str = "mamba2d_t",  # a function of `mamba2d.models`: one of `builders`
     batch: int = 128,
     size: int = 224,  # pixels
     compiled: bool = True,  # torch.compile(fullgraph=True)
@@ -188,18 +195,17 @@ def bench_model(
     train: bool = True,  # a training step: forward and backward in train mode; False: inference
     device: str = "cuda",
     dtype: torch.dtype | None = torch.bfloat16,  # of autocast; None: without
-    memory_budget: float = 0.95,  # of what the compiler would keep for the backward pass; a little below 1, it computes elementwise functions again instead
+    memory_budget: float = 0.95,  # of what the compiler would keep for the backward pass; below 1, it recomputes elementwise functions
     repeats: int = 20,
     before_timing=None,  # called after the first step, which compiles
     with_profile: bool = False,
 ) -> dict:
     "Images a second, milliseconds of a step (median), and peak memory in GiB, channels last."
     device = torch.device(device)
-    builders = [f.__name__ for f in models.builders.values()]
-    if name not in builders: raise ValueError(f"name must be one of {', '.join(builders)}, got {name!r}")
+    build = _builder(name)
     if with_profile and device.type != "cuda": raise ValueError(f"with_profile looks at a GPU's kernels, got device {str(device)!r}")
     torch.manual_seed(0)
-    model = getattr(models, name)().to(device, memory_format=torch.channels_last).train(train)
+    model = build().to(device, memory_format=torch.channels_last).train(train)
     images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
     forward = torch.compile(model, fullgraph=True, mode=mode) if compiled else model
@@ -227,7 +233,7 @@ def bench_model(
     result = dict(model=name, batch=batch, size=size, compiled=compiled, mode=mode, train=train, memory_budget=memory_budget, dtype=str(dtype).removeprefix("torch."), milliseconds=1e3 * seconds,
                   images_per_second=batch / seconds)
     if device.type == "cuda": result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if with_profile: result["profile_ms"] = profile_step(step)
+    if with_profile: result["profile_ms"] = _profile_step(step)
     return result
 
 # %% ../nbs/60_bench.ipynb #0e1e1242
@@ -243,9 +249,11 @@ def bench_training(
     device: str = "cuda",
     folder: str | Path | None = None,  # for the images; None: a temporary one
 ) -> dict:
-    "Images a second: of the loader alone, and of each epoch of training, the first of which compiles; waiting for data as a fraction of the time."
-    from mamba2d.data.datasets import make_image_tree
-    from mamba2d.data.imagefolder import imagenet_dls# with fastai, which nothing else here needs
+    """Images a second: of the loader alone, and of each epoch of training, the first of which compiles.
+
+    `data_wait` is the fraction of the time that training waits for data."""
+    from mamba2d.data.datasets import make_image_tree  # with fastai, which nothing else here needs
+    from mamba2d.data.imagefolder import imagenet_dls
     from mamba2d.training.learner import mamba2d_learner
     from mamba2d.training.recipe import recipes
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as root:
@@ -264,12 +272,12 @@ def bench_training(
         result = dict(model=f"mamba2d_{size}", batch=batch, size=image_size, compiled=compiled, files=len(files), kilobytes=sum(f.stat().st_size for f in files) / len(files) / 1000,
                       cores=os.cpu_count(), workers=dls.train.fake_l.num_workers, loader_alone=served / (time.perf_counter() - start))
         recipe = dataclasses.replace(recipes[size], epochs=epochs, effective_batch=4 * batch, compile=compiled)
-        learn = mamba2d_learner(dls, getattr(models, f"mamba2d_{size}")(num_classes=dls.c), recipe)
+        learn = mamba2d_learner(dls, builders[size](num_classes=dls.c), recipe)
         with learn.no_bar(), learn.no_logging(): learn.fit_recipe()
         return result | {key: [row[key] for row in learn.reached.history] for key in ("images_per_second", "data_wait", "memory_gib", "seconds", "train_loss")}
 
 # %% ../nbs/60_bench.ipynb #90421a7e
-def generated_images(count=1024, size=96, classes=10, seed=0) -> tuple:  # images (count, 3, size, size), labels (count,)
+def _generated_images(count=1024, size=96, classes=10, seed=0) -> tuple:  # images (count, 3, size, size), labels (count,)
     "Noisy plane waves; direction, frequency and color tell the class."
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (count,), generator=generator)
@@ -299,13 +307,13 @@ def overfit(
     device: str = "cuda",
     count: int = 1024, size: int = 96, batch: int = 128, checked: int = 16,  # images, pixels, images of a step and of a comparison
     most_steps: int = 400,
-    learning_rate: float = 5e-4, warm_up: int = 20,  # steps in which the rate rises to it
+    learning_rate: float = 5e-4, warm_up: int = 20,  # steps in which the learning rate rises
 ) -> dict:
     "Losses until their mean over an epoch has halved, and the relative difference of the scans' gradients from the reference's."
     device = torch.device(device)
     torch.manual_seed(0)
-    model = getattr(models, name)(num_classes=10, drop_path=0., head_dropout=0.).to(device)
-    images, labels = (t.to(device) for t in generated_images(count, size))
+    model = _builder(name)(num_classes=10, drop_path=0., head_dropout=0.).to(device)
+    images, labels = (t.to(device) for t in _generated_images(count, size))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warm_up))
     autocast = lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()
@@ -328,7 +336,7 @@ def overfit(
                 finite=all(l == l and abs(l) < float("inf") for l in losses))
 
 # %% ../nbs/60_bench.ipynb #f8f33c88
-def stamp(commit: str | None = None) -> dict:
+def _stamp(commit: str | None = None) -> dict:
     "When, on what and with which versions: what a result file begins with."
     if commit is None:
         try: commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -349,41 +357,41 @@ def _rounded(value):
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 def save_results(path, results, commit=None):
-    "Write results with a stamp as JSON."
+    "Write results as JSON, with a stamp: the commit, the machine and the versions."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(_rounded(r)) for r in results)
-    Path(path).write_text(f'{{"stamp": {json.dumps(stamp(commit))},\n "results": [\n{lines}\n]}}\n')
+    Path(path).write_text(f'{{"stamp": {json.dumps(_stamp(commit))},\n "results": [\n{lines}\n]}}\n')
 
 # %% ../nbs/60_bench.ipynb #3515f92d
-training_shapes = ((128, 56, 56, 64), (128, 28, 28, 128))  # the first two stages of M2D-T at batch 128
-
-single_images = tuple((1, side, side, 64) for side in (32, 56, 64, 128, 256, 512, 1024, 2048))
-
-benchmarks = ("scan", "model", "training", "overfit")
+_training_shapes = ((128, 56, 56, 64), (128, 28, 28, 128))  # the first two stages of M2D-T at batch 128
+_single_images = tuple((1, side, side, 64) for side in (32, 56, 64, 128, 256, 512, 1024, 2048))
+_benchmarks = ("scan", "model", "training", "overfit")
 
 # %% ../nbs/60_bench.ipynb #5a312b01
 def run_benchmarks(
-    which: list,  # of `benchmarks`
+    which: list,  # among scan, model, training and overfit
     out: str | Path,  # folder for the results
     device: str = "cuda",
     commit: str | None = None,
     model_names: tuple = ("mamba2d_n", "mamba2d_t", "mamba2d_s"),
 ):
-    "Run the named groups and write scan.json, scaling.json, model_NAME.json, training.json and overfit.json into `out`; says what it does."
-    if wrong := sorted({*which} - {*benchmarks}): raise ValueError(f"which must be among {', '.join(benchmarks)}, got {wrong[0]!r}")
+    """Run the named groups and print their results.
+
+    Writes scan.json, scaling.json, model_NAME.json, training.json and overfit.json into `out`."""
+    if wrong := sorted({*which} - {*_benchmarks}): raise ValueError(f"which must be among {', '.join(_benchmarks)}, got {wrong[0]!r}")
     out = Path(out)
     if "scan" in which:
         results = []
-        for shape in (*training_shapes, *single_images[1:]):
+        for shape in (*_training_shapes, *_single_images[1:]):
             if shape[1] in (64, 256): continue
             for softplus in (True, False): results.append(bench_scan(shape, device=device, softplus=softplus, seconds=0.1))
-            print(f"{shape}: {results[-2]['forward']:.3f} ms forward, {results[-2]['both']:.3f} ms both", flush=True)
+            print(f"{shape}: {results[-2]['forward']:.3f} ms forward, {results[-2]['forward_backward']:.3f} ms forward + backward", flush=True)
         results.append(bench_scan((64, 56, 56, 64), dtype=torch.float32, device=device))
         save_results(out / "scan.json", results, commit)
         results = []
-        for shape in single_images:
-            row = dict(side=shape[1]) | {k: v for k, v in bench_scan(shape, device=device, seconds=0.1).items() if k in ("forward", "both", "floor")}
-            for name in ("attention", "depthwise convolution"): row[name] = bench_rival(name, shape, device=device, seconds=0.1)
+        for shape in _single_images:
+            row = dict(side=shape[1]) | {k: v for k, v in bench_scan(shape, device=device, seconds=0.1).items() if k in ("forward", "forward_backward", "floor")}
+            for name in ("attention", "depthwise convolution"): row[name] = _bench_rival(name, shape, device=device, seconds=0.1)
             if shape[1] <= 256: row["reference"] = bench_scan(shape, device=device, backend="reference", backward=False, seconds=0.1)["forward_eager"]
             results.append(row)
         save_results(out / "scaling.json", results, commit)
@@ -400,10 +408,20 @@ def run_benchmarks(
         save_results(out / "training.json", results, commit)
     if "overfit" in which: save_results(out / "overfit.json", [overfit(dtype=dtype, device=device) for dtype in (torch.bfloat16, None)], commit)
 
+# %% ../nbs/60_bench.ipynb #b3nchma1
+def main(argv: list[str] | None = None):
+    "`python -m mamba2d.bench scan model training overfit --out FOLDER`"
+    parser = argparse.ArgumentParser("python -m mamba2d.bench",
+                                     description="Time the scan and the networks on this machine's GPU.")
+    parser.add_argument("which", nargs="+", choices=_benchmarks, help="what to run")
+    parser.add_argument("--out", default="bench_results", help="folder for the JSON files")
+    parser.add_argument("--commit", help="the commit to stamp the results with, where git does not tell")
+    parser.add_argument("--models", nargs="+", default=("mamba2d_n", "mamba2d_t", "mamba2d_s"),
+                        help="functions of mamba2d.models")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; the functions of mamba2d.bench time smaller things on a CPU")
+    run_benchmarks(arguments.which, arguments.out, commit=arguments.commit, model_names=tuple(arguments.models))
+
 # %% ../nbs/60_bench.ipynb #4d3fef23
 if __name__ == "__main__" and "get_ipython" not in globals(): main()
-
-# %% ../nbs/60_bench.ipynb #c0a08191
-published_scan = {  # (B, H, W, E) -> (forward, both) in ms of the published implementation's scan on an H100, bf16, N = 16
-    (128, 56, 56, 64): (10.50, 36.2), (128, 28, 28, 128): (5.29, 20.2), (1, 56, 56, 64): (0.69, 4.06), (1, 128, 128, 64): (1.60, 6.80),
-    (1, 512, 512, 64): (10.1, 38.1), (1, 1024, 1024, 64): (33.2, 128.), (1, 2048, 2048, 64): (140., None)}

@@ -5,9 +5,9 @@ import re
 import subprocess
 from pathlib import Path
 
-from mamba2d import kernels
+from mamba2d.scan.build import source_folder
 
-replacements = {  # function of csrc/*.cu* -> what it does, in C++
+replacements = {  # function in csrc/cuda -> what it does, in C++
     "real to_real(fp16 v)": "_Float16 f; std::memcpy(&f, &v.bits, 2); return real(f);",
     "void from_real(real v, fp16& out)": "const _Float16 f = _Float16(float(v)); std::memcpy(&out.bits, &f, 2);",
     "void from_real(real v, bf16& out)": """const u32 u = __float_as_uint(float(v));
@@ -66,7 +66,7 @@ def translate(text):
 
 
 class EmulatedKernel:
-    "Stands in for `kernels._Kernel`."
+    "Stands in for `_Kernel` of `mamba2d.scan.cuda`."
     def __init__(self, name, library): self.function = getattr(library, f"run_{name}")
 
     def __call__(self, grid, block, shared, stream, arguments):
@@ -74,19 +74,19 @@ class EmulatedKernel:
 
 
 class EmulatedDriver:
-    "The one function of the driver that is called beside starting kernels."
+    "The one function of the driver that is called besides those that start kernels."
     def cuMemsetD32Async(self, pointer, value, count, stream):
         ctypes.memset(pointer, value, 4 * count)
         return 0
 
 
 def load_kernel(folder):
-    "A function in place of `kernels._load_kernel` that compiles in `folder`."
+    "A function in place of `_load_kernel` of `mamba2d.scan.cuda` that compiles in `folder`."
     def load(device, source, name, macros, shared):
         defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
         stem = folder / hashlib.sha256(" ".join([source, *defines]).encode()).hexdigest()[:16]
         if not stem.with_suffix(".so").exists():
-            sources = kernels.source_folder()
+            sources = source_folder() / "cuda"
             (folder / "scan.cuh").write_text(translate((sources / "scan.cuh").read_text()))
             names = {"scan_forward": "ForwardArguments"} if source == "scan_fwd.cu" else {"scan_backward": "BackwardArguments", "scan_backward_sum": "SumArguments"}
             entries = "\n".join(f'extern "C" int run_{entry}(unsigned g, unsigned b, unsigned s, const void* p) {{ return run<{kind}>({entry}, g, b, s, p); }}'

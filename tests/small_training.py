@@ -1,66 +1,159 @@
-"""A small training for test_survival.py and test_distributed.py to kill: mixing, augmentation, accumulation and averaging are on, two processes load pictures."""
+"""A small training for test_survival.py and test_distributed.py: augmentation, mixing, accumulation and EMA are on.
+
+`train` runs it in this process. `processes` starts it in processes of its own, which a test can stop and kill. They are
+forked from a server that has imported everything, so starting one takes no time. torchrun starts this file as a program.
+"""
 import argparse
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 import time
+import types
 import warnings
+from unittest import mock
 
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 import torch
 from fastai.callback.core import Callback
 
-from mamba2d.backbone import Mamba2D
 from mamba2d.data import digits_dls
-from mamba2d.runs import RunInUse, StopRequested, train_run
-from mamba2d.training import Processes, Recipe, mamba2d_learner
+from mamba2d.models import Mamba2D
+from mamba2d.training import (
+    Distributed, mamba2d_learner, Recipe, RunLockedError, runs, StopRequestedError, train_run,
+)
 
-arguments = argparse.ArgumentParser()
-arguments.add_argument("out")
-arguments.add_argument("--batch-size", type=int, default=16)
-arguments.add_argument("--epochs", type=int, default=3)
-arguments.add_argument("--workers", type=int, default=2)
-arguments.add_argument("--checkpoint-minutes", type=float, default=None)
-arguments.add_argument("--slow-disk", type=float, default=0., help="seconds that a flush of a checkpoint to the disk takes")
-arguments.add_argument("--die", type=int, nargs=2, metavar=("RANK", "STEP"), help="this process raises an error before this step")
-arguments.add_argument("--term", type=int, nargs=2, metavar=("RANK", "STEP"), help="this process gets SIGTERM before this step")
-arguments.add_argument("--drop-path", type=float, default=0.1)
-given = arguments.parse_args()
+one_thread = {"OMP_NUM_THREADS": "1"}
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["mamba2d.cli", "mamba2d.data", "mamba2d.models", "mamba2d.training.runs"])
 
-torch.set_num_threads(1)
-flush = os.fsync
 
-def reported_flush(file):
-    "Says when a checkpoint is flushed, before it gets its name."
-    if ".last.pth." in os.readlink(f"/proc/self/fd/{file}"):
-        print("flush", flush=True)
-        time.sleep(given.slow_disk)
-    flush(file)
-
-os.fsync = reported_flush
+def parse(argv):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images")
+    parser.add_argument("--drop-path", type=float, default=0.1)
+    parser.add_argument("--checkpoint-steps", type=int, help="steps between two checkpoints within an epoch")
+    parser.add_argument("--slow-disk", type=float, default=0., help="seconds that flushing a checkpoint takes")
+    parser.add_argument("--hold-flush", type=int, help="this flush of a checkpoint takes minutes")
+    parser.add_argument("--die", type=int, nargs=2, metavar=("RANK", "STEP"),
+                        help="this process raises an error before this step")
+    parser.add_argument("--term", type=int, nargs=2, metavar=("RANK", "STEP"),
+                        help="this process gets SIGTERM before this step")
+    return parser.parse_args([str(argument) for argument in argv])
 
 
 class Report(Callback):
-    "Says when a step begins, and does what was asked for at that moment."
+    "Says when a batch of a step begins, and does what was asked for at that moment."
     order = 1
+    def __init__(self, given, distributed): self.given, self.rank = given, distributed.rank
 
     def before_batch(self):
         if not self.training: return
         step = self.follow_recipe.steps_done
         print(f"step {step}", flush=True)
-        if given.die == [processes.rank, step]: raise RuntimeError("this process dies")
-        if given.term == [processes.rank, step]: os.kill(os.getpid(), signal.SIGTERM)
+        if not self.follow_recipe.between_steps: return
+        if self.given.die == [self.rank, step]: raise RuntimeError("this process dies")
+        if self.given.term == [self.rank, step]: os.kill(os.getpid(), signal.SIGTERM)
 
 
-processes = Processes.join("cpu")
-recipe = Recipe(epochs=given.epochs, lr=2e-3, effective_batch=64, mixup=0.8, cutmix=1., ema=0.9, clip_grad=2.)
-torch.manual_seed(0)
-network = dict(depths=(1, 1, 1), dims=(8, 16, 32), mixers=("m2d", "m2d", "attention"), num_classes=10, drop_path=given.drop_path)
-learn = mamba2d_learner(digits_dls(given.batch_size, device="cpu", num_workers=given.workers), Mamba2D(**network), recipe, cbs=[Report()])
-try:
-    with learn.no_bar(), learn.no_logging(): result = train_run(learn, given.out, network, processes=processes, checkpoint_minutes=given.checkpoint_minutes)
-except StopRequested as stop: sys.exit(stop.exit_code)
-except RunInUse as problem: sys.exit(str(problem))
-print("complete", result["accuracy"], flush=True)
-processes.leave()
+def report_flushes(given):
+    "From now on this process says when a checkpoint is flushed to the disk, before it gets its name."
+    flush, count = os.fsync, 0
+
+    def reported_flush(file):
+        nonlocal count
+        if ".last.pth." in os.readlink(f"/proc/self/fd/{file}"):
+            count += 1
+            print("flush", flush=True)
+            time.sleep(300 if count == given.hold_flush else given.slow_disk)
+        flush(file)
+
+    os.fsync = reported_flush
+
+
+def train(*argv):
+    "Train as the arguments say, in this process; returns the result."
+    given = parse(argv)
+    distributed = Distributed.init("cpu")
+    recipe = Recipe(epochs=given.epochs, lr=2e-3, effective_batch=64, mixup=0.8, cutmix=1., ema=0.9, clip_grad=2.)
+    network = dict(depths=(1, 1, 1), dims=(8, 16, 32), mixers=("m2d", "m2d", "attention"), num_classes=10,
+                   drop_path=given.drop_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dls = digits_dls(given.batch_size, device="cpu", num_workers=given.workers)
+    learn = mamba2d_learner(dls, Mamba2D(**network), recipe, cbs=[Report(given, distributed)])
+    # the clock of the checkpoints counts steps: a minute each
+    clock = types.SimpleNamespace(monotonic=lambda: 60 * learn.follow_recipe.steps_done)
+    with learn.no_bar(), learn.no_logging(), mock.patch.object(runs, "time", clock):
+        result = train_run(learn, given.out, network, distributed=distributed,
+                           checkpoint_minutes=given.checkpoint_steps)
+    torch.set_num_threads(threads)
+    distributed.destroy()
+    return result
+
+
+def main(argv):
+    "Train in a process of its own."
+    report_flushes(parse(argv))
+    try: result = train(*argv)
+    except StopRequestedError as stop: sys.exit(stop.exit_code)
+    except RunLockedError as problem: sys.exit(str(problem))
+    print("complete", result["accuracy"], flush=True)
+
+
+def run_with_output(target, argv, pipes, new_session):
+    "In a new process: call `target` with its output going into the pipes."
+    for number, pipe in zip((1, 2), pipes):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    if new_session: os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # of the processes that load images: as in any program
+    target(argv)
+
+
+class Started:
+    "A process that runs `target(argv)`. `out` and `err` are files from which its output can be read."
+
+    def __init__(self, target, argv, new_session=False):
+        pipes = [context.Pipe(duplex=False) for _ in ("out", "err")]
+        writers = [writer for _, writer in pipes]
+        argv = [str(argument) for argument in argv]
+        self.process = context.Process(target=run_with_output, args=(target, argv, writers, new_session))
+        with mock.patch.dict(os.environ, one_thread): self.process.start()
+        for writer in writers: writer.close()
+        self.out, self.err = [open(os.dup(reader.fileno())) for reader, _ in pipes]
+        self.pid = self.process.pid
+
+    def send_signal(self, number): os.kill(self.pid, number)
+
+    def wait(self):
+        "Wait for its end; returns the exit code and the rest of what was printed."
+        self.process.join()
+        return self.process.exitcode, self.out.read(), self.err.read()
+
+
+@contextlib.contextmanager
+def processes():
+    """Context manager that gives a function like `Started`. At its end no process is left, whatever the test met with."""
+    started = []
+
+    def start(*arguments, target=main, new_session=False):
+        started.append(Started(target, arguments, new_session))
+        return started[-1]
+
+    try: yield start
+    finally:
+        for one in started:
+            one.process.kill()
+            one.process.join()
+            one.out.close()
+            one.err.close()
+
+
+if __name__ == "__main__": main(sys.argv[1:])

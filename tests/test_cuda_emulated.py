@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from emulated_cuda import EmulatedDriver, load_kernel
-from mamba2d import kernels, scan
+from mamba2d.scan import cuda, random_problem
+from mamba2d.scan.reference import backward_by_diagonals, forward_by_diagonals
 
 names = ("x", "delta_t", "delta_l", "A_t", "A_l", "B_t", "B_l", "C", "D", "delta_bias_t", "delta_bias_l")
 bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -19,8 +20,9 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("emulated")
 @pytest.fixture
 def emulated(folder, monkeypatch):
     driver = EmulatedDriver()
-    for name, value in dict(_load_kernel=load_kernel(folder), _card=lambda index: (90, 232448, 132), _stream=lambda index: 0, _driver=lambda: driver, _plans={}).items():
-        monkeypatch.setattr(kernels, name, value)
+    replaced = dict(_load_kernel=load_kernel(folder), _card=lambda index: (90, 232448, 132), _stream=lambda index: 0,
+                    cuda_driver=lambda: driver, _plans={})
+    for name, value in replaced.items(): monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
 
 
@@ -41,15 +43,17 @@ def error(found, expected): return ((found.double() - expected).norm() / expecte
 ])
 def test_kernels_equal_the_reference(emulated, monkeypatch, shape, dtype, options):
     softplus, reverse, states = options.get("softplus", True), options.get("reverse", False), options.get("states", False)
-    if "processors" in options: monkeypatch.setattr(kernels, "_card", lambda index: (90, 232448, options["processors"]))
-    problem = scan.random_problem(shape, dtype=dtype, strided=options.get("strided", False), optional=options.get("optional", True), delta_softplus=softplus, requires_grad=False)
+    if "processors" in options: monkeypatch.setattr(cuda, "_card", lambda index: (90, 232448, options["processors"]))
+    problem = random_problem(shape, dtype=dtype, strided=options.get("strided", False), optional=options.get("optional", True),
+                             delta_softplus=softplus, requires_grad=False)
     arguments = [problem.get(name) for name in names]
     exact = [None if a is None else a.double() for a in arguments]
-    y, h, saved = kernels.cuda_forward(*arguments, softplus, reverse, states, True)
-    expected, expected_h = scan._forward_by_diagonals(*exact, softplus, reverse, states)
+    y, h, saved = cuda.cuda_forward(*arguments, softplus, reverse, states, True)
+    expected, expected_h = forward_by_diagonals(*exact, softplus, reverse, states)
     assert error(y, expected) < tolerances[dtype] / (2 if dtype in (bf16, fp16) else 1)
     if states: assert error(h, expected_h) < 1e-5
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    grads = kernels.cuda_backward(grad_y, *arguments, saved, softplus, reverse)
-    for name, found, wanted in zip(names, grads, scan._backward_by_diagonals(grad_y.double(), *exact, softplus, reverse)):
+    grads = cuda.cuda_backward(grad_y, *arguments, saved, softplus, reverse)
+    expected_grads = backward_by_diagonals(grad_y.double(), *exact, softplus, reverse)
+    for name, found, wanted in zip(names, grads, expected_grads):
         if wanted is not None: assert error(found, wanted) < tolerances[dtype], name

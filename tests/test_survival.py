@@ -1,155 +1,171 @@
-"""Runs that are killed, stopped, and go on: `small_training.py` in processes that get real signals."""
+"""Runs that are killed, stopped, and resumed: `small_training.py` in processes that get real signals."""
 import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_training import processes, train
 
 from mamba2d.models import read_weights
-from mamba2d.runs import load_checkpoint
+from mamba2d.training import load_checkpoint, RunLockedError
 
-program = Path(__file__).with_name("small_training.py")
-environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.xdist_group("survival")  # they compare with the same run
 measured = ("images_per_second", "data_wait", "memory_gib", "seconds")  # differ from run to run
 
 
-def start(*arguments, new_session=False):
-    return subprocess.Popen([sys.executable, str(program), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=new_session)
-
-
-def complete(*arguments):
-    "Run to the end; returns the exit code and what was printed."
-    process = start(*arguments)
-    out, err = process.communicate(timeout=400)
-    return process.returncode, out, err
-
-
 def content(folder):
-    "What has to be the same in two runs, to the last bit."
+    "What must be the same in two runs, to the last bit."
     checkpoint = load_checkpoint(folder)[0]
-    for row in checkpoint["progress"]["history"]:
+    progress = checkpoint["progress"]
+    for row in progress["history"]:
         for name in measured: row.pop(name)
-    return {**{name: checkpoint[name] for name in ("identity", "model", "average", "optimizer")},
-            **{name: checkpoint["progress"][name] for name in ("epoch", "step", "skipped", "history", "steps")}, "weights": read_weights(Path(folder) / "weights.pth")}
+    kept = {name: checkpoint[name] for name in ("identity", "model", "ema", "optimizer")}
+    kept |= {name: progress[name] for name in ("epoch", "step", "skipped", "history", "steps")}
+    return kept | {"weights": read_weights(Path(folder) / "weights.pth")}
 
 
 def same(a, b):
+    "Equal to the last bit."
     if isinstance(a, torch.Tensor): return torch.equal(a, b)
     if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
     return a == b
 
 
-def killed(arguments, at, times, rng):
-    "Start, and kill a moment after the line `at` has been printed so many times; returns False if the run was complete before."
-    process, wanted = start(*arguments), times
-    for line in process.stdout:
-        if line.startswith("complete"):
-            process.wait()
-            return False
-        if line.startswith(at):
-            wanted -= 1
-            if not wanted:
-                try: process.wait(timeout=rng.uniform(0, 0.05))
-                except subprocess.TimeoutExpired: pass
-                process.send_signal(signal.SIGKILL)
-                break
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, process.stderr.read()
-    return True
+def saved(folder):
+    "Epoch and step of the checkpoint in a run folder."
+    found = load_checkpoint(folder)
+    return (found[0]["progress"]["epoch"], found[0]["progress"]["step"]) if found else (0, 0)
+
+
+def read_until(file, start, times=1):
+    "Read lines until so many have begun with `start`; returns whether there were as many."
+    for line in file:
+        times -= line.startswith(start)
+        if not times: return True
+    return False
+
+
+@pytest.fixture
+def start():
+    with processes() as start: yield start
 
 
 @pytest.fixture(scope="module")
-def unkilled(tmp_path_factory):
-    "The run that was left in peace."
-    folder = tmp_path_factory.mktemp("unkilled")
-    code, out, err = complete(folder, "--workers", 0)
-    assert code == 0, err
-    return folder
+def uninterrupted(tmp_path_factory):
+    "The content of the run that is not interrupted."
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(folder, "--workers", 0)
+    return content(folder)
 
 
-def kill_often(folder, kills, in_checkpoints, unkilled, *arguments):
-    "Kill at random moments, some of them while a checkpoint is being written; then let the run end, and compare."
+def kill_often(start, folder, kills, in_checkpoints, *arguments):
+    "Kill at random moments, some of them while a checkpoint is written; then let the run end. Returns its content."
     rng = random.Random(kills)
-    arguments = (folder, "--checkpoint-minutes", 0.005, "--slow-disk", 0.2, *arguments)
+    arguments = (folder, *arguments, "--checkpoint-steps", 2, "--slow-disk", 0.05)
     moments = ["flush"] * in_checkpoints + ["step"] * (kills - in_checkpoints)
     rng.shuffle(moments)
-    done, unfinished, progressed = 0, 0, []
-    for at in moments:
-        assert killed(arguments, at, rng.randint(2, 4) if at == "flush" else rng.randint(3, 14), rng), f"the run was complete after {done} kills"
-        done += 1
+    unfinished, progressed = 0, []
+    for done, at in enumerate(moments):
+        times = rng.randint(2, 4) if at == "flush" else rng.randint(3, 14)
+        process = start(*arguments, *(("--hold-flush", times) if at == "flush" else ()))
+        assert read_until(process.out, at, times), f"the run was complete after {done} kills"
+        process.process.join(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        code, out, err = process.wait()
+        assert code == -signal.SIGKILL, err
         unfinished += any((folder / "checkpoints").glob(".*.tmp"))
-        found = load_checkpoint(folder)
-        progressed.append((found[0]["progress"]["epoch"], found[0]["progress"]["step"]) if found else (0, 0))
-    assert progressed == sorted(progressed)  # nothing is ever lost that was saved
-    code, out, err = complete(*arguments)
-    assert code == 0, err
-    assert same(content(folder), content(unkilled))
-    assert not [*folder.rglob("*.tmp")]  # what was left unfinished has been cleared away
-    print(f"{done} kills, {unfinished} of them left an unfinished checkpoint; progress {progressed}")
-    return unfinished
+        progressed.append(saved(folder))
+    assert progressed == sorted(progressed)  # nothing that was saved is ever lost
+    assert unfinished >= in_checkpoints
+    train(*arguments)
+    assert not [*folder.rglob("*.tmp")]  # what was left unfinished has been removed
+    print(f"{kills} kills, {unfinished} of them left an unfinished checkpoint; progress {progressed}")
+    return content(folder)
 
 
-def test_killed_three_times(tmp_path, unkilled):
-    assert kill_often(tmp_path, kills=3, in_checkpoints=1, unkilled=unkilled) >= 1
+def test_killed_three_times(tmp_path, start, uninterrupted):
+    assert same(kill_often(start, tmp_path, 3, 1), uninterrupted)
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path, tmp_path_factory):
-    peaceful = tmp_path_factory.mktemp("long")
-    code, out, err = complete(peaceful, "--workers", 0, "--epochs", 12)
-    assert code == 0, err
-    assert kill_often(tmp_path, 20, 8, peaceful, "--epochs", 12) >= 5
+def test_killed_twenty_times(tmp_path, start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long")
+    train(folder, "--workers", 0, "--epochs", 12)
+    assert same(kill_often(start, tmp_path, 20, 8, "--epochs", 12), content(folder))
 
 
-def test_a_different_run_is_not_called_the_same(unkilled, tmp_path):
-    code, out, err = complete(tmp_path, "--workers", 0, "--drop-path", 0.2)
-    assert code == 0, err
-    assert not same(content(tmp_path)["model"], content(unkilled)["model"])
+def test_a_different_run_is_not_called_the_same(tmp_path, uninterrupted):
+    train(tmp_path, "--workers", 0, "--drop-path", 0.2)
+    assert not same(content(tmp_path)["model"], uninterrupted["model"])
 
 
-def test_asked_to_stop(tmp_path, unkilled):
-    "SIGTERM and SIGINT end a run after the present step with a checkpoint; meanwhile nobody else gets into its folder; a second signal ends it at once."
-    for number, (steps, signals, expected) in enumerate(((5, [signal.SIGTERM], 75), (9, [signal.SIGINT], 75), (3, [signal.SIGTERM, signal.SIGTERM], 128 + signal.SIGTERM))):
-        process = start(tmp_path, "--slow-disk", 0.5)
-        for line in process.stdout:
-            if line.startswith("step"): steps -= 1
-            if not steps: break
-        if number == 0:
-            process.send_signal(signal.SIGSTOP)
-            code, out, err = complete(tmp_path)
-            process.send_signal(signal.SIGCONT)
-            assert code == 1 and f"is in use by another process (process {process.pid} on" in err
-        before = load_checkpoint(tmp_path)
-        process.send_signal(signals[0])
-        for line in process.stderr:
-            if "finishing this step" in line: break
-        for extra in signals[1:]: process.send_signal(extra)
-        out, err = process.communicate(timeout=100)
-        assert process.returncode == expected, err
-        after = load_checkpoint(tmp_path)
-        saved = lambda found: (found[0]["progress"]["epoch"], found[0]["progress"]["step"]) if found else (0, 0)
-        assert saved(after) > saved(before) if expected == 75 else saved(after) == saved(before)
-    code, out, err = complete(tmp_path)
-    assert code == 0, err
-    assert same(content(tmp_path), content(unkilled))
+def stop_after(process, batches, *signals):
+    "Send signals after so many batches, each further one when the process has answered; returns exit code and errors."
+    assert read_until(process.out, "step", batches)
+    process.send_signal(signals[0])
+    assert read_until(process.err, f"{signal.Signals(signals[0]).name}: finishing this step")
+    for number in signals[1:]: process.send_signal(number)
+    code, out, err = process.wait()
+    return code, err
 
 
-def test_the_whole_group_is_asked_to_stop(tmp_path, unkilled):
-    "A batch system sends its signal to the processes that load pictures as well: they leave it to the one that trains."
-    for steps, number in ((4, signal.SIGTERM), (7, signal.SIGINT)):
+def test_asked_to_stop(tmp_path, start, uninterrupted):
+    """SIGTERM and SIGINT end a run after the current step with a checkpoint; meanwhile nobody else gets into its folder; a
+    second signal ends it at once."""
+    for batches, signals in ((5, [signal.SIGTERM]), (9, [signal.SIGINT])):
+        before = saved(tmp_path)
+        code, err = stop_after(start(tmp_path), batches, *signals)
+        assert code == 75, err
+        assert saved(tmp_path) > before
+
+    process = start(tmp_path, "--hold-flush", 1)  # its checkpoint would take minutes
+    assert read_until(process.out, "step", 1)
+    process.send_signal(signal.SIGSTOP)
+    in_use = rf"is in use by another process \(process {process.pid} on"
+    with pytest.raises(RunLockedError, match=in_use): train(tmp_path)
+    process.send_signal(signal.SIGCONT)
+    before = saved(tmp_path)
+    code, err = stop_after(process, 2, signal.SIGTERM, signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM, err
+    assert saved(tmp_path) == before
+
+    train(tmp_path)
+    assert same(content(tmp_path), uninterrupted)
+
+
+def test_the_whole_group_is_asked_to_stop(tmp_path, start, uninterrupted):
+    """A batch system sends its signal to the processes that load images as well: they leave it to the one that trains."""
+    for batches, number in ((4, signal.SIGTERM), (7, signal.SIGINT)):
         process = start(tmp_path, "--slow-disk", 0.5, new_session=True)
-        for line in process.stdout:
-            if line.startswith("step"): steps -= 1
-            if not steps: break
+        assert read_until(process.out, "step", batches)
         os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=100)
-        assert process.returncode == 75 and "Traceback" not in err, err
+        code, out, err = process.wait()
+        assert code == 75 and "Traceback" not in err, err
         assert load_checkpoint(tmp_path) is not None
-    code, out, err = complete(tmp_path)
-    assert code == 0, err
-    assert same(content(tmp_path), content(unkilled))
+    train(tmp_path)
+    assert same(content(tmp_path), uninterrupted)
+
+
+def to_format_1(path):
+    "Write a checkpoint as the version before format 2 did."
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["format"] == 2
+    new = checkpoint["identity"]
+    identity = {"network": new["network"], "classes": new["classes"], "pictures": new["images"],
+                "counts": new["counts"], "weights": new["weights"], "limit": new["limit"], "recipe": new["recipe"]}
+    old = {"format": 1, "identity": identity, "config": checkpoint["config"], "model": checkpoint["model"],
+           "average": {"weights": checkpoint["ema"]["weights"], "updates": checkpoint["ema"]["updates"]},
+           "progress": checkpoint["progress"], "optimizer": checkpoint["optimizer"], "random": checkpoint["random"]}
+    torch.save(old, path)
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed(tmp_path, start, uninterrupted):
+    code, out, err = start(tmp_path, "--workers", 0, "--term", 0, 16).wait()
+    assert code == 75, err
+    to_format_1(tmp_path / "checkpoints/last.pth")
+    assert saved(tmp_path) == (0, 17)
+    train(tmp_path)
+    assert same(content(tmp_path), uninterrupted)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/56_cli.main.ipynb #5c420e47
+# %% ../../nbs/56_cli.main.ipynb #b1775772
 import sys
 
 from .diagnosis import doctor
@@ -13,15 +13,18 @@ from .prediction import predict
 from .training import train
 from .validation import validate
 
-# %% ../../nbs/56_cli.main.ipynb #b25f15e9
-def main(argv: list[str] | None = None):
+# %% ../../nbs/56_cli.main.ipynb #7d1dcb4b
+def main(
+    argv: list[str] | None = None,  # name of the command and its arguments; None: of this process
+):
     "`python -m mamba2d.cli train|validate|predict|doctor ...`"
     commands = {"train": train, "validate": validate, "predict": predict, "doctor": doctor}
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in commands:
-        print("usage: python -m mamba2d.cli {train,validate,predict,doctor} ...", file=sys.stdout if argv[:1] in (["-h"], ["--help"]) else sys.stderr)
-        raise SystemExit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
-    commands[argv[0]](argv[1:])
+    if argv and argv[0] in commands: return commands[argv[0]](argv[1:])
+    asked = argv[:1] in (["-h"], ["--help"])
+    usage = f"usage: python -m mamba2d.cli {{{','.join(commands)}}} ..."
+    print(usage, file=sys.stdout if asked else sys.stderr)
+    raise SystemExit(0 if asked else 2)
 
-# %% ../../nbs/56_cli.main.ipynb #bf3949c5
+# %% ../../nbs/56_cli.main.ipynb #25daed0e
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

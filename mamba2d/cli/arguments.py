@@ -5,126 +5,207 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/50_cli.arguments.ipynb #c5efc04d
+# %% ../../nbs/50_cli.arguments.ipynb #8a042cda
 import argparse
 
 import mamba2d
 
-# %% ../../nbs/50_cli.arguments.ipynb #c79e99f7
+# %% ../../nbs/50_cli.arguments.ipynb #066c8e2a
 class _Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
     def error(self, message): self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
-# %% ../../nbs/50_cli.arguments.ipynb #ecd850c4
-def make_parser(prog, description, **kwargs):
-    parser = _Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+# %% ../../nbs/50_cli.arguments.ipynb #e9bf6d97
+def make_parser(
+    prog: str,  # name of the command
+    description: str,  # printed as it is, line breaks included
+    **kwargs,  # further arguments of `argparse.ArgumentParser`
+) -> argparse.ArgumentParser:
+    "A parser with the options that all commands have."
+    kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=prog, description=description, **kwargs)
     parser.add_argument("--version", action="version", version=f"mamba2d {mamba2d.__version__}")
     return parser
 
-# %% ../../nbs/50_cli.arguments.ipynb #b00bb4ae
+# %% ../../nbs/50_cli.arguments.ipynb #9e65ae48
 def _at_least(smallest, kind=int):
     "An argparse type: a number of `kind` that is at least `smallest`."
     def convert(text):
         try: value = kind(text)
-        except ValueError: raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
+        except ValueError:
+            wanted = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if not value >= smallest: raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {text}")
         return value
     return convert
 
-def _named(text):
+# %% ../../nbs/50_cli.arguments.ipynb #40a21afc
+def _folder_name(text):
     "An argparse type: the name of a folder."
     if not text: raise argparse.ArgumentTypeError("the name of the folder is empty")
     return text
 
-# %% ../../nbs/50_cli.arguments.ipynb #b30a968c
+# %% ../../nbs/50_cli.arguments.ipynb #be792cf5
 def _field(text):
-    "An argparse type: NAME=VALUE for a field of the recipe; values as in TOML, or words."
+    "An argparse type: NAME=VALUE for a field of the recipe."
     import tomllib
     name, equals, value = text.partition("=")
     if not equals: raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    try: return name.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError: return name.strip(), None if value.strip().lower() == "none" else value.strip()
+    name, value = name.strip(), value.strip()
+    try: return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError: return name, None if value.lower() == "none" else value
 
-# %% ../../nbs/50_cli.arguments.ipynb #4e103052
-def _add_machine_arguments(parser):
-    "The arguments that all share that run a network."
-    parser.add_argument("--size", choices=("n", "t", "s", "t_v1"), default=None, help="which published network (default: what the weights say, for training n)")
-    parser.add_argument("--batch-size", type=_at_least(1), default=None, metavar="B", help="images at a time in each process (default: 64, training with a published recipe 128; fewer where there are fewer)")
-    parser.add_argument("--image-size", type=_at_least(8), default=None, metavar="PIXELS", help="side of the images (default: what the recipe or the weights say, else 32 for digits and 224 for others)")
-    parser.add_argument("--workers", type=_at_least(0), default=None, metavar="N", help="processes that load images, per training process (default: one per core but one, at most 16)")
-    parser.add_argument("--skip-corrupt", action="store_true", help="read every image once before, report those that cannot be read and leave them out")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps, ... (default: the GPU if there is one)")
+# %% ../../nbs/50_cli.arguments.ipynb #85e98324
+def _add_model_arguments(parser, size, batch_size, image_size):
+    "The options of every command that runs a network. The strings say what the command does without them."
+    add = parser.add_argument
+    add("--size", choices=("n", "t", "s", "t_v1"),
+        help=f"published network (default: {size})")
+    add("--batch-size", type=_at_least(1), metavar="B",
+        help=f"images per batch in each process (default: {batch_size})")
+    add("--image-size", type=_at_least(8), metavar="PIXELS",
+        help=f"side of the images (default: {image_size})")
+    add("--workers", type=_at_least(0), metavar="N",
+        help="processes that load images, for each training process (default: one per core but one, "
+             "at most 16)")
+    add("--skip-corrupt", action="store_true",
+        help="read every image once at the start, report the corrupt ones and leave them out")
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU where there is one)")
 
-# %% ../../nbs/50_cli.arguments.ipynb #0eabf618
-def _add_data_arguments(parser):
-    "The arguments that training and validation share."
-    parser.add_argument("--data", type=_named, default=None, metavar="WHAT", help="'digits' (the default: scikit-learn's, nothing to download), or a folder: ImageNet in any of its "
-                        "usual layouts, train/ and val/ with a folder of images per class, or only a folder per class")
-    parser.add_argument("--labels", default=None, metavar="FILE", help="classes of a flat ImageNet validation folder (default: looked for beside it)")
-    _add_machine_arguments(parser)
+# %% ../../nbs/50_cli.arguments.ipynb #1a05f0bc
+def _add_data_arguments(parser, data):
+    "The options that training and validation share."
+    add = parser.add_argument
+    add("--data", type=_folder_name, metavar="WHAT",
+        help="'digits' (scikit-learn's handwritten digits, no download), or a folder: ImageNet in any of its "
+             "usual layouts, train/ and val/ with a folder per class, or only a folder per class "
+             f"(default: {data})")
+    add("--labels", metavar="FILE",
+        help="classes of a flat ImageNet validation folder (default: searched for beside it)")
 
-# %% ../../nbs/50_cli.arguments.ipynb #ca0b5ec1
+# %% ../../nbs/50_cli.arguments.ipynb #71c2217f
+def _add_precision_argument(parser):
+    "The option of the commands that run a network without a recipe."
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                        help="bf16: autocast on GPUs (default: fp32)")
+
+# %% ../../nbs/50_cli.arguments.ipynb #029dbc7d
+def _add_recipe_arguments(parser):
+    "The recipe, and what overrides it."
+    description = "how to train; these options override the recipe that is chosen"
+    add = parser.add_argument_group("recipe", description).add_argument
+    add("--recipe", metavar="NAME|FILE",
+        help="n, t, s, t_v1 (as published), finetune, digits, or a recipe.toml (default: digits for digits, "
+             "finetune with --weights, else the published recipe of --size)")
+    add("--print-recipe", action="store_true", help="print the recipe and exit")
+    add("--epochs", type=_at_least(1), metavar="N", help="passes over the training images")
+    add("--lr", type=_at_least(0, float), help="highest learning rate")
+    add("--weight-decay", type=_at_least(0, float), metavar="W", help="weight decay of AdamW")
+    add("--effective-batch", type=_at_least(1), metavar="B",
+        help="images per optimizer step over all processes, reached by accumulating gradients")
+    add("--clip-grad", type=_at_least(0, float), metavar="NORM",
+        help="largest norm of the gradient; a larger one is scaled down")
+    add("--seed", type=_at_least(0), metavar="S", help="the same seed gives the same results")
+    add("--precision", choices=("fp32", "bf16"), help="bf16: autocast on GPUs (default: as the recipe says)")
+    add("--compile", action="store_true", default=None, help="compile the network with torch.compile")
+    add("--set", type=_field, action="append", default=[], metavar="NAME=VALUE",
+        help="set any other field of the recipe (--print-recipe shows them); may be repeated")
+
+# %% ../../nbs/50_cli.arguments.ipynb #dac98175
+def _add_run_arguments(parser):
+    "The run folder, and what else a run does."
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="FOLDER",
+        help="run folder; resumes the run that it holds (default: runs/DATA-SIZE; with --fast-dev-run "
+             "runs/try-DATA-SIZE, which always starts over)")
+    add("--overwrite", action="store_true", help="delete the run that the run folder holds and start over")
+    add("--checkpoint-minutes", type=_at_least(0, float), metavar="M",
+        help="also write a checkpoint every M minutes within an epoch")
+    add("--max-nonfinite-steps", type=_at_least(0), default=0, metavar="N",
+        help="skip at most N steps whose loss or gradient is not finite, then give up (default: 0)")
+    add("--fast-dev-run", type=_at_least(1), nargs="?", const=2, metavar="N",
+        help="see whether everything works: one epoch of N steps and N validation batches (default: 2)")
+    add("--check-data", action="store_true", help="read every image once, report the corrupt ones and exit")
+    add("--tensorboard", action="store_true", help="also log to TensorBoard, in the run folder")
+    add("--wandb", action="store_true",
+        help="also log to Weights & Biases (WANDB_MODE=offline: in the run folder)")
+
+# %% ../../nbs/50_cli.arguments.ipynb #b7b720b4
+_train_description = """\
+Train Mamba2D and leave a run folder with weights, history, curves, predictions, settings and checkpoints.
+Without arguments: M2D-N on scikit-learn's digits, a few minutes on two CPU cores.
+The same command resumes an interrupted run. SIGTERM or SIGINT writes a checkpoint and exits with code 75."""
+
+_train_examples = """\
+examples:
+  mamba2d-train
+  mamba2d-train --epochs 3 --seed 1 --out runs/quick
+  mamba2d-train --data imagenet --size t --checkpoint-minutes 20
+  mamba2d-train --data my/images --size t --weights M2D-T-backbone.ckpt --epochs 20
+  mamba2d-train --recipe runs/quick/recipe.toml --set drop_path=0.1
+  torchrun --nproc-per-node 8 -m mamba2d.cli train --data imagenet --size t"""
+
+# %% ../../nbs/50_cli.arguments.ipynb #44d51749
 def train_parser(prog: str = "mamba2d-train") -> argparse.ArgumentParser:
     "Arguments of `mamba2d-train`."
-    parser = make_parser(prog, "Train Mamba2D and leave a run folder with weights, history, curves, predictions, settings and checkpoints.\n"
-                     "Without arguments: M2D-N on scikit-learn's digits, a few minutes on two CPU cores.\n"
-                     "The same command resumes where a run was interrupted. SIGTERM or SIGINT writes a checkpoint and exits with code 75.",
-                     epilog="examples:\n  mamba2d-train\n  mamba2d-train --epochs 3 --seed 1 --out runs/quick\n"
-                            "  mamba2d-train --data imagenet --size t --checkpoint-minutes 20\n"
-                            "  mamba2d-train --data my/images --size t --weights M2D-T-backbone.ckpt --epochs 20\n"
-                            "  mamba2d-train --recipe runs/quick/recipe.toml --set drop_path=0.1\n"
-                            "  torchrun --nproc-per-node 8 -m mamba2d.cli train --data imagenet --size t")
-    _add_data_arguments(parser)
-    parser.add_argument("--weights", default=None, metavar="FILE", help="start from these: a file, or DEFAULT for the published ones (downloaded)")
-    recipe = parser.add_argument_group("recipe", "how to train; what is given here goes over the recipe that is chosen")
-    recipe.add_argument("--recipe", default=None, metavar="NAME|FILE", help="n, t, s, t_v1 (as published), finetune, digits, or a recipe.toml "
-                        "(default: digits for digits, finetune with --weights, else the size's)")
-    recipe.add_argument("--print-recipe", action="store_true", help="show the recipe and exit")
-    recipe.add_argument("--epochs", type=_at_least(1), default=None, metavar="N", help="passes over the training images")
-    recipe.add_argument("--lr", type=_at_least(0, float), default=None, help="highest learning rate")
-    recipe.add_argument("--weight-decay", type=_at_least(0, float), default=None, metavar="W", help="of AdamW")
-    recipe.add_argument("--effective-batch", type=_at_least(1), default=None, metavar="B", help="images per optimizer step over all processes; gradients are accumulated to reach it")
-    recipe.add_argument("--clip-grad", type=_at_least(0, float), default=None, metavar="NORM", help="longest gradient")
-    recipe.add_argument("--seed", type=_at_least(0), default=None, metavar="S", help="the same seed gives the same numbers")
-    recipe.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="bf16: autocast on GPUs")
-    recipe.add_argument("--compile", action="store_true", default=None, help="torch.compile the network")
-    recipe.add_argument("--set", type=_field, action="append", default=[], metavar="NAME=VALUE", help="any other field of the recipe (see --print-recipe); may be repeated")
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", default=None, metavar="FOLDER", help="run folder (default: runs/DATA-SIZE, with --fast-dev-run runs/try-DATA-SIZE, always anew); a run that it holds resumes")
-    run.add_argument("--overwrite", action="store_true", help="begin anew, whatever --out holds of a run")
-    run.add_argument("--checkpoint-minutes", type=_at_least(0, float), default=None, metavar="M", help="checkpoints within an epoch as well, M minutes apart")
-    run.add_argument("--max-nonfinite-steps", type=_at_least(0), default=0, metavar="N", help="skip so many steps whose loss or gradient is not finite before giving up (default: 0)")
-    run.add_argument("--fast-dev-run", type=_at_least(1), nargs="?", const=2, default=None, metavar="N", help="one epoch of N steps and N batches of everything else (default: 2), to see whether all works")
-    run.add_argument("--check-data", action="store_true", help="read every image once, report, and exit")
-    run.add_argument("--tensorboard", action="store_true", help="also write for TensorBoard, into the run folder")
-    run.add_argument("--wandb", action="store_true", help="also send to Weights & Biases (WANDB_MODE=offline: into the run folder)")
+    parser = make_parser(prog, _train_description, epilog=_train_examples)
+    _add_data_arguments(parser, "digits")
+    _add_model_arguments(parser, size="the one that the weights name, else n",
+                         batch_size="64, or 128 with a published recipe; fewer for a small dataset",
+                         image_size="as the recipe says, else 32 for digits and 224 for others")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="initial weights: a file, or DEFAULT for the published ones (downloaded)")
+    _add_recipe_arguments(parser)
+    _add_run_arguments(parser)
     return parser
 
-# %% ../../nbs/50_cli.arguments.ipynb #05bf4bc9
+# %% ../../nbs/50_cli.arguments.ipynb #c761d85c
+_validate_examples = """\
+examples:
+  mamba2d-validate runs/digits-n
+  mamba2d-validate --data imagenet --size t --weights M2D-T-backbone.ckpt --out validation
+  torchrun --nproc-per-node 8 -m mamba2d.cli validate runs/imagenet-t/checkpoints/best.pth"""
+
+# %% ../../nbs/50_cli.arguments.ipynb #15f844a9
 def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
     "Arguments of `mamba2d-validate`."
-    parser = make_parser(prog, "Accuracy of saved weights on the validation part of a dataset.",
-                     epilog="examples:\n  mamba2d-validate runs/digits-n/weights.pth\n"
-                            "  mamba2d-validate --data imagenet --size t --weights M2D-T-backbone.ckpt --out validation\n"
-                            "  torchrun --nproc-per-node 8 -m mamba2d.cli validate runs/imagenet-t/checkpoints/best.pth")
-    parser.add_argument("file", nargs="?", default=None, metavar="FILE", help="a run folder, or its weights or a checkpoint (which know their size and data), or any file of weights with --size and --data")
-    parser.add_argument("--weights", default=None, metavar="FILE", help="the same; DEFAULT for the published ones (downloaded)")
-    _add_data_arguments(parser)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast on GPUs (default: fp32)")
-    parser.add_argument("--without-scan", action="store_true", help="also the accuracy with the output of every scan set to zero")
-    parser.add_argument("--out", default=None, metavar="FOLDER", help="write predictions.csv, classes.csv and top_losses.png there")
+    description = "Measure the accuracy of saved weights on the validation images of a dataset."
+    parser = make_parser(prog, description, epilog=_validate_examples)
+    parser.add_argument("file", nargs="?", metavar="FILE",
+                        help="a run folder, its weights or one of its checkpoints, which name their network "
+                             "and data; or any file of weights, with --size and --data")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="the same; DEFAULT for the published weights (downloaded)")
+    _add_data_arguments(parser, "the data that the weights name, else digits")
+    _add_model_arguments(parser, size="the one that the weights name", batch_size="64",
+                         image_size="as the weights say, else 32 for digits and 224 for others")
+    _add_precision_argument(parser)
+    parser.add_argument("--without-scan", action="store_true",
+                        help="also measure the accuracy with the output of every scan set to zero")
+    parser.add_argument("--out", metavar="FOLDER",
+                        help="write predictions.csv, classes.csv and top_losses.png into this folder")
     return parser
 
-# %% ../../nbs/50_cli.arguments.ipynb #b079fb09
+# %% ../../nbs/50_cli.arguments.ipynb #d77d4375
+_predict_examples = """\
+examples:
+  mamba2d-predict runs/pets-n cat.jpg
+  mamba2d-predict runs/pets-n/weights.pth my/images --out predictions.csv
+  mamba2d-predict M2D-T-backbone.ckpt --size t my/images"""
+
+# %% ../../nbs/50_cli.arguments.ipynb #1f6399c5
 def predict_parser(prog: str = "mamba2d-predict") -> argparse.ArgumentParser:
     "Arguments of `mamba2d-predict`."
-    parser = make_parser(prog, "The likeliest classes of images.",
-                     epilog="examples:\n  mamba2d-predict runs/photos-n holiday.jpg\n  mamba2d-predict runs/photos-n/weights.pth my/images --out predictions.csv\n"
-                            "  mamba2d-predict M2D-T-backbone.ckpt --size t my/images")
-    parser.add_argument("weights", metavar="WEIGHTS", help="a run folder, its weights or a checkpoint, or any file of weights with --size; DEFAULT for the published ones (downloaded)")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders of them")
-    _add_machine_arguments(parser)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast on GPUs (default: fp32)")
-    parser.add_argument("--top", type=_at_least(1), default=3, metavar="K", help="how many classes of each image (default: 3)")
-    parser.add_argument("--out", default=None, metavar="FILE", help="write a CSV file with them, and only say how many images there were")
+    parser = make_parser(prog, "Predict the most likely classes of images.", epilog=_predict_examples)
+    parser.add_argument("weights", metavar="WEIGHTS",
+                        help="a run folder, its weights or one of its checkpoints; or, with --size, any file "
+                             "of weights, or DEFAULT for the published ones (downloaded)")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of images")
+    _add_model_arguments(parser, size="the one that the weights name", batch_size="64",
+                         image_size="as the weights say, else 224")
+    _add_precision_argument(parser)
+    parser.add_argument("--top", type=_at_least(1), default=3, metavar="K",
+                        help="classes per image (default: 3)")
+    parser.add_argument("--out", metavar="FILE",
+                        help="write the predictions into a CSV file, print only the number of images")
     return parser

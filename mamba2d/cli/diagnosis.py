@@ -5,43 +5,57 @@
 # %% auto #0
 __all__ = ['doctor']
 
-# %% ../../nbs/55_cli.diagnosis.ipynb #b5878610
+# %% ../../nbs/55_cli.diagnosis.ipynb #323c1772
 import os
 
 import mamba2d
 from .arguments import make_parser
 from .common import print_table, quiet_imports, run_command
 
-# %% ../../nbs/55_cli.diagnosis.ipynb #c3f994b6
-def diagnosis() -> list[tuple[str, str]]:
-    "What this machine has, and which backend the scan gets, as (name, finding) rows."
+# %% ../../nbs/55_cli.diagnosis.ipynb #fa0cbb68
+def _packages():
+    "Rows with the versions of the packages that mamba2d needs."
     import platform
+    import torch
+    system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    rows = [("mamba2d", mamba2d.__version__), ("python", system),
+            ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
+    for name in ("torchvision", "fastai", "sklearn", "matplotlib"):
+        try: rows.append((name, __import__(name).__version__))
+        except ImportError as error:
+            package = "scikit-learn" if name == "sklearn" else name
+            rows.append((name, f"MISSING ({error}): pip install {package}"))
+    return rows
+
+# %% ../../nbs/55_cli.diagnosis.ipynb #90a62f84
+def diagnosis() -> list[tuple[str, str]]:
+    "What this machine has, and which backend the scan gets, as rows of a table."
     import torch
     from mamba2d.scan.cpu import cpu_kernel_status
     from mamba2d.scan.cuda import cuda_kernel_status
     from mamba2d.scan.operator import available_backends
-    rows = [("mamba2d", mamba2d.__version__), ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-            ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
-    for name in ("torchvision", "fastai", "sklearn", "matplotlib"):
-        try: rows.append((name, __import__(name).__version__))
-        except ImportError as error: rows.append((name, f"MISSING ({error}): pip install {'scikit-learn' if name == 'sklearn' else name}"))
-    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    rows.append(("GPU", ", ".join(gpus) if gpus else "Apple GPU" if torch.backends.mps.is_available() else "none"))
-    usable, finding = cpu_kernel_status()
-    rows.append(("scan on the CPU", f"compiled kernel: {finding}" if usable else f"plain PyTorch, slower: {finding}"))
-    if gpus or torch.backends.mps.is_available():
-        usable, finding = cuda_kernel_status()
-        rows.append(("scan on the GPU", f"compiled kernel: {finding}" if usable else f"plain PyTorch, slower: {finding}"))
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    names = ", ".join(torch.cuda.get_device_name(k) for k in range(gpus))
+    rows = [*_packages(), ("GPU", names or ("Apple GPU" if mps else "none"))]
+    kernels = [("scan on the CPU", cpu_kernel_status)]
+    if gpus or mps: kernels.append(("scan on the GPU", cuda_kernel_status))
+    for place, status in kernels:
+        usable, reason = status()
+        rows.append((place, f"{'compiled kernel' if usable else 'plain PyTorch, slower'}: {reason}"))
     rows.append(("backends of the scan", ", ".join(available_backends())))
     forced = os.environ.get("MAMBA2D_BACKEND")
-    if forced: rows.append(("MAMBA2D_BACKEND", f"{forced}" + ("" if forced in ("auto", *available_backends()) else ": CANNOT RUN HERE, unset it")))
+    if forced:
+        usable = forced in ("auto", *available_backends())
+        rows.append(("MAMBA2D_BACKEND", forced + ("" if usable else ": CANNOT RUN HERE, unset it")))
     return rows
 
-# %% ../../nbs/55_cli.diagnosis.ipynb #a56be227
+# %% ../../nbs/55_cli.diagnosis.ipynb #120aeb5b
 def _doctor(args):
     quiet_imports()
     print_table(diagnosis())
 
+# %% ../../nbs/55_cli.diagnosis.ipynb #02b2f8d5
 def doctor(argv: list[str] | None = None):
     "`mamba2d-doctor`."
-    run_command("mamba2d-doctor", _doctor, make_parser("mamba2d-doctor", "What this machine has, which backend the scan gets, and why."), argv)
+    description = "Show what this machine has, which backend the scan gets, and why."
+    run_command("mamba2d-doctor", _doctor, make_parser("mamba2d-doctor", description), argv)

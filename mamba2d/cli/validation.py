@@ -5,60 +5,100 @@
 # %% auto #0
 __all__ = ['validate']
 
-# %% ../../nbs/53_cli.validation.ipynb #92327bac
+# %% ../../nbs/53_cli.validation.ipynb #d7704557
 from pathlib import Path
 
 from .arguments import validate_parser
-from .common import find_corrupt, build_model, check_forced_backend, end_process, init_distributed, load_data, UsageError, print_table, quiet_imports, resolve_weights, result_rows, run_command
+from .common import (
+    UsageError, build_model, check_forced_backend, end_process, find_corrupt, init_distributed, load_data,
+    print_table, quiet_imports, resolve_weights, result_rows, run_command)
 
-# %% ../../nbs/53_cli.validation.ipynb #e80a9712
-def _validate(args):
-    quiet_imports()
-    check_forced_backend()
-    from mamba2d.data.images import CorruptImageError
-    from mamba2d.training.checkpoints import different_classes
-    from mamba2d.training.runs import write_evaluation
-    from mamba2d.training.evaluation import evaluate, ablate_scan
-    if args.file and args.weights: raise UsageError(f"argument --weights: {args.file!r} is given as well; one of them is enough")
-    weights = args.file or args.weights
-    if weights is None: raise UsageError("the following arguments are required: a file of weights")
-    saved, config, size = resolve_weights(weights, args.size)
+# %% ../../nbs/53_cli.validation.ipynb #d7897977
+def _load_images(args, config, distributed):
+    "`DataLoaders`, the name of the data, whether the images are those that the run held out, and their side."
     data = args.data or config.get("data", "digits")
-    known = None if args.data else config.get("corrupt")  # what the run left out of its data
+    own = data == "digits" or Path(data).resolve() == Path(config.get("data", "digits"))
+    evaluate = not own and (config.get("classes") or True)
     if not args.data: args.labels = args.labels or config.get("labels")
-    own = data == "digits" or Path(data).resolve() == Path(config.get("data", "digits"))  # of which the run held something out
-    everything = not own and (config.get("classes") or True)
-    distributed = init_distributed(args.device)
-    image_size = args.image_size or config.get("image_size") or (32 if data == "digits" else 224)
+    # runs of older versions call the images that they left out broken
+    known = None if args.data else config.get("corrupt", config.get("broken"))
+    size = args.image_size or config.get("image_size") or (32 if data == "digits" else 224)
     try:
-        if args.out: distributed.on_rank_zero(lambda: Path(args.out).mkdir(parents=True, exist_ok=True))
-        corrupt = dict.fromkeys(known, "left out by the run") if known else find_corrupt(args, data, distributed, evaluate=everything)
+        if known: corrupt = dict.fromkeys(known, "left out by the run")
+        else: corrupt = find_corrupt(args, data, distributed, evaluate=evaluate)
     except (OSError, ValueError) as error: raise UsageError(str(error)) from error
-    dls = load_data(args, data, image_size, args.batch_size or 64, distributed, corrupt=corrupt, evaluate=everything)
-    classes, given = config.get("classes"), [str(c) for c in dls.vocab]
-    if classes and classes != given:
-        raise UsageError(f"argument --data: {data!r} has other classes than the weights ({len(given)} and {len(classes)}{different_classes(classes, given, 'of the weights', 'of the data')})")
-    model = build_model(size, weights=saved).to(dls.device)
-    if model.num_classes != dls.c: raise UsageError(f"argument --data: {data!r} has {dls.c} classes, the weights are for {model.num_classes}")
-    try: found = evaluate(model, dls.valid, distributed, args.precision)
-    except CorruptImageError as error: end_process(distributed, 1, f"mamba2d-validate: error: {error}; --skip-corrupt leaves such images out", alone=True)
+    dls = load_data(args, data, distributed, size=size, batch_size=args.batch_size or 64, corrupt=corrupt,
+                    evaluate=evaluate)
+    _check_classes(data, config.get("classes"), [str(c) for c in dls.vocab])
+    return dls, data, own, size
+
+# %% ../../nbs/53_cli.validation.ipynb #eecd52c8
+def _check_classes(data, known, given):
+    "Raise `UsageError` where the weights know other classes than the data has."
+    from mamba2d.training.checkpoints import different_classes
+    if not known or known == given: return
+    only = different_classes(known, given, "of the weights", "of the data")
+    raise UsageError(f"argument --data: {data!r} has other classes than the weights "
+                     f"({len(given)} and {len(known)}{only})")
+
+# %% ../../nbs/53_cli.validation.ipynb #c35d772e
+def _evaluate(args, model, loader, distributed):
+    "The evaluation of the network, and its accuracies, also without the scan if that is asked for."
+    from mamba2d.data.images import CorruptImageError
+    from mamba2d.training.evaluation import ablate_scan, evaluate
+    try: found = evaluate(model, loader, distributed, args.precision)
+    except CorruptImageError as error:
+        message = f"mamba2d-validate: error: {error}; --skip-corrupt leaves such images out"
+        end_process(distributed, 1, message, alone=True)
     result = {"accuracy": found.top(1), "top5": found.top(5), "loss": found.loss}
     if args.without_scan:
-        with ablate_scan(model): silenced = evaluate(model, dls.valid, distributed, args.precision)
-        result |= {"accuracy_without_scan": silenced.top(1), "loss_without_scan": silenced.loss}
+        with ablate_scan(model): ablated = evaluate(model, loader, distributed, args.precision)
+        result |= {"accuracy_without_scan": ablated.top(1), "loss_without_scan": ablated.loss}
+    return found, result
+
+# %% ../../nbs/53_cli.validation.ipynb #68f8385b
+def _lowest_accuracies(found, vocab):
+    "The five classes with the lowest accuracy, in words."
+    images, correct = (column.tolist() for column in found.per_class(len(vocab)))
+    accuracy = {str(name): right / n for name, n, right in zip(vocab, images, correct) if n}
+    lowest = sorted(accuracy.items(), key=lambda item: item[1])[:5]
+    return ", ".join(f"{name}: {100 * value:.0f} %" for name, value in lowest)
+
+# %% ../../nbs/53_cli.validation.ipynb #ef2ce667
+def _validate(args):
+    "Resolve, build, run."
+    quiet_imports()
+    check_forced_backend()
+    from mamba2d.training.runs import write_evaluation
+    if args.file and args.weights:
+        raise UsageError(f"argument --weights: FILE {args.file!r} is given as well; give one of them")
+    weights = args.file or args.weights
+    if weights is None: raise UsageError("the following arguments are required: FILE, or --weights")
+    saved, config, size = resolve_weights(weights, args.size)
+    distributed = init_distributed(args.device)
+    try:
+        if args.out: distributed.on_rank_zero(lambda: Path(args.out).mkdir(parents=True, exist_ok=True))
+    except OSError as error: raise UsageError(f"argument --out: {error}") from error
+    dls, data, own, image_size = _load_images(args, config, distributed)
+    model = build_model(size, weights=saved).to(dls.device)
+    if model.num_classes != dls.c:
+        raise UsageError(f"argument --data: {data!r} has {dls.c} classes, "
+                         f"the weights are for {model.num_classes}")
+    found, result = _evaluate(args, model, dls.valid, distributed)
     if distributed.rank == 0:
-        rows = [("data", f"{data} ({dls.layout}), {len(found.targets)} images{' held out' if own else ''}, {image_size} pixels"), *result_rows(result, dls.c), ("images per second", f"{len(found.targets) / found.seconds:.0f}")]
-        images, right = found.per_class(dls.c)
-        shares = {str(c): r / n for c, n, r in zip(dls.vocab, images.tolist(), right.tolist()) if n}
-        rows.append(("lowest accuracy of a class", ", ".join(f"{c} {100 * share:.0f} %" for c, share in sorted(shares.items(), key=lambda item: item[1])[:5])))
-        print_table(rows)
+        images = f"{len(found.targets)}{' validation' if own else ''} images"
+        print_table([("data", f"{data} ({dls.layout}), {images}, {image_size} pixels"),
+                     *result_rows(result, dls.c),
+                     ("images per second", f"{len(found.targets) / found.seconds:.0f}"),
+                     ("lowest class accuracies", _lowest_accuracies(found, dls.vocab))])
         if args.out:
             try: write_evaluation(args.out, found, dls.valid, dls.vocab)
-            except OSError as error: end_process(distributed, 1, f"mamba2d-validate: error: {error}", alone=True)
-            print(f"written into {args.out}: predictions.csv, classes.csv, top_losses.png")
+            except OSError as error:
+                end_process(distributed, 1, f"mamba2d-validate: error: {error}", alone=True)
+            print(f"wrote predictions.csv, classes.csv and top_losses.png into {args.out}")
     distributed.destroy()
 
-# %% ../../nbs/53_cli.validation.ipynb #fd97db73
+# %% ../../nbs/53_cli.validation.ipynb #f5c461b8
 def validate(argv: list[str] | None = None):
     "`mamba2d-validate`."
     run_command("mamba2d-validate", _validate, validate_parser(), argv)

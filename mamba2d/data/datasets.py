@@ -7,6 +7,7 @@ __all__ = ['canvas_mean', 'canvas_std', 'digit_images', 'digits_dls', 'make_imag
            'canvas_dls']
 
 # %% ../../nbs/25_data.datasets.ipynb #781ebb19
+import itertools
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -24,19 +25,35 @@ from sklearn.model_selection import train_test_split
 from torchvision.transforms import InterpolationMode, v2
 
 from .images import open_image
-from .loader import make_dataloaders, data_fingerprint
+from .loader import data_fingerprint, make_dataloaders
 from .random import check_integer, epoch_order
 
 # %% ../../nbs/25_data.datasets.ipynb #011b0228
 def digit_images(
     size: int = 32,  # pixels; the 8×8 originals are resized bicubically
 ) -> tuple[list[PILImage], list[str]]:  # RGB images and their classes "0" to "9"
-    "The 1797 digits of scikit-learn as images."
+    "Return the 1797 digits of scikit-learn as images."
     check_integer("size", size, 8)  # the digits' own size
     digits = load_digits()
-    gray = (digits.images * (255 / 16)).round().astype(np.uint8)
-    images = [PILImage.create(Image.fromarray(g).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")) for g in gray]
+    images = []
+    for gray in (digits.images * (255 / 16)).round().astype(np.uint8):
+        resized = Image.fromarray(gray).resize((size, size), Image.Resampling.BICUBIC)
+        images.append(PILImage.create(resized.convert("RGB")))
     return images, [str(label) for label in digits.target]
+
+# %% ../../nbs/25_data.datasets.ipynb #e1d145c9
+def _split_digits(labels, valid_pct, split_seed):
+    "Numbers of the digits for training and for validation; each class is split in the same proportion."
+    return train_test_split(range(len(labels)), test_size=valid_pct, random_state=split_seed, stratify=labels)
+
+def _digit_transforms(augment):
+    "Functions for the training images: turn by up to 10°, zoom by up to 1.1, and shift."
+    if not augment:
+        return [v2.PILToTensor()]
+    turn = v2.RandomAffine(
+        degrees=10, translate=(0.05, 0.05), scale=(1., 1.1), interpolation=InterpolationMode.BILINEAR
+    )
+    return [turn, v2.PILToTensor()]
 
 # %% ../../nbs/25_data.datasets.ipynb #57a82d43
 def digits_dls(
@@ -44,46 +61,91 @@ def digits_dls(
     size: int = 32,  # pixels
     valid_pct: float = 0.2,  # fraction of each class that is held out for validation
     split_seed: int = 42,  # the same images are held out whatever the seed of the training
-    augment: bool = True,  # turn by up to 10°, zoom by up to 1.1 and shift the training images
+    augment: bool = True,  # turn the training images by up to 10°, zoom by up to 1.1, and shift them
+    *,
     device=None,  # None: fastai's default, the GPU where there is one
     seed: int = 0,  # of order and augmentation
-    num_workers: int = 0,  # processes that prepare images besides the main one; these are so small that none is fastest
+    num_workers: int = 0,  # processes that prepare images; these are so small that none is fastest
 ) -> DataLoaders:  # batches of (B, 3, size, size) normalised floats and (B,) class numbers
-    "Training and validation batches of scikit-learn's digits, stratified by class. Raises `ValueError` naming a bad argument."
+    """Make training and validation batches of scikit-learn's digits, stratified by class.
+
+    Raises `ValueError` naming a bad argument."""
     check_integer("batch_size", batch_size, 1)
-    if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
+    if not 0 < valid_pct < 1:
+        raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     images, labels = digit_images(size)
-    train, valid = train_test_split(range(len(labels)), test_size=valid_pct, random_state=split_seed, stratify=labels)
-    pixels = np.stack([np.asarray(images[i]) for i in train]) / 255
+    train, valid = _split_digits(labels, valid_pct, split_seed)
     items = [dict(image=image, label=label) for image, label in zip(images, labels)]
-    data = Datasets(items, [[itemgetter("image")], [itemgetter("label"), Categorize()]], splits=(train, valid))
-    turn = v2.RandomAffine(degrees=10, translate=(0.05, 0.05), scale=(1., 1.1), interpolation=InterpolationMode.BILINEAR)
-    return make_dataloaders(data.train, data.valid, [*[turn] * augment, v2.PILToTensor()], [v2.PILToTensor()],
-                        [float(pixels.mean())] * 3, [float(pixels.std())] * 3, batch_size, seed, num_workers, device,
-                        layout="scikit-learn's digits", fingerprint=data_fingerprint(labels, train, valid), corrupt={})
+    pipelines = [[itemgetter("image")], [itemgetter("label"), Categorize()]]
+    data = Datasets(items, pipelines, splits=(train, valid))
+    pixels = np.stack([np.asarray(images[i]) for i in train]) / 255
+    return make_dataloaders(
+        [data.train, data.valid],
+        [_digit_transforms(augment), _digit_transforms(False)],
+        [[float(pixels.mean())] * 3, [float(pixels.std())] * 3],
+        batch_size=batch_size, seed=seed, num_workers=num_workers, device=device,
+        layout="scikit-learn's digits", fingerprint=data_fingerprint(labels, train, valid), corrupt={},
+    )
 
 # %% ../../nbs/25_data.datasets.ipynb #ddf23c0f
-def _stripe_pixels(k, classes, size, rng):
-    "Stripes whose direction and color tell the class."
-    width, height = size
-    y, x = np.mgrid[:height, :width] / min(size)
-    angle = np.pi * k / classes + rng.normal(0, 0.08)
-    wave = np.sin(2 * np.pi * (6 * (x * np.cos(angle) + y * np.sin(angle)) + rng.random()))[..., None]
-    color = np.array([np.cos(2 * np.pi * (k / classes + third / 3)) for third in range(3)])
-    return 128 + 60 * wave * color + 30 * color + rng.normal(0, 15, (height, width, 3))
+class _Stripes:
+    "Draws stripes whose direction and color tell the class."
+    def __init__(self, size, classes):
+        self.width, self.height = size
+        self.classes = classes
+        self.y, self.x = np.mgrid[:self.height, :self.width] / min(size)
+
+    def draw(self, k, rng):
+        angle = np.pi * k / self.classes + rng.normal(0, 0.08)
+        across = self.x * np.cos(angle) + self.y * np.sin(angle)
+        wave = np.sin(2 * np.pi * (6 * across + rng.random()))[..., None]
+        color = np.array([np.cos(2 * np.pi * (k / self.classes + third / 3)) for third in range(3)])
+        return 128 + 60 * wave * color + 30 * color + rng.normal(0, 15, (self.height, self.width, 3))
 
 # %% ../../nbs/25_data.datasets.ipynb #94a25f56
-def _photo_pixels(k, size, rng, originals, grain):
-    "Part of a photograph, with colors exchanged, mirrored or not, and with grain: photographic detail."
-    photograph = originals[k % 2]
-    share = rng.uniform(0.6, 1)
-    width = int(share * min(photograph.size[0], photograph.size[1] * size[0] / size[1]))
-    height = int(width * size[1] / size[0])
-    left, top = rng.integers(0, photograph.size[0] - width + 1), rng.integers(0, photograph.size[1] - height + 1)
-    part = np.asarray(photograph.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)))
-    part = np.roll(part[..., ::1 - 2 * (k // 6 % 2)], k // 2 % 3, axis=2)[:, ::1 - 2 * rng.integers(2)]
-    row, column = (rng.integers(0, n + 1) for n in (64, 64))
-    return part + grain[row:row + size[1], column:column + size[0]]
+class _Photographs:
+    "Draws parts of scikit-learn's two photographs; their colors tell the class."
+    def __init__(self, size, seed):
+        width, height = size
+        self.size = size
+        self.originals = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+        rng = np.random.default_rng(seed)
+        self.grain = rng.normal(0, 6, (height + 64, width + 64, 1)).astype(np.float32)
+
+    def draw(self, k, rng):
+        part = np.asarray(self.crop(self.originals[k % 2], rng))
+        reverse = k // 6 % 2
+        part = np.roll(part[..., ::1 - 2 * reverse], k // 2 % 3, axis=2)
+        part = part[:, ::1 - 2 * rng.integers(2)]
+        row, column = (rng.integers(0, n + 1) for n in (64, 64))
+        return part + self.grain[row:row + self.size[1], column:column + self.size[0]]
+
+    def crop(self, photograph, rng):
+        "Cut out 60 to 100 % of the photograph's width and resize it."
+        fraction = rng.uniform(0.6, 1)
+        width = int(fraction * min(photograph.size[0], photograph.size[1] * self.size[0] / self.size[1]))
+        height = int(width * self.size[1] / self.size[0])
+        left = rng.integers(0, photograph.size[0] - width + 1)
+        top = rng.integers(0, photograph.size[1] - height + 1)
+        box = (left, top, left + width, top + height)
+        return photograph.resize(self.size, Image.Resampling.BICUBIC, box=box)
+
+# %% ../../nbs/25_data.datasets.ipynb #3174f3d9
+_tree_parts = {"folders": ("", ""), "parts": ("train", "val"), "imagenet": ("TrainingSet", "ValidationSet")}
+
+def _tree_files(layout, names, counts, seed):
+    "List the files of a tree: (path below its root, key of its random numbers: part, class, number)."
+    order = epoch_order(counts[1] * len(names), seed, 0)
+    files = []
+    for part, count in enumerate(counts):
+        folder = Path(_tree_parts[layout][part])
+        for k, i in itertools.product(range(len(names)), range(count)):
+            if part and layout == "imagenet":
+                file = folder / f"ILSVRC2012_val_{order[k * count + i] + 1:08d}.JPEG"
+            else:
+                file = folder / names[k] / f"{names[k]}_{'v' * part}{i}.JPEG"
+            files.append((file, (part, k, i)))
+    return files
 
 # %% ../../nbs/25_data.datasets.ipynb #8febe955
 def make_image_tree(
@@ -92,43 +154,105 @@ def make_image_tree(
     per_class: int = 10,  # images for training
     valid_per_class: int = 4,  # images for validation
     size: tuple[int, int] = (64, 48),  # width and height in pixels
-    layout: str = "parts",  # "folders": a folder per class; "parts": train/ and val/ of them; "imagenet": TrainingSet/, flat ValidationSet/ and labels.txt
-    photographs: bool = False,  # parts of photographs instead of stripes; at 500×375 pixels a file has about 110 KB, as ImageNet's
+    *,
+    layout: str = "parts",  # or "folders": one per class, or "imagenet": with labels.txt
+    photographs: bool = False,  # parts of photographs, not stripes; 500×375 pixels have 110 KB, as ImageNet's
     quality: int = 95,  # of the JPEG files
     seed: int = 0,
 ) -> Path:  # the folder
-    "A tree of JPEG files whose content depends on the class (the photographs' on the first 12)."
-    if layout not in ("folders", "parts", "imagenet"): raise ValueError(f"layout must be one of folders, parts, imagenet, got {layout!r}")
-    path, names = Path(path), [f"n{k:08d}" for k in range(classes)] if isinstance(classes, int) else list(classes)
-    if photographs:
-        originals = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
-        grain = np.random.default_rng(seed).normal(0, 6, (size[1] + 64, size[0] + 64, 1)).astype(np.float32)
-    inner = {"folders": ("", ""), "parts": ("train", "val"), "imagenet": ("TrainingSet", "ValidationSet")}[layout]
-    lines, order = [], epoch_order(valid_per_class * len(names), seed, 0)
-    for part, count in enumerate((per_class, valid_per_class)):
-        for k, name in enumerate(names):
-            for i in range(count):
-                rng = np.random.default_rng((seed, part, k, i))
-                pixels = _photo_pixels(k, size, rng, originals, grain) if photographs else _stripe_pixels(k, len(names), size, rng)
-                file = path / inner[part] / name / f"{name}_{'v' * part}{i}.JPEG"
-                if part and layout == "imagenet":
-                    file = path / inner[1] / f"ILSVRC2012_val_{order[k * count + i] + 1:08d}.JPEG"
-                    lines.append(f"{file.name} {name}\n")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, quality=quality)
-    if layout == "imagenet": (path / "labels.txt").write_text("".join(sorted(lines)))
+    """Write a tree of JPEG files whose content depends on the class, and return its folder.
+
+    Photographs tell twelve classes apart. Raises `ValueError` for an unknown layout."""
+    if layout not in _tree_parts:
+        raise ValueError(f"layout must be one of {', '.join(_tree_parts)}, got {layout!r}")
+    path = Path(path)
+    names = [f"n{k:08d}" for k in range(classes)] if isinstance(classes, int) else list(classes)
+    painter = _Photographs(size, seed) if photographs else _Stripes(size, len(names))
+    labels = []
+    for file, (part, k, i) in _tree_files(layout, names, (per_class, valid_per_class), seed):
+        pixels = painter.draw(k, np.random.default_rng((seed, part, k, i)))
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path / file, quality=quality)
+        if part:
+            labels.append(f"{file.name} {names[k]}\n")
+    if layout == "imagenet":
+        (path / "labels.txt").write_text("".join(sorted(labels)))
     return path
 
 # %% ../../nbs/25_data.datasets.ipynb #f9c84204
 canvas_mean, canvas_std = 0.023, 0.13  # of the pixels of 128×128 canvases with four digits, between 0 and 1
 
 class Canvases(NamedTuple):
-    "Images of a marker and digits; places are (row, column) of centres in pixels."
+    "Images of a marker and digits; places are (row, column) of centers in pixels."
     images: torch.Tensor  # (count, 1, size, size), uint8
     labels: torch.Tensor  # (count,), the digit nearest to the marker down and to the right
     markers: torch.Tensor  # (count, 2)
     places: torch.Tensor  # (count, digits, 2), the answer first; -1 where a canvas has fewer digits
     classes: torch.Tensor  # (count, digits), the label first; -1 where a canvas has fewer digits
+
+# %% ../../nbs/25_data.datasets.ipynb #ac88e4e1
+_digit_side, _marker_side = 16, 10  # pixels
+
+def _handwriting(held_out):
+    "Images of each class, 0 to 9: arrays (n, 16, 16) of uint8."
+    pixels, targets = load_digits(return_X_y=True)
+    part = _split_digits(targets, 0.2, 42)[held_out]
+    gray = [(flat.reshape(8, 8) * (255 / 16)).round().astype(np.uint8) for flat in pixels[part]]
+    side = (_digit_side, _digit_side)
+    scaled = [np.asarray(Image.fromarray(g).resize(side, Image.Resampling.BICUBIC)) for g in gray]
+    return [np.stack([scaled[i] for i in np.flatnonzero(targets[part] == k)]) for k in range(10)]
+
+# %% ../../nbs/25_data.datasets.ipynb #32a85493
+_margin = 1.25  # how much farther away than the answer the next digit is
+_steepest = 3  # ratio of the longer to the shorter side of the way to the answer
+
+def _answers(centers, marks, gap):
+    "For each place of the marker the number of the digit that is the answer, and whether the place is clear."
+    steps = centers - marks[:, None]
+    distance = np.where((steps > 0).all(-1), steps.sum(-1).astype(float), np.inf)
+    answer = distance.argmin(1)
+    way = steps[np.arange(len(marks)), answer]
+    shortest, second = np.sort(np.c_[distance, np.full(len(marks), np.inf)], 1)[:, :2].T
+    clear = shortest < np.inf
+    clear &= second >= _margin * shortest
+    clear &= np.abs(steps).max(-1).min(1) >= gap
+    clear &= way.max(-1) <= _steepest * way.min(-1)
+    return answer, clear
+
+# %% ../../nbs/25_data.datasets.ipynb #f0cfc4d2
+def _do_touch(centers, size):
+    "Whether two of the digits are less than two pixels apart."
+    apart = np.abs(centers[:, None] - centers).max(-1) + size * np.eye(len(centers))
+    return apart.min() < _digit_side + 2
+
+def _lay_out(rng, present, size, gap, balanced):
+    "Draw the place of the marker and those of the digits, the answer first."
+    low, high = _digit_side // 2, size - _digit_side // 2 + 1
+    while True:
+        centers = rng.integers(_digit_side, high, (present, 2))
+        marks = rng.integers(low, high, (300, 2))
+        if _do_touch(centers, size):
+            continue
+        answers, fits = _answers(centers, marks, gap)
+        if balanced:
+            each_can_be = len(set(answers[fits])) == present
+            fits &= answers == rng.integers(present)
+            if not each_can_be:
+                continue
+        if fits.any():
+            break
+    first = np.flatnonzero(fits)[0]
+    answer = answers[first]
+    return marks[first], centers[[answer, *np.delete(range(present), answer)]]
+
+# %% ../../nbs/25_data.datasets.ipynb #2ae5d7cc
+def _paint(canvas, marker, places, glyphs):
+    "Paint digits and marker on a black canvas (size, size)."
+    for (row, column), glyph in zip(places - _digit_side // 2, glyphs):
+        canvas[row:row + _digit_side, column:column + _digit_side] = glyph
+    row, column = marker - _marker_side // 2
+    canvas[row:row + _marker_side, column:column + _marker_side] = 255
+    canvas[row + 2:row + _marker_side - 2, column + 2:column + _marker_side - 2] = 0
 
 # %% ../../nbs/25_data.datasets.ipynb #4b4378d1
 def digit_canvases(
@@ -137,52 +261,53 @@ def digit_canvases(
     held_out: bool = False,  # False: the digits that `digits_dls` trains on, True: those that it holds out
     size: int = 128,  # pixels of a side
     digits: int = 4,  # on a canvas, the answer included
+    *,
     fewer: bool = False,  # draw the number of digits of each canvas from 1 to `digits`
-    balanced: bool = True,  # False: the marker is drawn without regard to the answer, which then lies at the lower right more often: an easier lesson
-    gap: int = 28,  # pixels between the centres of marker and digits, along the rows or the columns
+    balanced: bool = True,  # False, easier: markers at random, and the answer more often at the lower right
+    gap: int = 28,  # pixels between the centers of marker and digits, along the rows or the columns
 ) -> Canvases:
-    "Draw digit canvases. Raises `ValueError` naming an argument that cannot be met."
-    digit, marker, aspect, margin = 16, 10, 3, 1.25  # sides in pixels; steepest way to the answer; how much farther the next digit is
-    if count < 1: raise ValueError(f"count must be at least 1, got {count}")
-    if not 1 <= digits <= 10: raise ValueError(f"digits must be from 1 to 10, got {digits}")
-    if gap < digit or size < 2 * digit + gap + 4 * digits:
-        raise ValueError(f"gap must be at least {digit} and size at least {2 * digit} + gap + 4 · digits = {2 * digit + gap + 4 * digits}, got gap {gap} and size {size}")
-    pixels, targets = load_digits(return_X_y=True)
-    part = train_test_split(range(len(targets)), test_size=0.2, random_state=42, stratify=targets)[held_out]  # as in digits_dls
-    gray = [(flat.reshape(8, 8) * (255 / 16)).round().astype(np.uint8) for flat in pixels[part]]
-    scaled = np.stack([np.asarray(Image.fromarray(g).resize((digit, digit), Image.Resampling.BICUBIC)) for g in gray])
-    of_class = [np.flatnonzero(targets[part] == k) for k in range(10)]
+    "Draw digit canvases. A bad argument raises `ValueError` naming it."
+    _check_canvases(count, size, digits, gap)
+    handwriting = _handwriting(held_out)
     rng = np.random.default_rng([seed, held_out])
     images = np.zeros((count, 1, size, size), dtype=np.uint8)
-    markers, places, classes = np.zeros((count, 2), dtype=np.int64), np.full((count, digits, 2), -1), np.full((count, digits), -1)
+    markers = np.zeros((count, 2), dtype=np.int64)
+    places = np.full((count, digits, 2), -1)
+    classes = np.full((count, digits), -1)
     for k in range(count):
         present = rng.integers(1, digits + 1) if fewer else digits
-        while True:  # until the digits do not touch, and each of them (if not balanced: any) is the answer for some of 300 places of the marker
-            centres = rng.integers(digit, size - digit // 2 + 1, (present, 2))
-            marks = rng.integers(digit // 2, size - digit // 2 + 1, (300, 2))
-            if (np.abs(centres[:, None] - centres).max(-1) + size * np.eye(present)).min() < digit + 2: continue
-            steps = centres - marks[:, None]
-            distance = np.where((steps > 0).all(-1), steps.sum(-1).astype(float), np.inf)
-            nearest, distances = distance.argmin(1), np.sort(np.c_[distance, np.full(300, np.inf)], 1)
-            to_nearest = steps[np.arange(300), nearest]
-            clear = ((distances[:, 0] < np.inf) & (distances[:, 1] >= margin * distances[:, 0]) & (np.abs(steps).max(-1).min(1) >= gap)
-                     & (to_nearest.max(-1) <= aspect * to_nearest.min(-1)))
-            fits = np.flatnonzero(clear & (nearest == rng.integers(present))) if balanced else np.flatnonzero(clear)
-            if len(fits) and (not balanced or len(set(nearest[clear])) == present): break
-        mark, answer = marks[fits[0]], nearest[fits[0]]
-        markers[k], places[k, :present], classes[k, :present] = mark, centres[[answer, *np.delete(range(present), answer)]], rng.permutation(10)[:present]
-        for (row, column), label in zip(places[k, :present] - digit // 2, classes[k]):
-            images[k, 0, row:row + digit, column:column + digit] = scaled[rng.choice(of_class[label])]
-        row, column = mark - marker // 2
-        images[k, 0, row:row + marker, column:column + marker] = 255
-        images[k, 0, row + 2:row + marker - 2, column + 2:column + marker - 2] = 0
+        markers[k], places[k, :present] = _lay_out(rng, present, size, gap, balanced)
+        classes[k, :present] = rng.permutation(10)[:present]
+        glyphs = [rng.choice(handwriting[label]) for label in classes[k, :present]]
+        _paint(images[k, 0], markers[k], places[k, :present], glyphs)
     return Canvases(*map(torch.from_numpy, (images, classes[:, 0].copy(), markers, places, classes)))
+
+def _check_canvases(count, size, digits, gap):
+    check_integer("count", count, 1)
+    check_integer("digits", digits, 1, 10)
+    least = 2 * _digit_side + gap + 4 * digits
+    if gap < _digit_side or size < least:
+        raise ValueError(
+            f"gap must be at least {_digit_side} and size at least {2 * _digit_side} + gap + 4 · digits "
+            f"= {least}, got gap {gap} and size {size}"
+        )
 
 # %% ../../nbs/25_data.datasets.ipynb #475205f6
 class _GrayImage(Transform):
-    "From all that `open_image` takes, or a tensor (1, H, W) or (H, W) of uint8, to a gray image."
+    "A gray image of all that `open_image` takes, or of a tensor (1, H, W) or (H, W) of uint8."
     input_types = (torch.Tensor, str, Path, bytes, np.ndarray, Image.Image)
-    def encodes(self, source): return PILImageBW.create(source.reshape(source.shape[-2:]) if isinstance(source, torch.Tensor) else open_image(source).convert("L"))
+
+    def encodes(self, source):
+        if isinstance(source, torch.Tensor):
+            return PILImageBW.create(source.reshape(source.shape[-2:]))
+        return PILImageBW.create(open_image(source).convert("L"))
+
+# %% ../../nbs/25_data.datasets.ipynb #6a80159d
+def _canvas_datasets(canvases, split_idx):
+    "fastai `Datasets` of canvases and their labels."
+    items = [dict(image=i, label=str(k)) for i, k in zip(canvases.images, canvases.labels.tolist())]
+    classes = Categorize(vocab=[str(k) for k in range(10)])
+    return Datasets(items, [[itemgetter("image"), _GrayImage], [itemgetter("label"), classes]], split_idx=split_idx)
 
 # %% ../../nbs/25_data.datasets.ipynb #bff470be
 def canvas_dls(
@@ -191,17 +316,22 @@ def canvas_dls(
     batch_size: int = 64,
     size: int = 128,  # pixels of a side
     digits: int = 4,
+    *,
     seed: int = 1,  # of the training canvases; the validation canvases are always the same
     balanced: bool = True,  # as in `digit_canvases`, for both parts
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of (B, 1, size, size) normalised floats and (B,) class numbers
-    "Training and validation batches of digit canvases. Raises `ValueError` naming a bad argument."
+    "Make training and validation batches of digit canvases. A bad argument raises `ValueError` naming it."
     check_integer("batch_size", batch_size, 1)
-    if batch_size > count: raise ValueError(f"batch_size must be between 1 and {count}, the training canvases, got {batch_size}")
-    parts = [digit_canvases(count, seed, size=size, digits=digits, fewer=True, balanced=balanced),
-             digit_canvases(valid_count, 0, held_out=True, size=size, digits=digits, balanced=balanced)]
-    data = [Datasets([dict(image=image, label=str(label)) for image, label in zip(part.images, part.labels.tolist())],
-                     [[itemgetter("image"), _GrayImage], [itemgetter("label"), Categorize(vocab=[str(k) for k in range(10)])]], split_idx=k) for k, part in enumerate(parts)]
-    transforms = [IntToFloatTensor(), Normalize.from_stats([canvas_mean], [canvas_std], cuda=False)]
-    return DataLoaders(*(TfmdDL(part, bs=bs, shuffle=k == 0, drop_last=k == 0, num_workers=0, after_item=ToTensor, after_batch=transforms)
-                         for k, (part, bs) in enumerate(zip(data, (batch_size, 2 * batch_size)))), device=default_device() if device is None else torch.device(device))
+    if batch_size > count:
+        raise ValueError(f"batch_size must be between 1 and {count}, the training canvases, got {batch_size}")
+    kwargs = dict(size=size, digits=digits, balanced=balanced)
+    train = _canvas_datasets(digit_canvases(count, seed, fewer=True, **kwargs), 0)
+    valid = _canvas_datasets(digit_canvases(valid_count, 0, held_out=True, **kwargs), 1)
+    normalise = Normalize.from_stats([canvas_mean], [canvas_std], cuda=False)
+    options = dict(num_workers=0, after_item=ToTensor, after_batch=[IntToFloatTensor(), normalise])
+    loaders = [
+        TfmdDL(train, bs=batch_size, shuffle=True, drop_last=True, **options),
+        TfmdDL(valid, bs=2 * batch_size, **options),
+    ]
+    return DataLoaders(*loaders, device=default_device() if device is None else torch.device(device))

@@ -26,7 +26,8 @@ from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_de
 from tqdm import tqdm
 
 from .images import CorruptImageError, open_image
-from .loader import cpu_cores, make_dataloaders, data_fingerprint, loader_options, start_worker, worker_count, KeyedDL
+from .loader import cpu_cores, data_fingerprint, KeyedDL, loader_options, make_dataloaders
+from .loader import start_worker, worker_count
 from .random import check_integer, epoch_order
 from .transforms import Augmentation, evaluation_transforms, ImageTransform
 
@@ -37,12 +38,13 @@ class ImageList(NamedTuple):
     train: np.ndarray  # (n,) records of two strings: file, label
     valid: np.ndarray
     vocab: list[str]  # the classes, sorted or as given
-    layout: str  # what was found, in words
+    layout: str  # description of what was found
 
     @property
     def files(self) -> list[str]:
         "Paths of all images, those for training first."
-        return [os.path.join(self.root, name) for part in (self.train, self.valid) for name in part["file"]]
+        parts = self.train, self.valid
+        return [os.path.join(self.root, name) for part in parts for name in part["file"]]
 
 # %% ../../nbs/24_data.imagefolder.ipynb #c03dd23c
 _EXPECTED = ("expected train/ and val/ (or TrainingSet/ and ValidationSet/) with a folder per class in each, or val/ flat with the devkit archive "
@@ -96,7 +98,7 @@ def _devkit_classes(file):
 
 # %% ../../nbs/24_data.imagefolder.ipynb #80e68d23
 def _read_labels(file, stems):
-    "Classes by name of the image without suffix, as one of the kinds of label files has them, and all classes that the file knows, sorted."
+    "Read a file of labels: {name of an image without suffix: class}, and all its classes, sorted."
     file = Path(file)
     if not file.is_file(): raise FileNotFoundError(f"labels: there is no file {str(file)!r}")
     if file.suffix in (".gz", ".bin"):
@@ -109,7 +111,9 @@ def _read_labels(file, stems):
 
 # %% ../../nbs/24_data.imagefolder.ipynb #4f2df9dd
 def _flat_labels(folder, files, classes, places, given):
-    "Classes of the images of a flat validation folder: {class: paths}, the name of the file that they come from, and all classes that it knows."
+    """Find the labels of a flat validation folder.
+
+    Returns {class: paths}, the name of the file that the labels come from, and all its classes."""
     stems = {Path(file).stem: file for file in files}
     if given is None:
         names = {place: sorted(os.listdir(place)) for place in dict.fromkeys(map(os.path.realpath, places)) if os.path.isdir(place)}
@@ -127,22 +131,26 @@ def _flat_labels(folder, files, classes, places, given):
     return sorted_out, Path(candidate).name, known
 
 # %% ../../nbs/24_data.imagefolder.ipynb #d872119d
-_parts = ("train", "training", "trainingset"), ("val", "valid", "validation", "validationset", "test")  # folders' names in small letters
+_parts = ("train", "training", "trainingset"), ("val", "valid", "validation", "validationset", "test")  # names of folders, in small letters
 
 def _is_class(name, root):
-    "Whether the folder is a class, whatever its name: it holds images itself, and so do folders beside it whose names are not those of parts (`test1`, say)."
+    """Whether a folder with the name of a part is a class.
+
+    It is one if it holds images itself, and so does a folder beside it that is no part (`test1` may be one)."""
     holds = lambda folder: any(_is_image_name(entry.name) for entry in os.scandir(folder))
     beside = [path for other, path in _folders(root).items() if not other.lower().startswith(("train", "val", "test"))]
     return not _folders(root / name) and holds(root / name) and any(map(holds, beside))
 
 # %% ../../nbs/24_data.imagefolder.ipynb #a480da0d
-def _held_out(classes, share, seed):
-    "Divide each class: two dictionaries {class: paths}."
+def _held_out(classes, fraction, seed):
+    "Split each class in two: dictionaries {class: paths} for training and validation."
     train, valid = {}, {}
     for k, (name, files) in enumerate(classes.items()):
-        if len(files) < 2: raise ValueError(f"data: class {name!r} has only the image {files[0]!r}: at least 2 are needed to hold one out")
+        if len(files) < 2:
+            raise ValueError(f"data: class {name!r} has only the image {files[0]!r}: "
+                             "at least 2 are needed to hold one out")
         order = epoch_order(len(files), seed, k)
-        count = min(max(round(share * len(files)), 1), len(files) - 1)
+        count = min(max(round(fraction * len(files)), 1), len(files) - 1)
         valid[name], train[name] = ([files[i] for i in sorted(part)] for part in (order[:count], order[count:]))
     return train, valid
 
@@ -152,9 +160,11 @@ def find_images(
     valid_pct: float = 0.2,  # fraction of each class that is held out where there is no validation part
     split_seed: int = 42,  # of that split
     labels: str | Path | None = None,  # file with the classes of a flat validation folder; None: looked for beside it
-    evaluate: bool | list[str] = False,  # the validation part, or else the whole folder, is to be evaluated, and nothing to train with; a list: the classes, in the order of their numbers
+    evaluate: bool | list[str] = False,  # all is validation data; a list: its classes, by number
 ) -> ImageList:
-    "Recognise the layout of a folder of images. Raises `FileNotFoundError` or `ValueError` naming the folder and what is expected in it."
+    """Recognise the layout of a folder of images.
+
+    Raises `FileNotFoundError` or `ValueError` naming the folder and what is expected in it."""
     path = Path(path)
     if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     vocab = None if isinstance(evaluate, bool) else [str(name) for name in evaluate] if isinstance(evaluate, (list, tuple)) else []
@@ -165,7 +175,8 @@ def find_images(
         if root.is_dir(): names = {name.lower(): name for name in _folders(root)}
         train, valid = (next((names[n] for n in known if n in names), None) for known in _parts)
         part = train or evaluate and valid
-        if part and _is_class(part, root): train = valid = part = None  # and so is the other: it is looked at only beside a part to train with
+        if part and _is_class(part, root):
+            train = valid = part = None  # so is the other one: it is a part only beside a training part
         if part: break
     else: root, train, valid = path, None, None
     prefix, source = f"{root.relative_to(path)}: " if root != path else "", None
@@ -210,7 +221,7 @@ def find_images(
 
 # %% ../../nbs/24_data.imagefolder.ipynb #b966a6f1
 class _Check(torch.utils.data.Dataset):
-    "What is wrong with each image, or an empty string."
+    "For each image what is wrong with it, or an empty string."
     def __init__(self, files): self.files = np.array(files)
     def __len__(self): return len(self.files)
     def __getitem__(self, k):
@@ -224,7 +235,7 @@ def check_images(
     num_workers: int | None = None,  # processes; None: one per core
     progress: bool = True,  # show a progress bar
 ) -> dict[str, str]:  # path -> what is wrong, only for those that cannot be read
-    "Decode every image once, in parallel."
+    "Decode every image once, in parallel, and return the corrupt ones."
     files = [str(file) for file in files]
     loader = DataLoader(_Check(files), batch_size=32, num_workers=cpu_cores() if num_workers is None else num_workers, collate_fn=list,
                         generator=torch.Generator(), worker_init_fn=start_worker)
@@ -233,7 +244,7 @@ def check_images(
 
 # %% ../../nbs/24_data.imagefolder.ipynb #ade203c2
 class OpenImage(Transform):
-    "From what names an image to the image. Takes records of a `ImageList`, and in `predict` all that `open_image` takes."
+    "Open an image: a record of an `ImageList`, or in `predict` all that `open_image` takes."
     input_types = (np.void, str, Path, bytes, np.ndarray, Image.Image)
     def __init__(
         self,
@@ -242,16 +253,22 @@ class OpenImage(Transform):
     ):
         super().__init__()
         self.root, self.lazy = str(root), lazy
-    def encodes(self, source): return open_image(os.path.join(self.root, source["file"]) if isinstance(source, np.void) else source, self.lazy)
+
+    def encodes(self, source):
+        if isinstance(source, np.void): source = os.path.join(self.root, source["file"])
+        return open_image(source, self.lazy)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #f75e0510
 class _ClassName(Transform):
-    "The class of a record of a `ImageList`; of a path, as `test_dl(files, with_labels=True)` takes them, the name of its folder."
+    "The class of a record; of a path, as in `test_dl(files, with_labels=True)`, the name of its folder."
     input_types = (np.void, str, Path)
-    def encodes(self, source): return source["label"] if isinstance(source, np.void) else os.path.basename(os.path.dirname(os.path.abspath(source)))
+
+    def encodes(self, source):
+        if isinstance(source, np.void): return source["label"]
+        return os.path.basename(os.path.dirname(os.path.abspath(source)))
 
 class _Records(np.ndarray):
-    "Records of a `ImageList` as fastai picks some of them: without `iloc` it takes an array for one item."
+    "Records of an `ImageList` as fastai picks some of them: without `iloc` it takes an array for one item."
     @property
     def iloc(self): return self
 
@@ -269,16 +286,20 @@ def imagenet_dls(
     size: int = 224,  # pixels
     *,
     seed: int = 0,  # of order and augmentation
-    num_workers: int | None = None,  # processes that prepare images; None: one per core but one, which the training itself needs, at most 16
-    augment: bool | dict | Augmentation = True,  # of training images: the published regime, none, or an `Augmentation` or its fields
+    num_workers: int | None = None,  # processes that prepare images; None: one per core but one, at most 16
+    augment: bool | dict | Augmentation = True,  # True: the published regime; an `Augmentation` or its fields
     skip_corrupt: bool = False,  # read every image once before, and leave out those that cannot be read
-    corrupt: dict[str, str] | list[str] | None = None,  # images to leave out that are known already, with or without reasons
-    valid_pct: float = 0.2, split_seed: int = 42,  # where there is no validation part: fraction of each class to hold out, and seed of the choice
+    corrupt: dict[str, str] | list[str] | None = None,  # to leave out, with or without reasons
+    valid_pct: float = 0.2,  # fraction of each class that is held out where there is no validation part
+    split_seed: int = 42,  # of that split
     labels: str | Path | None = None,  # file with the classes of a flat validation folder; None: looked for
-    evaluate: bool | list[str] = False,  # all is validation data, nothing is held out or to train with; a list: the classes of the network: see `find_images`
+    evaluate: bool | list[str] = False,  # all is validation data; a list: its classes, by number
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of (B, 3, size, size) floats with ImageNet's mean and deviation, and (B,) class numbers
-    "Training and validation batches. Raises `FileNotFoundError` or `ValueError` saying what is wrong and expected, and `CorruptImageError` where one is read."
+    """Training and validation batches.
+
+    Raises `FileNotFoundError` or `ValueError` saying what is wrong and what is expected. Reading a corrupt
+    image raises `CorruptImageError`."""
     for name, value, least in (("batch_size", batch_size, 1), ("size", size, 8), ("seed", seed, 0)): check_integer(name, value, least)
     if not isinstance(corrupt, (dict, list, type(None))): raise ValueError(f"corrupt must be a list of files, a dictionary of files and reasons, or None, got {corrupt!r}")
     if not isinstance(augment, (bool, dict, Augmentation)): raise ValueError(f"augment must be true, false, an Augmentation or a dictionary of its fields, got {augment!r}")
@@ -298,8 +319,11 @@ def imagenet_dls(
             for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False))) if len(part)]
     if not len(train): data.insert(0, data[0].new_empty())
     plain = evaluation_transforms(size)
-    return make_dataloaders(*data, augmentation.transforms(size) if augmentation else plain, plain, *imagenet_stats,
-                        batch_size, seed, workers, device, layout=found.layout, fingerprint=data_fingerprint(train, valid), corrupt=dict(corrupt))
+    return make_dataloaders(
+        data, [augmentation.transforms(size) if augmentation else plain, plain], imagenet_stats,
+        batch_size=batch_size, seed=seed, num_workers=workers, device=device, layout=found.layout,
+        fingerprint=data_fingerprint(train, valid), corrupt=dict(corrupt),
+    )
 
 # %% ../../nbs/24_data.imagefolder.ipynb #365f8afa
 def list_images(

@@ -21,6 +21,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import _loaders
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import default_device, to_detach, to_device
+from fastcore.basics import patch
 
 from .images import CorruptImageError
 from .random import check_integer, epoch_order, keyed_random
@@ -31,29 +32,37 @@ _ending = {signal.SIGTERM, signal.SIGINT}
 
 @contextlib.contextmanager
 def _signals_wait():
-    "Context manager: what would end this process comes when the block is left. A worker that is started inside never sees it."
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ending) if hasattr(signal, "pthread_sigmask") else None
-    try: yield
+    """Context manager: a signal that would end this process is handled when the block is left.
+
+    A worker that is started inside never sees it."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
+    try:
+        yield
     finally:
-        if before is not None: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../../nbs/23_data.loader.ipynb #76831e73
 def _heed_parent():
-    "End this worker when its parent, and nobody else, sends SIGTERM: multiprocessing does so with the workers that are left at its exit."
-    while (came := signal.sigwaitinfo(_ending)).si_signo != signal.SIGTERM or came.si_pid != os.getppid(): pass
-    os._exit(0)
+    "End this worker when its parent sends SIGTERM, as multiprocessing does at exit; ignore others."
+    while True:
+        came = signal.sigwaitinfo(_ending)
+        if came.si_signo == signal.SIGTERM and came.si_pid == os.getppid():
+            os._exit(0)
 
 # %% ../../nbs/23_data.loader.ipynb #cbd89cbf
 def start_worker(number=None):
-    "What the parent process has not cleaned up yet, such as the iterator of an epoch that was cut short, is not the worker's to clean up, nor are signals its to answer."
-    gc.freeze()
+    "Set up a worker: it neither cleans up what its parent left behind nor handles its signals."
+    gc.freeze()  # such as the iterator of an epoch that was cut short
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
         threading.Thread(target=_heed_parent, daemon=True).start()
 
 # %% ../../nbs/23_data.loader.ipynb #d53d2869
 class KeyedDL(TfmdDL):
-    "A fastai `DataLoader` in which the order of the images and their random transforms depend on seed, epoch and image only."
+    "A fastai `DataLoader` whose order and random transforms depend on seed, epoch and image only."
     def __init__(
         self,
         dataset,
@@ -61,8 +70,10 @@ class KeyedDL(TfmdDL):
         shuffle: bool = False,  # training: in the epoch's own order, transforms seeded by epoch as well
         num_workers: int = 0,
         drop_last: bool | None = None,  # leave out what fills no whole optimizer step; None: when shuffled
+        *,
         seed: int = 0,
-        rank: int = 0, world: int = 1,  # this process, and how many there are
+        rank: int = 0,  # of this process
+        world: int = 1,  # number of processes
         accumulate: int = 1,  # micro-batches per optimizer step
         **kwargs,  # of fastai's `TfmdDL`
     ):
@@ -70,103 +81,155 @@ class KeyedDL(TfmdDL):
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         self.epoch = self.first_batch = self.passes = 0
         self.waited = 0.
-        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, drop_last=shuffle if drop_last is None else drop_last, **kwargs)
-        self.fake_l.generator = torch.Generator()  # torch's iterators draw a number that nobody uses: not from the global generator
+        if drop_last is None:
+            drop_last = shuffle
+        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last, **kwargs)
+        # torch's iterators draw a number that nobody uses: not from the global generator
+        self.fake_l.generator = torch.Generator()
 
     def new(self, dataset=None, cls=None, **kwargs):
-        "A loader like this one, with some arguments changed."
-        kept = dict(seed=self.seed, rank=self.rank, world=self.world, accumulate=self.accumulate) if issubclass(cls or type(self), KeyedDL) else {}
-        if "shuffled" in kwargs: kwargs["shuffle"] = kwargs.pop("shuffled")  # what fastai's `tta` calls it
-        made = super().new(dataset, cls, **{**kept, **kwargs})
+        "Make a loader like this one, with some arguments changed."
+        if issubclass(cls or type(self), KeyedDL):
+            own = dict(seed=self.seed, rank=self.rank, world=self.world, accumulate=self.accumulate)
+            kwargs = {**own, **kwargs}
+        if "shuffled" in kwargs:  # what fastai's `tta` calls it
+            kwargs["shuffle"] = kwargs.pop("shuffled")
+        made = super().new(dataset, cls, **kwargs)
         made.epoch, made.passes = self.epoch, self.passes
-        self.passes = self.passes + 1 if self._split == 0 and not self.shuffle else 0  # fastai makes a loader of this one for each pass
+        # fastai makes a loader of this one for each pass of `tta`
+        self.passes = self.passes + 1 if self._split == 0 and not self.shuffle else 0
         return made
-
-    @property
-    def _split(self): return getattr(self.dataset, "split_idx", None)  # 0 where training transforms are on
-
-    def shard(
-        self,
-        rank: int, world: int,  # this process, and how many there are
-        accumulate: int = 1,  # micro-batches per optimizer step
-    ) -> "KeyedDL":
-        "Serve this process's share from now on; returns the loader. Raises `ValueError` if the images do not fill one optimizer step."
-        for name, value, fits, accepted in (("world", world, world >= 1, "at least 1"), ("rank", rank, 0 <= rank < world, f"0 to {world - 1}"),
-                                            ("accumulate", accumulate, accumulate >= 1, "at least 1")):
-            if not fits: raise ValueError(f"{name} must be {accepted}, got {value}")
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-        len(self)
-        return self
-
-    def start(
-        self,
-        epoch: int,
-        batch: int = 0,  # micro-batches of this process to leave out, without loading them
-    ) -> "KeyedDL":
-        "Let the next iteration serve `epoch` from `batch` on. After a whole iteration the next epoch follows by itself."
-        self.epoch, self.first_batch = epoch, batch
-        return self
-
-    def position(
-        self,
-        batch: int,  # number of a micro-batch of this process
-    ) -> int:
-        "Where in the epoch's order, which all processes share, the micro-batch begins."
-        return (batch * self.world + self.rank) * self.bs
-
-    def __len__(self):
-        if not self.drop_last: return -(-len(range(self.rank, self.n, self.world)) // self.bs)
-        steps = self.n // (self.bs * self.world * self.accumulate)
-        if self.n and not steps:
-            raise ValueError(f"batch_size {self.bs} × {self.world} processes × {self.accumulate} accumulated micro-batches are more than the "
-                             f"{self.n} training images: not one optimizer step; together they must be at most {self.n}")
-        return steps * self.accumulate
-
-    def get_idxs(self):
-        order = epoch_order(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
-        if self.drop_last: mine = order[:len(self) * self.world * self.bs].reshape(-1, self.world, self.bs)[:, self.rank].reshape(-1)
-        else: mine = order[self.rank::self.world]
-        return mine[self.first_batch * self.bs:].tolist()
 
     def _item(self, index, epoch):
         self.after_item.split_idx = self._split  # also where fastai wants an item outside of an iteration
-        with keyed_random(self.seed, epoch + 1 if self.shuffle else self.passes, index or 0): return super().do_item(index)
-
-    def do_item(self, s): return self._item(s, self.epoch)
-
-    def wif(self): start_worker()
-
-    def to_detach(self, b, cpu=True, gather=True):
-        "What fastai's metrics add up: this process's values. Its own way gathers them from all processes, which need not have equally many batches."
-        return to_detach(b, cpu=cpu, gather=False)
-
-    def __iter__(self):
-        "fastai's, but the host does not wait while a batch is copied to a GPU; `waited` is how many seconds the last batch had to be waited for."
-        self.randomize()
-        self.before_iter()
-        self._DataLoader__idxs = self.get_idxs()  # where fastai's sampler looks
-        asked = time.perf_counter()
-        try:
-            with _signals_wait(): batches = _loaders[self.fake_l.num_workers == 0](self.fake_l)
-            for batch in batches:
-                self.waited = time.perf_counter() - asked
-                if isinstance(batch, list): batch = tuple(batch)  # pinning memory makes lists of tuples
-                if self.device is not None: batch = to_device(batch, self.device, non_blocking=self.device.type == "cuda")
-                yield self.after_batch(batch)
-                asked = time.perf_counter()
-        except CorruptImageError as error: raise CorruptImageError(str(error).strip().rpartition("CorruptImageError: ")[2]) from None  # without a worker's traceback
-        self.after_iter()
-        if hasattr(self, "it"): del self.it
-        self.epoch, self.first_batch = self.epoch + 1, 0
+        epoch = epoch + 1 if self.shuffle else self.passes
+        with keyed_random(self.seed, epoch, index or 0):
+            return super().do_item(index)
 
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
-        "fastai's; `unique=True` shows the first image as `max_n` epochs would transform it."
+        "Show a batch as fastai does; `unique=True` shows the first image as `max_n` epochs would transform it."
         if unique and b is None:
-            self.before_iter()
-            epoch, first = self.epoch, self.get_idxs()[0]
-            b = self.do_batch([self._item(first, epoch + k) for k in range(max_n)])
-            b = self.after_batch(to_device(b, self.device))
+            b = self._first_image(max_n)
         return super().show_batch(b, max_n=max_n, ctxs=ctxs, show=show, **kwargs)
+
+# %% ../../nbs/23_data.loader.ipynb #cd5351bd
+@patch(as_prop=True)
+def _split(self: KeyedDL):
+    return getattr(self.dataset, "split_idx", None)
+
+@patch
+def do_item(self: KeyedDL, s):
+    return self._item(s, self.epoch)
+
+@patch
+def wif(self: KeyedDL):
+    start_worker()
+
+@patch
+def to_detach(self: KeyedDL, b, cpu=True, gather=True):
+    "Detach this process's values for fastai's metrics. Others may have fewer batches: nothing is gathered."
+    return to_detach(b, cpu=cpu, gather=False)
+
+# %% ../../nbs/23_data.loader.ipynb #2f73bb47
+@patch
+def _first_image(self: KeyedDL, epochs):
+    "A batch of the first image of the current epoch, as this and the following epochs transform it."
+    self.before_iter()
+    first = self.get_idxs()[0]
+    b = self.do_batch([self._item(first, self.epoch + k) for k in range(epochs)])
+    return self.after_batch(to_device(b, self.device))
+
+# %% ../../nbs/23_data.loader.ipynb #7b825f45
+@patch
+def __len__(self: KeyedDL):
+    if not self.drop_last:
+        mine = len(range(self.rank, self.n, self.world))
+        return -(-mine // self.bs)
+    steps = self.n // (self.bs * self.world * self.accumulate)
+    if self.n and not steps:
+        raise ValueError(
+            f"batch_size {self.bs} × {self.world} processes × {self.accumulate} accumulated micro-batches "
+            f"are more than the {self.n} training images: not one optimizer step; "
+            f"together they must be at most {self.n}"
+        )
+    return steps * self.accumulate
+
+@patch
+def get_idxs(self: KeyedDL):
+    order = epoch_order(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
+    if self.drop_last:
+        batches = order[:len(self) * self.world * self.bs].reshape(-1, self.world, self.bs)
+        mine = batches[:, self.rank].reshape(-1)
+    else:
+        mine = order[self.rank::self.world]
+    return mine[self.first_batch * self.bs:].tolist()
+
+# %% ../../nbs/23_data.loader.ipynb #c28fc750
+@patch
+def shard(
+    self: KeyedDL,
+    rank: int,  # of this process
+    world: int,  # number of processes
+    accumulate: int = 1,  # micro-batches per optimizer step
+) -> KeyedDL:
+    """Serve this process's shard from now on, and return the loader.
+
+    Raises `ValueError` naming a bad argument, or if the images do not fill one optimizer step."""
+    check_integer("world", world, 1)
+    check_integer("rank", rank, 0, world - 1)
+    check_integer("accumulate", accumulate, 1)
+    self.rank, self.world, self.accumulate = rank, world, accumulate
+    len(self)  # raises where there is not one step
+    return self
+
+@patch
+def start(
+    self: KeyedDL,
+    epoch: int,
+    batch: int = 0,  # micro-batches of this process to leave out, without loading them
+) -> KeyedDL:
+    "Let the next iteration serve `epoch` from `batch` on, and return the loader. The next epoch follows by itself."
+    self.epoch, self.first_batch = epoch, batch
+    return self
+
+@patch
+def position(
+    self: KeyedDL,
+    batch: int,  # number of a micro-batch of this process
+) -> int:
+    "Return where in the epoch's order, which all processes share, the micro-batch begins."
+    return (batch * self.world + self.rank) * self.bs
+
+# %% ../../nbs/23_data.loader.ipynb #0f12b2be
+@patch
+def _batches(self: KeyedDL):
+    "Yield the epoch's batches on the device. `waited`: how many seconds the last one had to be waited for."
+    asked = time.perf_counter()
+    with _signals_wait():
+        batches = _loaders[self.fake_l.num_workers == 0](self.fake_l)
+    for batch in batches:
+        self.waited = time.perf_counter() - asked
+        if isinstance(batch, list):  # pinning memory makes lists of tuples
+            batch = tuple(batch)
+        if self.device is not None:
+            batch = to_device(batch, self.device, non_blocking=self.device.type == "cuda")
+        yield self.after_batch(batch)
+        asked = time.perf_counter()
+
+@patch
+def __iter__(self: KeyedDL):
+    self.randomize()
+    self.before_iter()
+    self._DataLoader__idxs = self.get_idxs()  # where fastai's sampler looks
+    try:
+        yield from self._batches()
+    except CorruptImageError as error:  # without a worker's traceback
+        reason = str(error).strip().rpartition("CorruptImageError: ")[2]
+        raise CorruptImageError(reason) from None
+    self.after_iter()
+    if hasattr(self, "it"):
+        del self.it
+    self.epoch, self.first_batch = self.epoch + 1, 0
 
 # %% ../../nbs/23_data.loader.ipynb #3f01c5f6
 def data_fingerprint(*parts):
@@ -177,30 +240,49 @@ def data_fingerprint(*parts):
         digest.update(f"{part.dtype} {part.shape} ".encode() + part.tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/23_data.loader.ipynb #16029392
 def loader_options(num_workers, device, mean, std):
-    "What every loader of images is given: processes, device, and what makes normalised floats of bytes on it."
+    "Arguments of every loader of images: workers, device, and transforms from bytes to normalised floats."
     device = default_device() if device is None else torch.device(device)
-    return dict(num_workers=num_workers, device=device, pin_memory=device.type == "cuda",
-                after_batch=[ChannelsLast, IntToFloatTensor, Normalize.from_stats(mean, std, cuda=False)])
+    return dict(
+        num_workers=num_workers,
+        device=device,
+        pin_memory=device.type == "cuda",
+        after_batch=[ChannelsLast, IntToFloatTensor, Normalize.from_stats(mean, std, cuda=False)],
+    )
 
 # %% ../../nbs/23_data.loader.ipynb #d5c17545
-def make_dataloaders(train, valid, train_tfms, valid_tfms, mean, std, batch_size, seed, num_workers, device, path=".", **attributes):
-    "Keyed loaders of two fastai `Datasets`, with functions for their images; batches become normalised floats on the device."
-    transforms = [ImageTransform(*functions, split_idx=split) for split, functions in enumerate((train_tfms, valid_tfms))]  # each loader has both, for `tta`
-    options = dict(seed=seed, after_item=transforms, **loader_options(num_workers, device, mean, std))
-    dls = DataLoaders(KeyedDL(train, bs=batch_size, shuffle=True, **options), KeyedDL(valid, bs=2 * batch_size, **options), path=path, device=options["device"])
+def make_dataloaders(
+    datasets,  # fastai `Datasets` for training (it may be empty) and validation
+    transforms,  # for each of the two the functions that make a tensor (3, H, W) of uint8 of an image
+    stats,  # mean and deviation of the channels
+    *,
+    batch_size, seed, num_workers, device, path=".",
+    **attributes,  # of the result
+):
+    "Training and validation loaders of two datasets, as fastai `DataLoaders`."
+    train, valid = datasets
+    # each loader has both, for `tta`
+    after_item = [ImageTransform(*functions, split_idx=k) for k, functions in enumerate(transforms)]
+    options = dict(seed=seed, after_item=after_item, **loader_options(num_workers, device, *stats))
+    loaders = [
+        KeyedDL(train, bs=batch_size, shuffle=True, **options),
+        KeyedDL(valid, bs=2 * batch_size, **options),
+    ]
+    dls = DataLoaders(*loaders, path=path, device=options["device"])
     if not len(train):  # fastai decodes with the first loader, which looks at an image of its own to know how
         dls.valid._one_pass()
         dls.train._n_inp, dls.train._types = dls.valid._n_inp, dls.valid._types
-    for name, value in attributes.items(): setattr(dls, name, value)
+    for name, value in attributes.items():
+        setattr(dls, name, value)
     return dls
 
 # %% ../../nbs/23_data.loader.ipynb #fdabfa32
 def cpu_cores():
-    "Processor cores for this process: its share where several train on this machine."
+    "Processor cores for this process; several that train on this machine get equally many."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 def worker_count(given):
-    "How many processes prepare images, where nobody says it: one per core but one, at most 16."
+    "The given number of workers; None: one per core but one, at most 16."
     return min(max(1, cpu_cores() - 1), 16) if given is None else given

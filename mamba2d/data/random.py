@@ -12,43 +12,55 @@ import random
 import numpy as np
 import torch
 
-# %% ../../nbs/20_data.random.ipynb #9c756422
-def check_integer(name, value, least=0):
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least: raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-
 # %% ../../nbs/20_data.random.ipynb #615f9941
-# Separate streams of the same seed and epoch.
-ORDER_STREAM, ITEM_STREAM, MIX_STREAM = 0, 1, 2
+ORDER_STREAM, ITEM_STREAM, MIX_STREAM = 0, 1, 2  # separate random numbers for the same seed and epoch
 
-def entropy(stream, *address): return np.random.SeedSequence(address, spawn_key=(stream,))
+def entropy(stream, *key):
+    "The numpy `SeedSequence` of a key."
+    return np.random.SeedSequence(key, spawn_key=(stream,))
 
 # %% ../../nbs/20_data.random.ipynb #acbc5377
 @contextlib.contextmanager
 def keyed_random(
-    *address: int,  # integers of at least 0
+    *key: int,  # integers of at least 0
 ):
-    "Context manager: Python's, numpy's and torch's CPU generators are seeded from `address`, and are afterwards what they were before."
-    words = entropy(ITEM_STREAM, *address).generate_state(4)
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    "Context manager: seed Python's, NumPy's and torch's CPU generators from `key`; restore them at the end."
+    words = entropy(ITEM_STREAM, *key).generate_state(4)
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.get_rng_state()
     try:
         random.seed(words.tobytes())
         np.random.seed(words)
-        torch.default_generator.manual_seed(int(words[0]))  # torch.manual_seed would also reset the GPUs' generators
+        # torch.manual_seed would also reset the GPUs' generators
+        torch.default_generator.manual_seed(int(words[0]))
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
 
 # %% ../../nbs/20_data.random.ipynb #71d5db22
 def epoch_order(
     n: int,  # number of images
-    seed: int, epoch: int,
+    seed: int,
+    epoch: int,
 ) -> np.ndarray:  # (n,) a permutation of 0 to n - 1
-    "The order in which an epoch goes through the training images, in all processes together."
-    return np.random.Generator(np.random.Philox(entropy(ORDER_STREAM, seed, epoch))).permutation(n)
+    "The order in which an epoch goes through the training images, over all processes."
+    generator = np.random.Generator(np.random.Philox(entropy(ORDER_STREAM, seed, epoch)))
+    return generator.permutation(n)
 
 # %% ../../nbs/20_data.random.ipynb #40fd188e
 def seed_from(*numbers):
-    "A 63-bit seed that depends on all the numbers and their order."
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    "A 63-bit seed that depends on all numbers and their order."
+    word = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return int(word >> np.uint64(1))
+
+# %% ../../nbs/20_data.random.ipynb #9c756422
+def check_integer(name, value, least=0, most=None):
+    "Raise `ValueError` unless the value is an integer from `least` to `most`; None: as large as you like."
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if is_integer and value >= least and (most is None or value <= most):
+        return
+    accepted = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name} must be an integer {accepted}, got {value!r}")

@@ -7,7 +7,7 @@ __all__ = ['Augmentation', 'evaluation_transforms', 'mix_pairs']
 
 # %% ../../nbs/22_data.transforms.ipynb #cc16d8b2
 import dataclasses
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
@@ -20,12 +20,86 @@ from scipy.special import betaincinv
 from torchvision.transforms import InterpolationMode, v2
 
 from .images import reading_image
-from .random import entropy, MIX_STREAM
+from .random import check_integer, entropy, MIX_STREAM
+
+# %% ../../nbs/22_data.transforms.ipynb #fa4db60e
+class ImageTransform(Transform):
+    "Functions for the image of an item, and not for its class."
+    def __init__(
+        self,
+        *transforms,  # such as torchvision's: from an RGB image to a tensor (3, H, W) of uint8
+        split_idx: int | None = None,  # only for a training (0) or validation set (1); None: always
+    ):
+        super().__init__(split_idx=split_idx)
+        self.transforms = transforms
+
+    def encodes(self, image: Image.Image):
+        for transform in self.transforms:
+            image = transform(image)
+        return TensorImage(image)
+
+# %% ../../nbs/22_data.transforms.ipynb #b10ca8b0
+class ChannelsLast(Transform):
+    "Channels-last memory format on a GPU: convolutions in bf16 are faster in it."
+    order = IntToFloatTensor.order - 1  # while the pixels are bytes
+
+    def encodes(self, x: TensorImage):
+        return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+
+# %% ../../nbs/22_data.transforms.ipynb #814fd3dc
+class _RandomResizedCrop:
+    "torchvision's `RandomResizedCrop` to a square, without the copy in between."
+    def __init__(
+        self,
+        size: int,  # pixels
+        min_scale: float = 0.08,  # smallest fraction of the image's area
+        random_interpolation: bool = True,  # bilinear or bicubic; False: bicubic
+    ):
+        self.size = size
+        self.scale = [min_scale, 1.]
+        self.random_interpolation = random_interpolation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = v2.RandomResizedCrop.get_params(image, self.scale, [3 / 4, 4 / 3])
+        bilinear = self.random_interpolation and torch.rand(()) < 0.5
+        full_width, full_height = image.size
+        self._decode(image, width, height)
+        x, y = image.size[0] / full_width, image.size[1] / full_height  # 1 where it was decoded at its full size
+        box = (left * x, top * y, (left + width) * x, (top + height) * y)
+        resampling = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+        return image.resize((self.size, self.size), resampling, box=box)
+
+    def _decode(self, image, width, height):
+        "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if a crop of this size then has twice the pixels needed."
+        full_width, full_height = image.size
+        enough_width = -(-full_width * 2 * self.size // width)
+        enough_height = -(-full_height * 2 * self.size // height)
+        with reading_image(image):
+            image.draft(None, (enough_width, enough_height))
+            image.load()
+
+# %% ../../nbs/22_data.transforms.ipynb #b92c4b79
+class _NoiseErasing(v2.RandomErasing):
+    "torchvision's random erasing for bytes: noise with ImageNet's mean and deviation, cut off at 0 and 255."
+    def __init__(self, p: float = 0.25):
+        super().__init__(p=p, scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3), value="random")
+
+    def make_params(self, flat_inputs):
+        params = super().make_params(flat_inputs)
+        if params["v"] is not None:
+            mean, deviation = (255 * torch.tensor(stats)[:, None, None] for stats in imagenet_stats)
+            params["v"] = (params["v"] * deviation + mean).clamp(0, 255)
+        return params
+
+# %% ../../nbs/22_data.transforms.ipynb #b3611db1
+def _check_probability(name, value):
+    if not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
 
 # %% ../../nbs/22_data.transforms.ipynb #229ad18d
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    "Random transforms of training photographs. Raises `ValueError` naming the field."
+    "Random transforms of training images. A wrong value raises `ValueError` naming the field."
     min_scale: float = 0.08  # smallest fraction of the image's area that is cut out
     flip: float = 0.5  # probability of a mirror image
     randaugment: int = 2  # operations of RandAugment; 0: none
@@ -34,98 +108,83 @@ class Augmentation:
     random_interpolation: bool = True  # resize with a bilinear or a bicubic filter; False: always bicubic
 
     def __post_init__(self):
-        for name, kind, fits, accepted in (("min_scale", Real, lambda v: 0 < v <= 1, "above 0 and at most 1"), ("flip", Real, lambda v: 0 <= v <= 1, "between 0 and 1"),
-                                           ("randaugment", Integral, lambda v: v >= 0, "an integer of at least 0"),
-                                           ("magnitude", Integral, lambda v: 0 <= v <= 30, "an integer from 0 to 30"),
-                                           ("erasing", Real, lambda v: 0 <= v <= 1, "between 0 and 1")):
-            value = getattr(self, name)
-            if not isinstance(value, kind) or not fits(value): raise ValueError(f"{name} must be {accepted}, got {value!r}")
+        if not isinstance(self.min_scale, Real) or not 0 < self.min_scale <= 1:
+            raise ValueError(f"min_scale must be above 0 and at most 1, got {self.min_scale!r}")
+        _check_probability("flip", self.flip)
+        check_integer("randaugment", self.randaugment)
+        check_integer("magnitude", self.magnitude, 0, 30)
+        _check_probability("erasing", self.erasing)
 
     def transforms(
         self,
         size: int,  # pixels
     ) -> list:  # from an image, decoded or not, to a tensor (3, size, size) of uint8
-        "The transforms in their order."
-        mean = [round(255 * m) for m in imagenet_stats[0]]
-        augment = v2.RandAugment(self.randaugment, self.magnitude, interpolation=InterpolationMode.BILINEAR, fill=mean)
-        return [RandomResizedCrop(size, self.min_scale, self.random_interpolation), v2.RandomHorizontalFlip(self.flip), *[augment] * (self.randaugment > 0),
-                v2.PILToTensor(), *[NoiseErasing(self.erasing)] * (self.erasing > 0)]
-
-# %% ../../nbs/22_data.transforms.ipynb #814fd3dc
-class RandomResizedCrop:
-    "A random part of an image, resized to a square: torchvision's `RandomResizedCrop` without the copy in between."
-    def __init__(
-        self,
-        size: int,  # pixels
-        min_scale: float = 0.08,  # smallest fraction of the image's area
-        random_interpolation: bool = True,  # bilinear or bicubic; False: bicubic
-    ):
-        self.size, self.scale, self.random_interpolation = size, [min_scale, 1.], random_interpolation
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        top, left, height, width = v2.RandomResizedCrop.get_params(image, self.scale, [3 / 4, 4 / 3])
-        bilinear = self.random_interpolation and torch.rand(()) < 0.5
-        before = image.size
-        with reading_image(image):
-            # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; at the smallest that leaves the part twice the pixels that are needed, for the filter
-            image.draft(None, (-(-before[0] * 2 * self.size // width), -(-before[1] * 2 * self.size // height)))
-            image.load()
-        x, y = image.size[0] / before[0], image.size[1] / before[1]
-        box = (left * x, top * y, (left + width) * x, (top + height) * y)
-        return image.resize((self.size, self.size), Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC, box=box)
-
-# %% ../../nbs/22_data.transforms.ipynb #b92c4b79
-class NoiseErasing(v2.RandomErasing):
-    "torchvision's random erasing for bytes: noise with ImageNet's mean and deviation, cut off at 0 and 255."
-    def __init__(self, p: float = 0.25): super().__init__(p=p, scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3), value="random")
-    def make_params(self, flat_inputs):
-        params = super().make_params(flat_inputs)
-        if params["v"] is not None:
-            mean, deviation = (255 * torch.tensor(stats)[:, None, None] for stats in imagenet_stats)
-            params["v"] = (params["v"] * deviation + mean).clamp(0, 255)
-        return params
+        "Return the transforms in their order."
+        crop = _RandomResizedCrop(size, self.min_scale, self.random_interpolation)
+        transforms = [crop, v2.RandomHorizontalFlip(self.flip)]
+        if self.randaugment:
+            mean = [round(255 * m) for m in imagenet_stats[0]]
+            bilinear = InterpolationMode.BILINEAR
+            transforms.append(
+                v2.RandAugment(self.randaugment, self.magnitude, interpolation=bilinear, fill=mean)
+            )
+        transforms.append(v2.PILToTensor())
+        if self.erasing:
+            transforms.append(_NoiseErasing(self.erasing))
+        return transforms
 
 # %% ../../nbs/22_data.transforms.ipynb #f6b309a5
 def evaluation_transforms(
     size: int,  # pixels
 ) -> list:  # from an image to a tensor (3, size, size) of uint8
-    "Short side to `size`, antialiased bicubic, and the middle."
-    return [v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(size), v2.PILToTensor()]
+    "Return transforms that resize the short side to `size`, antialiased and bicubic, and cut out the middle."
+    resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return [resize, v2.CenterCrop(size), v2.PILToTensor()]
 
-# %% ../../nbs/22_data.transforms.ipynb #fa4db60e
-class ImageTransform(Transform):
-    "Transforms of the image of an item, and not of its class."
-    def __init__(
-        self,
-        *transforms,  # functions, such as torchvision's transforms, from an RGB image to a tensor (3, H, W) of uint8
-        split_idx: int | None = None,  # 0: only while the dataset is one to train with, 1: to validate, None: always
-    ):
-        super().__init__(split_idx=split_idx)
-        self.transforms = transforms
+# %% ../../nbs/22_data.transforms.ipynb #17ab06a1
+def _pair_numbers(pairs, first, *, seed, epoch):
+    "Four numbers from 0 to 1 for each of some pairs, from pair number `first` on: (4, pairs)."
+    key = entropy(MIX_STREAM, seed, epoch).generate_state(2, np.uint64)
+    bits = np.random.Philox(key=key, counter=first).random_raw(4 * pairs) >> np.uint64(11)
+    return bits.reshape(pairs, 4).T * 2.0 ** -53
 
-    def encodes(self, image: Image.Image):
-        for transform in self.transforms: image = transform(image)
-        return TensorImage(image)
-
-# %% ../../nbs/22_data.transforms.ipynb #b10ca8b0
-class ChannelsLast(Transform):
-    "On a GPU, keep the channels of a pixel together: convolutions in bf16 are faster so."
-    order = IntToFloatTensor.order - 1  # while they are bytes
-    def encodes(self, x: TensorImage): return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+# %% ../../nbs/22_data.transforms.ipynb #2cdb74df
+def _cut_box(lam, y, x, height, width):
+    "The box of each pair, (pairs, 4): top, bottom, left, right. `y` and `x`, from 0 to 1, are its middle."
+    row, column = np.floor(y * height), np.floor(x * width)
+    half = 0.5 * np.sqrt(1 - lam)
+    high, wide = np.floor(half * height), np.floor(half * width)
+    sides = (
+        np.maximum(row - high, 0), np.minimum(row + high, height),
+        np.maximum(column - wide, 0), np.minimum(column + wide, width),
+    )
+    return np.stack(sides, 1)
 
 # %% ../../nbs/22_data.transforms.ipynb #fce388f7
-def _mix_draws(pairs, first, height, width, seed, epoch, mixup, cutmix, switch):
-    "What happens to each pair: (pairs, 5) floats: weight of the own image outside the box, and the box: top, bottom, left, right."
-    key = entropy(MIX_STREAM, seed, epoch).generate_state(2, np.uint64)
-    choice, share, y, x = (np.random.Philox(key=key, counter=first).random_raw(4 * pairs) >> np.uint64(11)).reshape(pairs, 4).T * 2.0 ** -53
-    chosen = choice < switch if mixup > 0 and cutmix > 0 else np.full(pairs, cutmix > 0)
-    alpha = np.where(chosen, cutmix, mixup)
-    share = betaincinv(alpha, alpha, share)
-    # as torchvision's CutMix: sides of sqrt(1 - share) of the image's around a whole pixel, cut off at the border
-    row, column, half = np.floor(y * height), np.floor(x * width), 0.5 * np.sqrt(1 - share)
-    high, wide = np.floor(half * height), np.floor(half * width)
-    box = np.stack([np.maximum(row - high, 0), np.minimum(row + high, height), np.maximum(column - wide, 0), np.minimum(column + wide, width)], 1)
-    return np.column_stack([np.where(chosen, 1., share), np.where(chosen[:, None], box, 0.)])
+def _mix_draws(pairs, first, size, *, seed, epoch, mixup, cutmix, switch):
+    "For each pair the weight of its own image outside the box, and the box: top, bottom, left, right."
+    choice, uniform, y, x = _pair_numbers(pairs, first, seed=seed, epoch=epoch)
+    cuts = choice < switch if mixup > 0 and cutmix > 0 else np.full(pairs, cutmix > 0)
+    alpha = np.where(cuts, cutmix, mixup)
+    lam = betaincinv(alpha, alpha, uniform)
+    box = np.where(cuts[:, None], _cut_box(lam, y, x, *size), 0.)
+    return np.column_stack([np.where(cuts, 1., lam), box])
+
+# %% ../../nbs/22_data.transforms.ipynb #16c554b3
+def _blend(images, labels, drawn):
+    "Mix each image with its neighbour. `drawn`, (B, 5): what `_mix_draws` gives for each image's pair."
+    height, width = images.shape[-2:]
+    outside, top, bottom, left, right = drawn.unbind(1)
+    row, column = (torch.arange(n, device=images.device)[None] for n in (height, width))
+    rows = (row >= top[:, None]) & (row < bottom[:, None])
+    columns = (column >= left[:, None]) & (column < right[:, None])
+    inside = rows[:, None, :, None] & columns[:, None, None, :]
+    own = torch.where(inside, 0., outside[:, None, None, None]).to(images.dtype)
+    pixels = images.as_subclass(torch.Tensor)
+    partner = torch.arange(len(images), device=images.device) ^ 1
+    mixed = torch.lerp(pixels[partner], pixels, own).as_subclass(type(images))
+    lam = (outside - (bottom - top) * (right - left) / (height * width))[:, None]
+    return mixed, torch.lerp(labels[partner], labels, lam)
 
 # %% ../../nbs/22_data.transforms.ipynb #2902bdeb
 def mix_pairs(
@@ -133,29 +192,34 @@ def mix_pairs(
     targets: torch.Tensor,  # (B,) class numbers
     classes: int,
     *,
-    seed: int, epoch: int,
+    seed: int,
+    epoch: int,
     position: int,  # of the first image in the epoch's order, even (`KeyedDL.position`)
-    mixup: float = 0.8,  # α of the Beta distribution of MixUp's share; 0: no MixUp
-    cutmix: float = 1.0,  # α of CutMix; 0: no CutMix
+    mixup: float = 0.8,  # α of MixUp's Beta distribution; 0: no MixUp
+    cutmix: float = 1.0,  # α of CutMix's; 0: no CutMix
     switch: float = 0.5,  # probability of CutMix where both are on
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mixed images as given, (B, classes) float targets
-    "MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899) of neighbours in the epoch's order. Raises `ValueError` naming a bad argument."
-    for name, value, fits, accepted in (("mixup", mixup, mixup >= 0, "at least 0"), ("cutmix", cutmix, cutmix >= 0, "at least 0"),
-                                        ("switch", switch, 0 <= switch <= 1, "between 0 and 1")):
-        if not fits: raise ValueError(f"{name} must be {accepted}, got {value}")
+    """Apply MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899) to neighbours in the epoch's order.
+
+    Raises `ValueError` naming a bad argument."""
+    _check_mixing(mixup, cutmix, switch)
     labels = torch.nn.functional.one_hot(targets.as_subclass(torch.Tensor), classes).float()
-    if not mixup and not cutmix: return images, labels
+    if not mixup and not cutmix:
+        return images, labels
     if len(images) % 2 or position % 2:
-        raise ValueError(f"MixUp and CutMix mix pairs: the batch size must be even, got {len(images)} images at position {position}")
-    height, width = images.shape[-2:]
-    drawn = _mix_draws(len(images) // 2, position // 2, height, width, seed, epoch, mixup, cutmix, switch)
+        raise ValueError(
+            "MixUp and CutMix mix pairs: the batch size must be even, "
+            f"got {len(images)} images at position {position}"
+        )
+    drawn = _mix_draws(
+        len(images) // 2, position // 2, images.shape[-2:],
+        seed=seed, epoch=epoch, mixup=mixup, cutmix=cutmix, switch=switch,
+    )
     drawn = torch.from_numpy(drawn.astype(np.float32).repeat(2, axis=0)).to(images.device, non_blocking=True)
-    outside, top, bottom, left, right = drawn.unbind(1)
-    row, column = (torch.arange(n, device=images.device)[None] for n in (height, width))
-    rows, columns = (row >= top[:, None]) & (row < bottom[:, None]), (column >= left[:, None]) & (column < right[:, None])
-    own = torch.where(rows[:, None, :, None] & columns[:, None, None, :], 0., outside[:, None, None, None]).to(images.dtype)
-    pixels = images.as_subclass(torch.Tensor)
-    partner = torch.arange(len(images), device=images.device) ^ 1
-    mixed = torch.lerp(pixels[partner], pixels, own).as_subclass(type(images))
-    share = (outside - (bottom - top) * (right - left) / (height * width))[:, None]
-    return mixed, torch.lerp(labels[partner], labels, share)
+    return _blend(images, labels, drawn)
+
+def _check_mixing(mixup, cutmix, switch):
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if not alpha >= 0:
+            raise ValueError(f"{name} must be at least 0, got {alpha}")
+    _check_probability("switch", switch)

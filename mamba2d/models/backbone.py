@@ -61,16 +61,16 @@ class Classifier(nn.Module):
 # %% ../../nbs/11_models.backbone.ipynb #773342dc
 def _is_integer(value): return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
-def _check_numbers(whole, rates):
-    "Raise a `ValueError` that names the argument: `whole` and `rates` are dictionaries of arguments."
-    for name, value in whole.items():
+def _check_numbers(integers, rates):
+    "Raise a `ValueError` that names the argument: `integers` and `rates` are dictionaries of arguments."
+    for name, value in integers.items():
         if not _is_integer(value): raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     for name, value in rates.items():
         if not isinstance(value, Real) or not 0 <= value <= 1: raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
 
 # %% ../../nbs/11_models.backbone.ipynb #6b89c1ba
 def _stagewise(depths, dims, mixers, residual_scale):
-    "The arguments as tuples with an entry per stage; raise a `ValueError` that names the one that is none."
+    "The arguments as tuples with an entry per stage; raise a `ValueError` that names the argument that has none."
     if isinstance(residual_scale, bool) and isinstance(dims, Iterable): residual_scale = [residual_scale] * len(tuple(dims))
     named = dict(depths=depths, dims=dims, mixers=mixers, residual_scale=residual_scale)
     for name, values in named.items():

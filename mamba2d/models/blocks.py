@@ -140,7 +140,7 @@ class M2DMixer(nn.Module):
         return y if self.local_path is None else y + self.local_path(self.local_norm(x))
 
 # %% ../../nbs/10_models.blocks.ipynb #f85155b4
-def rotary_table(
+def _rotary_table(
     height: int, width: int,
     head_dim: int,  # channels per head, a multiple of 4
     base: float = 10000.,
@@ -156,9 +156,9 @@ def rotary_table(
     return angles.cos(), angles.sin()
 
 # %% ../../nbs/10_models.blocks.ipynb #cc9ca414
-def rotate(
+def _rotate(
     x: Tensor,  # (..., positions, head_dim)
-    cosine: Tensor, sine: Tensor,  # (positions, head_dim // 2), from `rotary_table`
+    cosine: Tensor, sine: Tensor,  # (positions, head_dim // 2), from `_rotary_table`
 ) -> Tensor:
     "Turn each pair of neighbouring channels by the angle of its position."
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -185,9 +185,9 @@ class Attention(nn.Module):
         heads = self.qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))   # (B, H·W, 3, heads, head_dim)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
-            cosine, sine = rotary_table(height, width, self.head_dim, device=x.device)
+            cosine, sine = _rotary_table(height, width, self.head_dim, device=x.device)
             # the rotation is computed in float32 (or finer), attention in the dtype of its input
-            q, k = [norm(rotate(t, cosine, sine).to(norm.weight.dtype)).to(v.dtype) for t, norm in ((q, self.q_norm), (k, self.k_norm))]
+            q, k = [norm(_rotate(t, cosine, sine).to(norm.weight.dtype)).to(v.dtype) for t, norm in ((q, self.q_norm), (k, self.k_norm))]
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
 

@@ -99,8 +99,9 @@ def read_weights(
 
 # %% ../../nbs/12_models.weights.ipynb #3d19dc13
 def tensors_in(source):
-    "The mapping from names to tensors in a loaded file: itself, a Lightning checkpoint's `state_dict`, our `model`, or a run's EMA weights, which come first."
-    for key in ("average", "weights", "state_dict", "model"):
+    """The mapping from names to tensors in a loaded file: itself, a Lightning checkpoint's `state_dict`, our `model`, or a
+    run's EMA weights, which come first (under "average" in checkpoints of earlier versions)."""
+    for key in ("ema", "average", "weights", "state_dict", "model"):
         if isinstance(source, Mapping) and isinstance(source.get(key), Mapping): source = source[key]
     if not isinstance(source, Mapping) or not source or not all(isinstance(v, Tensor) for v in source.values()):
         raise ValueError("weights: expected a state dict (names to tensors), alone or under 'state_dict' or 'model'; got "
@@ -133,8 +134,8 @@ def load_published(
 ) -> Mamba2D:  # the same model
     """Load weights into `model`, strictly.
 
-    Raises `ValueError` listing the first missing, unexpected and mis-shaped names (under our names where they could be translated);
-    the model is then unchanged."""
+    Raises `ValueError` listing the first names that are missing, unexpected or have a size mismatch (our names, where they
+    could be translated); the model is then unchanged."""
     tensors = _in_our_names(model, tensors_in(read_weights(source) if isinstance(source, (str, Path)) else source))
     expected = model.state_dict()
     if backbone_only:

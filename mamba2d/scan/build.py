@@ -27,11 +27,12 @@ class KernelError(RuntimeError):
 
 # %% ../../nbs/01_scan.build.ipynb #974b7189
 def source_folder() -> Path:
-    "The folder with the sources of the kernels. Raises `KernelError` if they are missing."
+    "The folder `csrc`, which holds the sources in `cpu` and `cuda`. Raises `KernelError` if they are missing."
     package = Path(find_spec("mamba2d").origin).resolve().parent
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "scan.h").exists(): return folder
-    raise KernelError(f"the sources of the kernels are missing: neither {package / 'csrc'} nor {package.parent / 'csrc'} has a scan.h")
+        if (folder / "cpu" / "scan.h").exists(): return folder
+    raise KernelError("the sources of the kernels are missing: "
+                      f"neither {package / 'csrc'} nor {package.parent / 'csrc'} has a cpu/scan.h")
 
 def cache_folder() -> Path:
     "The folder where built kernels are kept: `MAMBA2D_CACHE`, or mamba2d in the user's cache. Raises `OSError` where the user has no home."
@@ -41,7 +42,7 @@ def cache_folder() -> Path:
 # %% ../../nbs/01_scan.build.ipynb #70cd5096
 @contextmanager
 def _build_lock(path):
-    "Hold the lock file `path`; gives False where the file system knows no locks (builds are still safe, only made more than once)."
+    "Hold the lock file `path`. Gives False where the file system has no locks: builds are then safe too, but may be made twice."
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

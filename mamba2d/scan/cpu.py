@@ -30,6 +30,10 @@ _cpu_sources = ("scan.h", "ops.cpp", "scan_cpu.cpp")
 _cpu_objects = {"ops.o": ("ops.cpp", ""), "float32.o": ("scan_cpu.cpp", "-DSCAN_REAL=float -DSCAN_MAIN"),
                 "float64.o": ("scan_cpu.cpp", "-DSCAN_REAL=double")}
 
+def _read_cpu_sources():
+    "Text of each source of the CPU kernel, by file name."
+    return {name: (source_folder() / "cpu" / name).read_text(encoding="utf-8") for name in _cpu_sources}
+
 # %% ../../nbs/02_scan.cpu.ipynb #fef9c136
 def _build_cpu_library(folder, sources, flags):
     "Compile `sources` (name -> text) in `folder`, returns the path of the library. Raises `KernelError` with what the compiler said."
@@ -53,7 +57,7 @@ def _build_cpu_library(folder, sources, flags):
 def build_cpu_library() -> Path:
     "The compiled CPU kernel, built if it is not in the cache yet. Raises `KernelError` saying what is missing."
     if fcntl is None: raise KernelError("the CPU kernel is built on Linux and macOS only; on Windows, WSL has it")
-    sources = {name: (source_folder() / name).read_text(encoding="utf-8") for name in _cpu_sources}
+    sources = _read_cpu_sources()
     flags = compile_flags()
     key = "\n".join([*sources.values(), *flags, os.environ.get("CXX", ""), platform.system(), platform.machine()])
     try: return build_once("scan_cpu", key, lambda folder: _build_cpu_library(folder, sources, flags), ".so")

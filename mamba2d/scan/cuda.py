@@ -97,11 +97,11 @@ class _Kernel:
         self.name, self.allowed, self.launch, self.context = name, 48 * 1024, driver.cuLaunchKernel, ctypes.c_void_p()
         check_driver(driver.cuCtxGetCurrent(ctypes.byref(self.context)), "finding the current context")
 
-    def allow_shared(self, shared, part):
-        "Let the kernel be started with `shared` bytes of shared memory, and make `part` of a multiprocessor's memory shared memory, the rest cache."
+    def allow_shared(self, shared, fraction):
+        "Allow `shared` bytes of shared memory for a block, and make a `fraction` of a multiprocessor's memory shared, the rest cache."
         if shared > self.allowed: check_driver(cuda_driver().cuFuncSetAttribute(self.function, 8, shared), "asking for shared memory")
         self.allowed = max(shared, self.allowed)
-        check_driver(cuda_driver().cuFuncSetAttribute(self.function, 9, min(100, math.ceil(100 * part))), "dividing a multiprocessor's memory")
+        check_driver(cuda_driver().cuFuncSetAttribute(self.function, 9, min(100, math.ceil(100 * fraction))), "dividing a multiprocessor's memory")
 
     def __call__(self, grid, block, shared, stream, arguments):
         "Start the kernel on `stream` with the bytes of its one argument."
@@ -158,7 +158,8 @@ _wide, _narrow = (0, 1, 2), (5, 6, 7)  # which inputs have E channels in their l
 _forward_tile_override = {}  # for measurements (clear `_plans` after a change): rows, warps, channels of a thread of the forward pass
 
 # %% ../../nbs/04_scan.cuda.ipynb #b7b78dcd
-lockstep = os.environ.get("MAMBA2D_LOCKSTEP", "0") not in ("", "0")  # for compute-sanitizer's racecheck: all warps of a block meet together (csrc/NOTES.md)
+# for compute-sanitizer's racecheck: all warps of a block wait at one barrier (see "Races" below)
+_lockstep = os.environ.get("MAMBA2D_LOCKSTEP", "0") not in ("", "0")
 
 # %% ../../nbs/04_scan.cuda.ipynb #7a3e68da
 def _make_plan(tensors, softplus, aligned, device):
@@ -179,14 +180,14 @@ def _make_plan(tensors, softplus, aligned, device):
         OFFSET="int" if offsets < 2**31 - 2**20 else "i64", REAL="double" if plan.double else "float", STATES=plan.n, NS=plan.lanes.per_thread,
         NG=plan.lanes.groups, STRIP=_strip, SPAN=plan.tile.span, SOFTPLUS=int(softplus), SKIP=int(tensors[8] is not None),
         BIAS_T=int(tensors[9] is not None), BIAS_L=int(tensors[10] is not None), SAME_E=same(_wide, like_x), SAME_N=same(_narrow),
-        SAVED_T=_type_names[_saved_dtype(x.dtype, plan.real)], LOCKSTEP=int(lockstep))
+        SAVED_T=_type_names[_saved_dtype(x.dtype, plan.real)], LOCKSTEP=int(_lockstep))
     plan.saved_rows, plan.saved_cols, plan.channels_padded, plan.saved_shape = _saved_layout(x.shape, plan.n, x.dtype, plan.real, plan.shared_limit)
     plan.aligned = aligned and plan.channels % 4 == 0 and plan.n % 4 == 0 and all(s % 4 == 0 for t in images for s in _strides_of(t)[:3])
     return plan
 
 # %% ../../nbs/04_scan.cuda.ipynb #d6bf56df
 def _saved_dtype(dtype, real):
-    "How the states between the passes are kept, for `x` of that dtype and arithmetic in `real`."
+    "The dtype of the states kept for the backward pass, for `x` of that dtype and arithmetic in `real`."
     return torch.bfloat16 if (dtype, real) == (torch.bfloat16, torch.float32) else real
 
 def _saved_layout(shape, n, dtype, real, shared_limit):
@@ -283,7 +284,7 @@ def _dense_copies(tensors):
 
 # %% ../../nbs/04_scan.cuda.ipynb #616fef24
 def _allocate_room(plan, x, stream):
-    "Memory for the time of a call: (the tensor that holds it, address of the counters, cleared, address of the rest)."
+    "Memory for the time of a call: (the tensor that holds it, address of the zeroed counters, address of the rest)."
     room = x.new_empty(plan.scratch, dtype=torch.uint8)
     flags = room.data_ptr()
     if plan.counters:
@@ -311,8 +312,8 @@ def cuda_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, de
     h, saved = plan.like_h.new_empty(plan.h_shape), plan.like_saved.new_empty(plan.kept_shape)
     if plan.grid:
         stream = _stream(device)
-        room, flags, handover = _allocate_room(plan, x, stream) if plan.scratch else (None, 0, 0)
-        pointers = *pointers, h.data_ptr(), saved.data_ptr(), handover, flags
+        room, flags, carry = _allocate_room(plan, x, stream) if plan.scratch else (None, 0, 0)
+        pointers = *pointers, h.data_ptr(), saved.data_ptr(), carry, flags
         plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*(map(add, pointers, plan.offsets) if plan.offsets else pointers)) + plan.tail)
     return y, h, saved
 
@@ -337,9 +338,9 @@ def _plan_backward(tensors, grad_y, key, softplus, reverse, aligned, device):
     plan.groups, plan.strips = -(-e // group), -(-h // _strip)
     plan.grid, plan.block = b * plan.groups * plan.strips, _strip * 32
     plan.flags = 2 * plan.grid + 1 if plan.groups > 1 or plan.strips > 1 else 0
-    plan.handover = b * w * plan.channels_padded * padded_n * size if plan.strips > 1 else 0
+    plan.carry = b * w * plan.channels_padded * padded_n * size if plan.strips > 1 else 0
     plan.partial = b * plan.strips * (2 * padded_n + 3) * plan.channels_padded * size
-    plan.room = plan.handover + plan.partial + (b * h * w * 3 * n * size if plan.groups > 1 else 0)
+    plan.room = plan.carry + plan.partial + (b * h * w * 3 * n * size if plan.groups > 1 else 0)
     of_grad_y = _strides_of(grad_y)
     _pack_arguments(plan, reverse, tensors, (of_grad_y, wide, narrow),
                  ((of_grad_y, grad_y.element_size()), (None, 0), *((wide, tensors[k].element_size()) for k in _wide),
@@ -368,10 +369,10 @@ def cuda_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_b
     if saved.shape != plan.saved_shape:  # the forward pass did not know that this would come
         saved = cuda_forward(*inputs, delta_softplus, reverse, False, True)[2]
     stream = _stream(device)
-    room, flags, handover = _allocate_room(plan, x, stream)
-    partial = handover + plan.handover
+    room, flags, carry = _allocate_room(plan, x, stream)
+    partial = carry + plan.carry
     out = [g.data_ptr() for g in grads]
-    pointers = *pointers, saved.data_ptr(), out[0], out[1], out[2], out[5], out[6], out[7], partial, handover, partial + plan.partial, flags
+    pointers = *pointers, saved.data_ptr(), out[0], out[1], out[2], out[5], out[6], out[7], partial, carry, partial + plan.partial, flags
     plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*(map(add, pointers, plan.offsets) if plan.offsets else pointers)) + plan.tail)
     plan.sum_kernel(plan.sum_grid, 512, 0, stream, plan.sum_pack(partial, out[3], out[4], out[8], out[9], out[10], *plan.sum_tail))
     return tuple(grads)

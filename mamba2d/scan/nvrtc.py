@@ -52,7 +52,8 @@ def cuda_driver():
     try: library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
     except OSError as error: raise KernelError(f"there is no CUDA driver here ({error})") from None
     p, i = ctypes.c_void_p, ctypes.c_int
-    # none for cuLaunchKernel: looking at its arguments' types would take longer than the call, so its caller hands over addresses as ctypes' pointers
+    # none for cuLaunchKernel: ctypes would take longer to look at the types of its arguments than the call takes,
+    # so its caller passes addresses as ctypes' pointers
     library.cuMemsetD32Async.argtypes = [p, ctypes.c_uint, ctypes.c_size_t, p]
     library.cuModuleLoadData.argtypes = [p, p]
     library.cuCtxGetCurrent.argtypes, library.cuCtxSetCurrent.argtypes = [p], [p]
@@ -89,8 +90,9 @@ def _nvrtc_architectures():
 # %% ../../nbs/03_scan.nvrtc.ipynb #d6f60c55
 @lru_cache(maxsize=None)
 def _cuda_sources():
-    "Texts of the CUDA sources by file name."
-    return {path.name: path.read_text(encoding="utf-8") for path in source_folder().iterdir() if path.suffix in (".cu", ".cuh")}
+    "Text of each CUDA source, by file name."
+    paths = [path for path in (source_folder() / "cuda").iterdir() if path.suffix in (".cu", ".cuh")]
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #a7a15ead
 def _nvrtc_compile(name, source, headers, options, ptx):
@@ -117,7 +119,7 @@ def _nvrtc_compile(name, source, headers, options, ptx):
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #a25e630a
 def compile_cuda(
-    name: str,  # file in csrc
+    name: str,  # file in csrc/cuda
     macros: dict,  # name -> value of each macro
     capability: int,  # compute capability of the card, such as 90
     cache: bool = True,  # look into the cache folder first, and write to it

@@ -23,7 +23,7 @@ from .cuda import cuda_backward, cuda_forward, cuda_kernel_status, cuda_saved_sh
 from .reference import backward_by_diagonals, check_arguments, compute_dtype, forward_by_diagonals, selective_scan_2d_ref
 
 # %% ../../nbs/05_scan.operator.ipynb #bb7060bc
-backend_names = ("cpu", "cuda", "reference")
+_backend_names = ("cpu", "cuda", "reference")
 
 class ScanKernels(NamedTuple):
     "A compiled implementation of the operators below, registered by name in `_kernels`."
@@ -58,7 +58,7 @@ def available_backends() -> tuple[str, ...]:
 def _require_backend(name, source="backend"):
     "Raise if `name`, which comes from `source`, is not a backend of this machine."
     if name == "auto": return
-    if name not in backend_names: raise ValueError(f"{source} must be one of auto, {', '.join(backend_names)}, got {name!r}")
+    if name not in _backend_names: raise ValueError(f"{source} must be one of auto, {', '.join(_backend_names)}, got {name!r}")
     usable, reason = _backend_status(name)
     if not usable:
         raise RuntimeError(f"{source} {name!r} cannot run here: {reason}. Available: {', '.join(available_backends())}; "
@@ -92,7 +92,7 @@ class scan_backend:
 
 # %% ../../nbs/05_scan.operator.ipynb #499cf6b2
 def _kernels_for(backend, x, A_t):
-    "The `ScanKernels` that shall compute this problem, None for the reference; raises if a forced backend cannot."
+    "The `ScanKernels` that compute this problem, None for the reference; raises if a forced backend cannot."
     if backend == "reference": return None
     if backend != "auto": _require_backend(backend, "MAMBA2D_BACKEND" if backend == _default_backend else "backend")
     name = backend if backend != "auto" else "cuda" if x.is_cuda else x.device.type  # the text takes longer
@@ -109,7 +109,7 @@ def _kernels_for(backend, x, A_t):
     return kernels
 
 # %% ../../nbs/05_scan.operator.ipynb #45ee2800
-if "_library" in globals(): _library._destroy()  # the cell or the module runs again: its operators are defined anew
+if "_library" in globals(): _library._destroy()  # the cell or the module runs again: define its operators again
 
 _namespace = "mamba2d" if __name__ == "mamba2d.scan.operator" else "mamba2d_notebook"  # a notebook may import the library beside its own cells
 
@@ -118,10 +118,12 @@ _library = torch.library.Library(_namespace, "DEF")
 _inputs = ("Tensor x, Tensor delta_t, Tensor delta_l, Tensor A_t, Tensor A_l, Tensor B_t, Tensor B_l, Tensor C, Tensor? D, "
            "Tensor? delta_bias_t, Tensor? delta_bias_l")
 
-_library.define(f"scan_forward({_inputs}, bool delta_softplus, bool reverse, bool return_states, bool for_backward, str backend)"
-                " -> (Tensor y, Tensor h, Tensor saved)")
-_library.define(f"scan_backward(Tensor grad_y, {_inputs}, Tensor saved, bool delta_softplus, bool reverse, str backend)"
-                f" -> ({', '.join(['Tensor'] * 11)})")
+for _schema in (
+    f"scan_forward({_inputs}, bool delta_softplus, bool reverse, bool return_states, bool for_backward, str backend)"
+    " -> (Tensor y, Tensor h, Tensor saved)",
+    f"scan_backward(Tensor grad_y, {_inputs}, Tensor saved, bool delta_softplus, bool reverse, str backend)"
+    f" -> ({', '.join(['Tensor'] * 11)})",
+): _library.define(_schema)
 
 # %% ../../nbs/05_scan.operator.ipynb #2363af99
 def _scan_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states,

@@ -15,32 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
-# %% ../../nbs/00_scan.reference.ipynb #e7d7d607
-def compute_dtype(*tensors):
-    "The dtype of the arithmetic and of the states: float64 if any tensor is float64, else float32."
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
 # %% ../../nbs/00_scan.reference.ipynb #8c72917b
-def selective_scan_2d_naive(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D=None, delta_bias_t=None, delta_bias_l=None,
-                 delta_softplus=False, reverse=False):
-    "The definition, pixel by pixel: slow, and what every faster version is measured against."
-    if delta_bias_t is not None: delta_t = delta_t + delta_bias_t
-    if delta_bias_l is not None: delta_l = delta_l + delta_bias_l
-    if delta_softplus: delta_t, delta_l = F.softplus(delta_t), F.softplus(delta_l)
-    if reverse: x, delta_t, delta_l, B_t, B_l, C = [v.flip(1, 2) for v in (x, delta_t, delta_l, B_t, B_l, C)]
-    H, W = x.shape[1:3]
+def _loop_over_pixels(x, delta_t, delta_l, A_t, A_l, B_t, B_l):
+    "The states (B, H, W, E, N) of a scan from the top-left corner: the recurrence, pixel by pixel."
+    height, width = x.shape[1:3]
     h = {}
-    for i in range(H):
-        for j in range(W):
-            v = x[:, i, j, :, None]                                                # (B, E, 1)
-            if i > 0: top = (delta_t[:, i, j, :, None] * A_t).exp() * h[i-1, j] + delta_t[:, i, j, :, None] * B_t[:, i, j, None] * v
-            left = delta_l[:, i, j, :, None] * B_l[:, i, j, None] * v
-            if j > 0: left = left + (delta_l[:, i, j, :, None] * A_l).exp() * h[i, j-1]
+    for i in range(height):
+        for j in range(width):
+            value = x[:, i, j, :, None]  # (B, E, 1)
+            step_t, step_l = delta_t[:, i, j, :, None], delta_l[:, i, j, :, None]  # (B, E, 1)
+            top = step_t * B_t[:, i, j, None] * value  # (B, E, N)
+            left = step_l * B_l[:, i, j, None] * value
+            if i > 0: top = (step_t * A_t).exp() * h[i - 1, j] + top
+            if j > 0: left = (step_l * A_l).exp() * h[i, j - 1] + left
             h[i, j] = left if i == 0 else top if j == 0 else (top + left) / 2
-    h = torch.stack([torch.stack([h[i, j] for j in range(W)], 1) for i in range(H)], 1)  # (B, H, W, E, N)
-    y = (h * C[:, :, :, None]).sum(-1)
-    if D is not None: y = y + D * x
-    return (y.flip(1, 2), h.flip(1, 2)) if reverse else (y, h)
+    rows = [torch.stack([h[i, j] for j in range(width)], 1) for i in range(height)]
+    return torch.stack(rows, 1)
 
 # %% ../../nbs/00_scan.reference.ipynb #8022202a
 class _Wavefront(NamedTuple):
@@ -75,20 +65,25 @@ def _make_wavefront(height, width, reverse, device, dtype):
 
 # %% ../../nbs/00_scan.reference.ipynb #f6c2d776
 @lru_cache(maxsize=64)
-def _kept_wavefront(*key):
+def _cached_wavefront(*key):
     with torch.inference_mode(False): return _make_wavefront(*key)
 
 def _wavefront(*key):
-    "`_make_wavefront`, from memory where its tensors would be ordinary ones, which serve later calls as well."
+    "The wavefront of (height, width, reverse, device, dtype), from the cache where ordinary tensors are made."
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _are_functorch_transforms_active()
-    return _make_wavefront(*key) if traced else _kept_wavefront(*key)
+    return _make_wavefront(*key) if traced else _cached_wavefront(*key)
+
+# %% ../../nbs/00_scan.reference.ipynb #e7d7d607
+def compute_dtype(*tensors):
+    "The dtype of the arithmetic and of the states: float64 if any tensor is float64, else float32."
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 # %% ../../nbs/00_scan.reference.ipynb #e17b37e8
 _float_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # %% ../../nbs/00_scan.reference.ipynb #486e9944
 def _arguments_fit(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
-    "Whether they do, told quickly: this runs at every call."
+    "Whether all arguments fit each other. This runs at every call, so it is kept short."
     wide, matrix, device, floats = x.shape, A_t.shape, x.device, _float_dtypes
     if len(wide) != 4 or len(matrix) != 2: return False
     narrow, line = (*wide[:3], matrix[1]), (wide[3],)
@@ -133,6 +128,43 @@ def check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t,
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have shape {meaning} = {shape} for x {tuple(x.shape)} and A_t {tuple(A_t.shape)}, "
                                  f"got {tuple(value.shape)}")
+
+# %% ../../nbs/00_scan.reference.ipynb #ebae5cf4
+def selective_scan_2d_naive(
+    x: Tensor,  # (B, H, W, E) input
+    delta_t: Tensor,  # (B, H, W, E) step size from the top, before bias and softplus
+    delta_l: Tensor,  # (B, H, W, E) step size from the left, before bias and softplus
+    A_t: Tensor,  # (E, N) diagonal state matrix from the top, negative for a state that decays
+    A_l: Tensor,  # (E, N) diagonal state matrix from the left
+    B_t: Tensor,  # (B, H, W, N) input matrix from the top
+    B_l: Tensor,  # (B, H, W, N) input matrix from the left
+    C: Tensor,  # (B, H, W, N) output matrix
+    D: Tensor | None = None,  # (E,) skip
+    *,
+    delta_bias_t: Tensor | None = None,  # (E,) added to `delta_t`
+    delta_bias_l: Tensor | None = None,  # (E,) added to `delta_l`
+    delta_softplus: bool = False,  # the step sizes are softplus(delta + bias)
+    reverse: bool = False,  # scan from the bottom-right corner instead of the top-left one
+    return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
+) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 (float64 if any input is), without gradient
+    """The 2D selective scan as a loop over pixels: the definition, which every faster version is measured against.
+
+    Raises `TypeError` or `ValueError` naming the argument that does not fit."""
+    arguments = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    check_arguments(*arguments)
+    dtype, output_dtype = compute_dtype(*arguments), x.dtype
+    arguments = [None if value is None else value.to(dtype) for value in arguments]
+    x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l = arguments
+    if delta_bias_t is not None: delta_t = delta_t + delta_bias_t
+    if delta_bias_l is not None: delta_l = delta_l + delta_bias_l
+    if delta_softplus: delta_t, delta_l = F.softplus(delta_t), F.softplus(delta_l)
+    if reverse: x, delta_t, delta_l, B_t, B_l, C = [t.flip(1, 2) for t in (x, delta_t, delta_l, B_t, B_l, C)]
+    h = _loop_over_pixels(x, delta_t, delta_l, A_t, A_l, B_t, B_l)
+    y = (h * C[:, :, :, None]).sum(-1)
+    if D is not None: y = y + D * x
+    if reverse: y, h = y.flip(1, 2), h.flip(1, 2)
+    y = y.to(output_dtype)
+    return (y, h.detach()) if return_states else y
 
 # %% ../../nbs/00_scan.reference.ipynb #641889fd
 class _Prepared(NamedTuple):
@@ -280,10 +312,10 @@ def random_cases(count, seed=0):
 
 # %% ../../nbs/00_scan.reference.ipynb #51b0fa5c
 def check_against_naive(scan, count, tolerance):
-    "Worst error of output, states and gradients of `scan` over random problems; fails above `tolerance`."
+    "Worst error of output, states and gradients of `scan` over `count` random problems; fails above `tolerance`."
     worst = {}
     for shape, problem, options in random_cases(count):
-        (y, h), grads = gradients(selective_scan_2d_naive, problem, **options)
+        (y, h), grads = gradients(selective_scan_2d_naive, problem, return_states=True, **options)
         (y_, h_), grads_ = gradients(scan, problem, return_states=True, **options)
         errors = {"y": relative_error(y_, y), "h": relative_error(h_, h)} | {k: relative_error(grads_[k], v) for k, v in grads.items()}
         worst = {k: max(worst.get(k, 0), errors.get(k, 0)) for k in {**worst, **errors}}
@@ -300,7 +332,7 @@ def backward_by_diagonals(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D,
         g = grad_y.to(dtype).flatten(1, 2)[:, wave.order]
         states = [p.x.new_zeros(x.shape[0], 1, *A_t.shape)] + [h for _, h in _states(p, wave)]
         grads = {name: torch.zeros_like(getattr(p, name)) for name in _Prepared._fields}
-        from_next = 0  # what the diagonal after this one sends back
+        from_next = 0  # the part of dh that comes from the diagonal after this one
         for (start, stop, offset), h, previous in zip(wave.diagonals[::-1], states[:0:-1], states[-2::-1]):
             s = slice(start, stop)
             x_, gate_t, gate_l = p.x[:, s, :, None], *_gates(p, s)

@@ -16,14 +16,16 @@ from unittest import mock
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn, Tensor
 
 from .plots import computed_until, even_colors, influence_norm, influence_ticks, signed_colors
-from .states import check_index, check_states, hidden_states, impulse_map, influence_map, readouts, scanning_mixers
+from mamba2d.viz.states import (
+    check_index, check_states, hidden_states, impulse_map, influence_map, readouts, scanning_mixers,
+)
 
 # %% ../../nbs/42_viz.explorer.ipynb #0fdbf54e
 def _as_image(values) -> Image.Image:
@@ -39,13 +41,15 @@ def _as_image(values) -> Image.Image:
 
 # %% ../../nbs/42_viz.explorer.ipynb #78cd671e
 def load_image(
-    image,  # a path, bytes of an image file, a PIL image, or an array or tensor (H, W) or (H, W, C) of integers from 0 to 255 or floats from 0 to 1
+    image,  # a path, bytes of a file, a PIL image, or an array or tensor (H, W[, C]): integers 0 to 255, or floats 0 to 1
     channels: int = 3,  # of the model: 1 or 3
     size: int | None = None,  # resize the shorter side to so many pixels and crop the middle; None: as it is
     mean: float | tuple = (0.485, 0.456, 0.406),  # of each channel, subtracted from values between 0 and 1; ImageNet's
     std: float | tuple = (0.229, 0.224, 0.225),
 ) -> tuple[Tensor, np.ndarray]:  # (C, H, W) normalised; (H, W) or (H, W, 3) between 0 and 1
-    "An image for a model and for the eye. Raises `ValueError` naming the argument that does not fit, and if the image cannot be read or shown as it is."
+    """An image for a model and for the eye.
+
+    Raises `ValueError` naming the argument that does not fit, and if the image cannot be read or shown as it is."""
     if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None and not (isinstance(size, int) and size >= 1): raise ValueError(f"size must be an integer of at least 1, or None, got {size!r}")
     centre, spread = [torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std)]
@@ -61,7 +65,7 @@ def load_image(
         image = image.convert("L" if channels == 1 else "RGB")
     except Exception as error:
         unknown = isinstance(error, UnidentifiedImageError) and not isinstance(image, (str, Path))  # Pillow would name a path, but of bytes their address in memory
-        raise ValueError(f"image cannot be read as an image: {'these bytes are of no format that is known' if unknown else error}") from error
+        raise ValueError(f"image cannot be read: {'these bytes are of no format that is known' if unknown else error}") from error
     if size is not None:
         scale = size / min(image.size)
         image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
@@ -71,20 +75,15 @@ def load_image(
     tensor = torch.from_numpy(values.copy()).view(*values.shape[:2], channels).permute(2, 0, 1)
     return (tensor - centre) / spread, values
 
-# %% ../../nbs/42_viz.explorer.ipynb #1ea1627a
-def missing_packages() -> list[str]:
-    "Which of the packages that a clickable figure needs are not installed."
-    import importlib.util
-    return [name for name in ("ipywidgets", "ipympl") if importlib.util.find_spec(name) is None]
-
 # %% ../../nbs/42_viz.explorer.ipynb #51eb8a5d
 class ExplorerFigure:
     """The figure of a `StateExplorer`: what is chosen, and the maps that belong to it.
 
-    `maps` holds the matplotlib images by name: "image", "state", "step", "detached gates", "full derivative", "rows", "impulse". Raises `ValueError` for a model without a
-    mixer that scans, and for an image that `load_image` or the model refuses."""
+    `maps` holds the matplotlib images by name: "image", "state", "step", "detached gates", "full derivative", "rows",
+    "impulse". Raises `ValueError` for a model without a mixer that scans, and for an image that `load_image` or the model
+    refuses."""
     corners = {"its own": None, "top-left": False, "bottom-right": True}  # -> reverse
-    titles = {"detached gates": "what feeds the ring\ndetached gates", "full derivative": "what feeds the ring\ntotal: through Δ, B, C too",
+    titles = {"detached gates": "what feeds the ring\ndetached gates", "full derivative": "what feeds the ring\nfull derivative: Δ, B, C too",
               "rows": "what feeds the ring, 1D\nrow by row, detached gates", "impulse": "where its input goes\ndetached gates"}
 
     def __init__(
@@ -249,11 +248,18 @@ class ExplorerFigure:
         self.figure.savefig(file, format="png")
         return file.getvalue()
 
+# %% ../../nbs/42_viz.explorer.ipynb #1ea1627a
+def _missing_packages() -> list[str]:
+    "Which of the packages that a clickable figure needs are not installed."
+    import importlib.util
+    return [name for name in ("ipywidgets", "ipympl") if importlib.util.find_spec(name) is None]
+
 # %% ../../nbs/42_viz.explorer.ipynb #a8b77ed9
 class StateExplorer:
-    """An image to click on, with menus, sliders and a player: an `ExplorerFigure` in widgets. `figure` is the matplotlib figure, `view` the `ExplorerFigure`.
+    """An image to click on, with menus, sliders and a player: an `ExplorerFigure` in widgets.
 
-    Without `ipywidgets` and `ipympl` it shows the figure as it is, and says what to install. Raises `ValueError` as `ExplorerFigure` and its `choose` do."""
+    `figure` is the matplotlib figure, `view` the `ExplorerFigure`. Without `ipywidgets` and `ipympl`
+    it shows the figure as it is, and says what to install. Raises `ValueError` as `ExplorerFigure` and its `choose` do."""
     def __init__(
         self,
         model: nn.Module,  # a `Mamba2D`
@@ -266,7 +272,7 @@ class StateExplorer:
         self.view = ExplorerFigure(model, image, size, mean, std)
         self.figure = self.view.figure
         if choices: self.view.choose(**choices)
-        self.missing = missing_packages()
+        self.missing = _missing_packages()
         if not self.missing: self._widgets()
 
     def _widgets(self):

@@ -16,11 +16,15 @@ import torch
 from matplotlib.animation import FFMpegWriter, FuncAnimation, PillowWriter
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Patch
 from torch import Tensor
 
 from ..models.backbone import Mamba2D
 from ..models.blocks import Attention, M2DMixer
-from .states import check_index, check_question, check_states, carried, field_radius, HiddenStates, impulse_map, influence_map, local_decay_length, meanings, decay_curves, decay_length, orders, state_composite
+from mamba2d.viz.states import (
+    carried, check_index, check_question, check_states, decay_curves, decay_length, field_radius, HiddenStates,
+    impulse_map, influence_map, local_decay_length, meanings, orders, state_composite,
+)
 
 # %% ../../nbs/41_viz.plots.ipynb #3a0445a5
 signed_colors, even_colors = "RdBu_r", "cividis"
@@ -50,7 +54,7 @@ def mark_pixel(
     return ax.plot(place[1], place[0], "o", mfc="none", mec=color, ms=11, mew=1.6)[0]
 
 # %% ../../nbs/41_viz.plots.ipynb #4c7344fb
-def add_color_bar(shown, ax, label: str = "", **kwargs):
+def _add_color_bar(shown, ax, label: str = "", **kwargs):
     "A color bar as tall as its axis."
     bar = ax.figure.colorbar(shown, cax=ax.inset_axes([1.04, 0, 0.05, 1]), **kwargs)
     bar.set_label(label, fontsize=9)
@@ -82,7 +86,7 @@ def draw_map(
     ax.set_xlabel(f"column ({unit})", fontsize=9)
     ax.set_ylabel(f"row ({unit})", fontsize=9)
     ax.tick_params(labelsize=8)
-    add_color_bar(shown, ax, label)
+    _add_color_bar(shown, ax, label)
     return ax.figure
 
 # %% ../../nbs/41_viz.plots.ipynb #132a9fe3
@@ -90,7 +94,9 @@ def varied_channels(
     h: Tensor,  # (H, W, E, N)
     count: int = 4,
 ) -> list[int]:
-    "The channels whose states vary most over the map, each state relative to its own size. Raises `ValueError` for another shape, of several images for example."
+    """The channels whose states vary most over the map, each state relative to its own size.
+
+    Raises `ValueError` for another shape, of several images for example."""
     if h.dim() != 4: raise ValueError(f"h must be of one image, (H, W, E, N), got {tuple(h.shape)}")
     flat = h.flatten(0, 1)
     return (flat.std(0) / flat.abs().amax(0).clamp_min(1e-30)).mean(1).topk(min(count, h.shape[2])).indices.tolist()
@@ -123,7 +129,7 @@ def plot_states(
             limit = max(values.abs().max().item(), 1e-30)
             shown = ax.imshow(values, cmap=signed_colors, vmin=-limit, vmax=limit, extent=extent, interpolation="nearest")
             ax.set_title(f"channel {channel}, state {state}", fontsize=9)
-            add_color_bar(shown, ax, ticks=[-limit, 0, limit], format="%.1g")
+            _add_color_bar(shown, ax, ticks=[-limit, 0, limit], format="%.1g")
     for ax in axes.flat:
         ax.set(xticks=[0, extent[1]], yticks=[0, extent[2]])
         ax.tick_params(labelsize=8)
@@ -139,12 +145,14 @@ def plot_composite(
     states: HiddenStates,  # of one image, with `h`
     ax=None,
 ) -> Figure:
-    "All states of a pixel as one color: the three strongest principal components. Raises `ValueError` for several images, and if `h` was not kept."
+    """All states of a pixel as one color: the three strongest principal components.
+
+    Raises `ValueError` for several images, and if `h` was not kept."""
     check_states(states, "h")
     if ax is None: ax = plt.subplots(figsize=(3.6, 3.6), constrained_layout=True)[1]
-    colors, shares = state_composite(states.h)
+    colors, fractions = state_composite(states.h)
     ax.imshow(colors, extent=(0, states.image_size[1], states.image_size[0], 0), interpolation="nearest")
-    ax.set_title(f"all {states.h[0, 0].numel()} states, from the {states.corner}\nred, green, blue: {', '.join(f'{100 * s:.0f} %' for s in shares)} of the variance", fontsize=10)
+    ax.set_title(f"all {states.h[0, 0].numel()} states, from the {states.corner}\nred, green, blue: {', '.join(f'{100 * s:.0f} %' for s in fractions)} of the variance", fontsize=10)
     ax.set_xlabel("column (pixels)", fontsize=9)
     ax.set_ylabel("row (pixels)", fontsize=9)
     ax.tick_params(labelsize=8)
@@ -158,7 +166,9 @@ def plot_gates(
     image: np.ndarray | None = None,  # shown in a first column
     axes=None,  # (2, 2) matplotlib axes, (2, 3) with an image
 ) -> Figure:
-    "Step sizes Δ_t and Δ_l, the mean gate, and the memory length it means. Raises `ValueError` naming the argument that does not fit."
+    """Step sizes Δ_t and Δ_l, the mean gate, and the decay length it means.
+
+    Raises `ValueError` naming the argument that does not fit."""
     check_states(states, "delta_t", "delta_l", "gate_t", "gate_l", channel=channel, state=state)
     columns = 2 if image is None else 3
     if axes is None: axes = plt.subplots(2, columns, figsize=(3.6 * columns + 0.5, 6), constrained_layout=True)[1]
@@ -166,7 +176,7 @@ def plot_gates(
     gate_t, gate_l = states.gate_t[..., channel, state], states.gate_l[..., channel, state]
     for ax, values, title, label in zip(axes[:, -2:].flat, (states.delta_t[..., channel], states.delta_l[..., channel], (gate_t + gate_l) / 2, local_decay_length(gate_t, gate_l)),
                                         (f"step size from the top\nchannel {channel}", f"step size from the left\nchannel {channel}",
-                                         f"mean gate: the share that is kept\nchannel {channel}, state {state}", f"memory length\nchannel {channel}, state {state}"),
+                                         f"mean gate: the fraction that is kept\nchannel {channel}, state {state}", f"decay length\nchannel {channel}, state {state}"),
                                         ("Δ_t", "Δ_l", "mean of Ā_t and Ā_l", "map pixels")):
         draw_map(values, ax, states.image_size, title, label)
         low, high = values.min().item(), values.max().item()
@@ -186,7 +196,7 @@ def plot_decay(
     state: int = 0,
     axes=None,  # two matplotlib axes
 ) -> Figure:
-    """What is left of a state as it is carried away from a pixel: as a map, and over the distance, with the memory length.
+    """What is left of a state as it is carried away from a pixel: as a map, and over the distance, with the decay length.
 
     Raises `ValueError` naming the argument that does not fit."""
     check_states(states, pixel=pixel, channel=channel, state=state)
@@ -206,29 +216,38 @@ def plot_decay(
     if math.isfinite(length): axes[1].axvline(length, color="#0072b2", lw=1, ls="--")
     axes[1].set_ylim(bottom=1e-7)
     where = f"{length:.1f} map pixels" if math.isfinite(length) else f"more than {len(steps) - 1} map pixels"
-    axes[1].set_title(f"the sum remembers, one axis cannot\nmemory length {where}", fontsize=10)
+    axes[1].set_title(f"the sum remembers, one axis cannot\ndecay length {where}", fontsize=10)
     axes[1].set_xlabel("distance k, steps down plus steps right (map pixels)" if not states.reverse else "distance k, steps up plus steps left (map pixels)", fontsize=9)
     axes[1].set_ylabel("fraction of the state that is left", fontsize=9)
     axes[1].tick_params(labelsize=8)
     axes[1].legend(fontsize=9)
     return axes[0].figure
 
+# %% ../../nbs/41_viz.plots.ipynb #45a115e9
+influence_ticks = (-1, -0.1, -0.01, 0.01, 0.1, 1)
+
+def influence_norm(largest: float = 1.):
+    "Colors of signed influence maps: linear to 1 % of the largest magnitude, logarithmic above."
+    return SymLogNorm(linthresh=0.01 * largest, vmin=-largest, vmax=largest, base=10)
+
 # %% ../../nbs/41_viz.plots.ipynb #78f67f98
-def draw_signed(
+def _draw_signed(
     values: Tensor,  # (H, W)
     ax, states: HiddenStates,
     title: str,
     pixel: tuple[int, int] | None = None,  # to mark
     label: str = "fraction of the largest",
 ) -> Figure:
-    "A signed map relative to its largest magnitude, on a scale that is linear to 1 % and logarithmic above: influence falls over many decades."
+    """A signed map relative to its largest magnitude, on a scale that is linear to 1 % and logarithmic above.
+
+    Influence falls over many decades: a linear scale would show the nearest pixels only."""
     values = values.detach().float().cpu()
     largest = max(values.abs().max().item(), 1e-30)
     shown = ax.imshow(values / largest, cmap=signed_colors, norm=influence_norm(), extent=(0, states.image_size[1], states.image_size[0], 0), interpolation="nearest")
     if pixel is not None: mark_pixel(ax, pixel, states)
     ax.set_title(title, fontsize=10)
     ax.tick_params(labelsize=8)
-    add_color_bar(shown, ax, label, ticks=influence_ticks, format="%g")
+    _add_color_bar(shown, ax, label, ticks=influence_ticks, format="%g")
     return ax.figure
 
 # %% ../../nbs/41_viz.plots.ipynb #a4a1f52d
@@ -240,43 +259,38 @@ def plot_influence(
     of: str = "state",  # or "output"
     axes=None,  # (2, 4) matplotlib axes
 ) -> Figure:
-    """Which pixels feed a value: detached gates, total, row by row; and where the pixel's own input goes. Signed above, magnitudes below.
+    """Which pixels feed a value (detached gates, full derivative, row by row), and where the pixel's own input goes.
 
-    Raises `ValueError` naming the argument that does not fit."""
+    Signed above, magnitudes below. Raises `ValueError` naming the argument that does not fit."""
     check_question(states, pixel, channel, state, of, meanings[0], orders[0])
     if axes is None: axes = plt.subplots(2, 4, figsize=(11.5, 5.6), constrained_layout=True)[1]
-    parts = {"detached gates": {}, "total: through Δ, B, C too": dict(meaning="full derivative"), "1D, row by row, detached gates": dict(order="rows")}
+    parts = {"detached gates": {}, "full derivative: Δ, B, C too": dict(meaning="full derivative"), "1D, row by row, detached gates": dict(order="rows")}
     for column, (name, options) in zip(axes.T, parts.items()):
         fed = influence_map(states, pixel, channel, state, of=of, **options)
-        draw_signed(fed.signed, column[0], states, f"what feeds the ring\n{name}", pixel)
+        _draw_signed(fed.signed, column[0], states, f"what feeds the ring\n{name}", pixel)
         draw_map(fed.magnitude / fed.magnitude.max().clamp_min(1e-30), column[1], states.image_size, "magnitude", "fraction of the largest", log=True)
         mark_pixel(column[1], pixel, states)
     if channel is None: [ax.axis("off") for ax in axes[:, 3]]
     else:
         sent = impulse_map(states, pixel, channel, state, of=of)
         if sent.dim() == 3: sent = sent.norm(dim=-1)
-        draw_signed(sent, axes[0, 3], states, "where its own input goes\ndetached gates", pixel)
+        _draw_signed(sent, axes[0, 3], states, "where its own input goes\ndetached gates", pixel)
         draw_map(sent.abs() / sent.abs().max().clamp_min(1e-30), axes[1, 3], states.image_size, "magnitude", "fraction of the largest", log=True)
         mark_pixel(axes[1, 3], pixel, states)
     what = ("output" if of == "output" else "state") + (", all channels" if channel is None else f", channel {channel}") + ("" if state is None else f", state {state}")
     axes[0, 0].figure.suptitle(f"{what}, at map pixel {tuple(pixel)}, scan from the {states.corner} (axes: pixels)", fontsize=11)
     return axes[0, 0].figure
 
-# %% ../../nbs/41_viz.plots.ipynb #45a115e9
-influence_ticks = (-1, -0.1, -0.01, 0.01, 0.1, 1)
-
-def influence_norm(largest: float = 1.):
-    "Colors of signed influence maps: linear to 1 % of the largest magnitude, logarithmic above."
-    return SymLogNorm(linthresh=0.01 * largest, vmin=-largest, vmax=largest, base=10)
-
 # %% ../../nbs/41_viz.plots.ipynb #4f4ecf8a
 def plot_receptive_fields(
     fields: dict[str, Tensor],  # title -> (H, W), from `effective_receptive_field`
     centre: tuple[float, float] | None = None,  # row and column in pixels, for the radius; None: the middle of the image
-    share: float = 0.5,  # of the sum, held by the circle that is drawn
+    fraction: float = 0.5,  # of the sum, held by the circle that is drawn
     axes=None,  # one for each field
 ) -> Figure:
-    "Receptive fields on a logarithmic scale over four decades, each with the circle that holds a fraction of it. Raises `ValueError` if there are none."
+    """Receptive fields on a logarithmic scale over four decades, each with the circle that holds a fraction of it.
+
+    Raises `ValueError` if there are none."""
     if not fields: raise ValueError("fields must hold at least one field, got none")
     if axes is None:
         columns = min(5, len(fields))
@@ -285,15 +299,15 @@ def plot_receptive_fields(
     axes = np.asarray(axes, dtype=object).ravel()
     for ax in axes[len(fields):]: ax.axis("off")
     for ax, (title, field) in zip(axes, fields.items()):
-        radius = field_radius(field, share, centre)
+        radius = field_radius(field, fraction, centre)
         row, column = [side / 2 for side in field.shape] if centre is None else centre
         shown = ax.imshow(field.cpu().clamp_min(1e-30), cmap=even_colors, norm=LogNorm(1e-4, 1, clip=True), interpolation="nearest")
         ax.add_patch(plt.Circle((column, row), radius, fill=False, ec="#ff4081", lw=1.5))
-        ax.set_title(f"{title}\n{100 * share:.0f} % within {radius:.0f} pixels", fontsize=10)
+        ax.set_title(f"{title}\n{100 * fraction:.0f} % within {radius:.0f} pixels", fontsize=10)
         ax.set_xlabel("column (pixels)", fontsize=9)
         ax.tick_params(labelsize=8)
     axes[0].set_ylabel("row (pixels)", fontsize=9)
-    add_color_bar(shown, ax, "gradient, fraction of the largest")
+    _add_color_bar(shown, ax, "gradient, fraction of the largest")
     return ax.figure
 
 # %% ../../nbs/41_viz.plots.ipynb #d6d74ee3
@@ -313,12 +327,14 @@ def animate_wavefront(
     channel: int,
     state: int = 0,
     image: np.ndarray | None = None,  # under the states that are still to come
-    frames: int = 32,  # images in the animation
+    frames: int = 32,  # of the animation
     path: str | Path | None = None,  # write it there: a .gif, or an .mp4 where ffmpeg is installed
     ax=None,
     fps: int = 10,
 ) -> FuncAnimation:
-    "The states of one channel filling up diagonal by diagonal. Raises `ValueError` naming the argument that does not fit, `RuntimeError` without ffmpeg."
+    """The states of one channel filling up diagonal by diagonal.
+
+    Raises `ValueError` naming the argument that does not fit, and `RuntimeError` for an MP4 without ffmpeg."""
     check_states(states, "h", channel=channel, state=state)
     if frames < 2: raise ValueError(f"frames must be at least 2, got {frames}")
     writers = {".gif": PillowWriter, ".mp4": FFMpegWriter}
@@ -349,8 +365,6 @@ def draw_architecture(
     ax=None,  # matplotlib axis to draw on
 ):
     "Draw the stages of a model with their blocks, map sizes and parameter counts; returns the figure."
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import FancyBboxPatch, Patch
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if ax is None: ax = plt.subplots(figsize=(11, 3.6), constrained_layout=True)[1]
     colors = {M2DMixer: ("#f2a65a", "#c8691b"), Attention: ("#7fb2e5", "#2f6fb0")}

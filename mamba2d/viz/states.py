@@ -21,19 +21,21 @@ from ..models.blocks import SelectiveScan
 from ..scan.operator import selective_scan_2d
 
 # %% ../../nbs/40_viz.states.ipynb #6fa2ab34
-kept_names = ("delta_t", "delta_l", "gate_t", "gate_l", "B_t", "B_l", "C", "y", "h")
+kept_names = ("delta_t", "delta_l", "gate_t", "gate_l", "B_t", "B_l", "C", "y", "h")  # what can be kept
 
 # %% ../../nbs/40_viz.states.ipynb #df293652
 @dataclass(repr=False)
 class HiddenStates:
-    "What the scan of one mixer is fed and what it computes. The leading B is missing if one image (C, H, W) was given; what was not asked for is None."
+    """What the scan of one mixer is fed and what it computes.
+
+    The leading B is missing if one image (C, H, W) was given. What was not asked for is None."""
     scan: SelectiveScan  # the layer, with its parameters
     reverse: bool  # whether it was run from the bottom-right corner
     image_size: tuple[int, int]  # height and width of the image in pixels
     x: Tensor  # (B, H, W, E), input of the scan
     delta_t: Tensor | None = None  # (B, H, W, E), step size from the top, after bias and softplus
     delta_l: Tensor | None = None  # (B, H, W, E), from the left
-    gate_t: Tensor | None = None  # (B, H, W, E, N), Ā_t = exp(Δ_t A_t): the fraction of the state above that is kept, before the weight ½
+    gate_t: Tensor | None = None  # (B, H, W, E, N), Ā_t = exp(Δ_t A_t): fraction of the state above that is kept, before the weight ½
     gate_l: Tensor | None = None  # (B, H, W, E, N), Ā_l
     B_t: Tensor | None = None  # (B, H, W, N)
     B_l: Tensor | None = None  # (B, H, W, N)
@@ -50,7 +52,7 @@ class HiddenStates:
     def map_pixel(self,
         row: float, column: float,  # in pixels of the image
     ) -> tuple[int, int]:  # row and column in the map
-        "The map's pixel at a place of the image."
+        "The map pixel at a place of the image."
         return tuple(min(int(place * side / pixels), side - 1) for place, side, pixels in zip((row, column), self.map_size, self.image_size))
 
     def __repr__(self):
@@ -60,7 +62,9 @@ class HiddenStates:
 # %% ../../nbs/40_viz.states.ipynb #8f1790b0
 @contextmanager
 def _looking(model):
-    "No gradients, and the model in evaluation mode; each of its modules is afterwards in the mode it was in. What is computed can be differentiated later, under `inference_mode` too."
+    """No gradients, and the model in evaluation mode; afterwards each of its modules is in the mode it was in.
+
+    What is computed can be differentiated later, under `inference_mode` too."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -77,14 +81,16 @@ def check_index(name, value, size):
 
 # %% ../../nbs/40_viz.states.ipynb #0ae2211f
 def _check_pixel(pixel, map_size):
-    "The same for row and column of a pixel."
+    "Raise a `ValueError` unless the pixel is a row and a column of the map."
     try: row, column = pixel
     except (TypeError, ValueError): raise ValueError(f"pixel must be a row and a column, got {pixel!r}") from None
     for name, value, size in zip(("pixel's row", "pixel's column"), (row, column), map_size): check_index(name, value, size)
 
 # %% ../../nbs/40_viz.states.ipynb #2708549d
 def check_states(states, *kept, **indices):
-    "Raise a `ValueError` that names the argument unless the states are of one image, hold what is named, and have the pixel, channel and state that are given."
+    """Raise a `ValueError` that names the argument which does not fit the states.
+
+    They must be of one image, hold what is named, and have the pixel, channel and state that are given."""
     if states.x.dim() != 3: raise ValueError(f"states must be of one image (C, H, W), got a batch of {len(states.x)}")
     for name in kept:
         if getattr(states, name) is None: raise ValueError(f'states must hold {name}: keep "{name}" in hidden_states')
@@ -105,7 +111,7 @@ def hidden_states(
     stage: int = 0,  # counted from 0
     block: int = 0,  # of the stage, counted from 0
     scan: int = 0,  # which of the mixer's scans, where there are two
-    reverse: bool | None = None,  # run the scan from the bottom-right corner (True) or the top-left one (False) whatever it was trained for; None: its own corner
+    reverse: bool | None = None,  # scan from the bottom-right corner (True) or the top-left one (False); None: as it was trained
     keep: tuple = kept_names,  # what to compute and keep
 ) -> HiddenStates:
     "States, step sizes, gates and matrices of one mixer. Raises `ValueError` naming the argument that does not fit."
@@ -149,7 +155,7 @@ class Influence(NamedTuple):
 
 # %% ../../nbs/40_viz.states.ipynb #4a42700d
 def check_question(states, pixel, channel, state, of, meaning, order):
-    "Raise a `ValueError` that names the argument."
+    "Raise a `ValueError` that names the argument of a question about one pixel which does not fit."
     for name, value, accepted in (("of", of, readouts), ("meaning", meaning, meanings), ("order", order, orders)):
         if value not in accepted: raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
     check_states(states, pixel=pixel, **{name: value for name, value in (("channel", channel), ("state", state)) if value is not None})
@@ -216,7 +222,9 @@ def carried(
     channel: int | None = None,  # None: all channels
     order: str = "wavefront",  # or "rows"
 ) -> Tensor:  # (H, W, N), or (H, W, E, N) for all channels
-    "The fraction of a state at `pixel` that is left at every pixel: 1 at the pixel itself, 0 where the scan does not carry it. Raises `ValueError` naming the argument that does not fit."
+    """The fraction of a state at `pixel` that is left at every pixel: 1 at the pixel itself, 0 where nothing is carried.
+
+    Raises `ValueError` naming the argument that does not fit."""
     check_question(states, pixel, channel, None, "output", meanings[0], order)
     height, width = states.map_size
     with torch.no_grad():
@@ -293,7 +301,9 @@ def decay_curves(
     pixel: tuple[int, int],  # row and column in the map from which it is carried
     reverse: bool = False,  # carried towards the top left
 ) -> DecayCurves:
-    "How a response falls with the distance, up to the distance at which the first anti-diagonal would leave the map. Raises `ValueError` for a pixel outside it."
+    """How a response falls with the distance, as far as whole anti-diagonals lie on the map.
+
+    Raises `ValueError` for a pixel outside the map."""
     _check_pixel(pixel, response.shape[:2])
     if reverse: response, pixel = response.flip(0, 1), (response.shape[0] - 1 - pixel[0], response.shape[1] - 1 - pixel[1])
     response = response[pixel[0]:, pixel[1]:]
@@ -318,7 +328,7 @@ def local_decay_length(
     gate_t: Tensor,  # (..., E, N), from `hidden_states`
     gate_l: Tensor,
 ) -> Tensor:  # (..., E, N), in map pixels
-    "Memory length if all gates were those of this pixel: -1 / ln of the mean of both gates."
+    "Decay length if all gates were those of this pixel: -1 / ln of the mean of both gates."
     return -1 / ((gate_t + gate_l) / 2).log()
 
 # %% ../../nbs/40_viz.states.ipynb #7172d0b8
@@ -385,14 +395,14 @@ def effective_receptive_field(
 # %% ../../nbs/40_viz.states.ipynb #e000068d
 def field_radius(
     field: Tensor,  # (H, W)
-    share: float = 0.5,  # of the field's sum
+    fraction: float = 0.5,  # of the field's sum
     centre: tuple[float, float] | None = None,  # row and column in pixels of the image; None: its middle
 ) -> float:  # pixels
     "Radius of the disc around the centre that holds a fraction of the field's sum."
-    if not 0 < share < 1: raise ValueError(f"share must be between 0 and 1, got {share}")
+    if not 0 < fraction < 1: raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
     rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in field.shape), indexing="ij")
     field = field.double().cpu()
     centre = [side / 2 for side in field.shape] if centre is None else centre
     distance, order = (rows - centre[0]).hypot(columns - centre[1]).flatten().sort()
     total = field.flatten()[order].cumsum(0)
-    return distance[(total >= share * total[-1]).int().argmax()].item()
+    return distance[(total >= fraction * total[-1]).int().argmax()].item()

@@ -1,0 +1,1 @@
+"""What `tests/gates.py` checks, one module a subject. Every check takes the folder of a project."""
