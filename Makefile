@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 DESCRIPTION := settings.ini setup.py constraints.txt
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*')
 
-.PHONY: help demo lab test test-browser test-slow imports prepare clean
+.PHONY: help demo lab test test-browser test-slow docs style imports prepare clean
 help:
 	@echo "make demo          install and train M2D-N on scikit-learn's digits:"
 	@echo "                   weights, curves and predictions in runs/demo"
@@ -16,6 +16,8 @@ help:
 	@echo "                   library and README in sync, every notebook and every test runs"
 	@echo "make test-browser  the clickable figure in JupyterLab and a real Chromium (installed where possible)"
 	@echo "make test-slow     the cells and tests marked slow"
+	@echo "make docs          build the documentation site from the notebooks, in _docs"
+	@echo "make style         how readable the code is, in numbers"
 	@echo "make imports       list which package and module of the library imports which"
 	@echo "make prepare       after editing notebooks: export the library, clean the notebooks, write the README"
 	@echo "make clean         remove what the other targets made"
@@ -68,6 +70,18 @@ test-browser: $(VENV)/.browser
 test-slow: $(VENV)/.development
 	$(BIN)/python tests/gates.py slow
 
+$(VENV)/.docs: $(VENV)/.development
+	$(INSTALL) -e ".[dev,docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	@rm -rf _docs
+	$(BIN)/python docs/build.py _docs
+	@echo "the site is in _docs: open _docs/index.html"
+
+style: $(VENV)/.development
+	@$(BIN)/python tests/style.py
+
 imports: $(VENV)/.development
 	@$(BIN)/python tests/gates.py imports
 
@@ -78,4 +92,4 @@ prepare: $(VENV)/.development
 	$(BIN)/python tests/gates.py write-readme
 
 clean:
-	rm -rf $(VENV) _proc build dist *.egg-info runs
+	rm -rf $(VENV) _proc _docs build dist *.egg-info runs

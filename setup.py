@@ -51,6 +51,7 @@ setup(
         "explore": requirements("explore_requirements"),
         "log": requirements("log_requirements"),
         "browser": requirements("browser_requirements"),
+        "docs": requirements("docs_requirements"),
         "dev": requirements("dev_requirements", "explore_requirements", "log_requirements"),
     },
     entry_points={

@@ -245,8 +245,8 @@ def write_sources(folder):
     tree = contents("Tutorials", tutorials) + contents("How it works", explanations) + contents("Reference", reference)
     notebook["cells"].append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": tree})
     index.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
-    for pictures in (root / "nbs").rglob("*_files"):
-        shutil.copytree(pictures, folder / pictures.relative_to(root / "nbs"), dirs_exist_ok=True)
+    for images in (root / "nbs").rglob("*_files"):
+        shutil.copytree(images, folder / images.relative_to(root / "nbs"), dirs_exist_ok=True)
 
 
 def build(output):

@@ -17,7 +17,7 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = True
-suppress_warnings = ["mystnb.unknown_mime_type"]  # of saved widgets, which have a picture as well
+suppress_warnings = ["mystnb.unknown_mime_type"]  # of saved widgets, which have an image as well
 
 html_theme = "furo"  # search, a light and a dark mode
 html_title = f"{project} {release}"

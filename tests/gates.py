@@ -1,6 +1,6 @@
 """What has to hold before a change is good: gates, then the tests. `make test` runs `gates.py all`.
 
-The gates: notebooks are clean, links lead somewhere, imports point downwards, packages list their public
+The gates: notebooks are clean, links lead somewhere, words are the list's, imports point downwards, packages list their public
 names, library and README are what the notebooks export, and every notebook runs. Then pytest runs the tests
 that cannot live in a notebook. How long something takes fails nothing, unless a single notebook or test takes
 15 minutes: then it hangs, and is killed and named.
@@ -26,6 +26,7 @@ from checks.notebooks import check_skipped, count_cells, has_flag, run_notebooks
 from checks.project import hang_limit, name_of, notebooks, root, run
 from checks.readme import write_readme
 from checks.sync import check_library, check_readme
+from checks.words import check_words
 
 # Seconds that a part usually takes on two cores. A part that takes longer is named at the end, nothing else.
 usual_seconds = {
@@ -37,8 +38,11 @@ usual_seconds = {
 }
 # Two processes share the notebooks: they are busy to the end if the longest notebooks come first.
 longest_first = (
-    "35_training.runs", "56_cli.main", "32_training.learner", "24_data.imagefolder", "05_scan.operator",
-    "60_bench", "42_viz.explorer",
+    "tutorials/03_inside", "32_training.learner", "35_training.runs", "tutorials/01_digits",
+    "52_cli.training", "34_training.checkpoints", "tutorials/04_receptive_field",
+    "tutorials/05_canvases", "53_cli.validation",
+    "33_training.evaluation", "24_data.imagefolder", "tutorials/02_wavefront", "54_cli.prediction",
+    "05_scan.operator", "02_scan.cpu", "25_data.datasets", "11_models.backbone",
 )
 
 
@@ -125,7 +129,7 @@ def show(part):
 def run_everything():
     return [
         show(gate("notebooks clean", check_clean, check_skipped)),
-        show(gate("links", check_links)),
+        show(gate("links and words", check_links, check_words)),
         show(gate("imports and public names", check_imports, check_names)),
         show(gate("library in sync", check_library)),
         show(gate("README in sync", check_readme)),

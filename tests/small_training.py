@@ -19,7 +19,9 @@ warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarn
 import torch
 from fastai.callback.core import Callback
 
-from mamba2d.data import digits_dls
+from matplotlib.figure import Figure
+
+from mamba2d.data import datasets, digits_dls
 from mamba2d.models import Mamba2D
 from mamba2d.training import (
     Distributed, mamba2d_learner, Recipe, RunLockedError, runs, StopRequestedError, train_run,
@@ -34,7 +36,8 @@ def parse(argv):
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--digits", type=int, default=900, help="so many images of scikit-learn's digits")
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--checkpoint-steps", type=int, help="steps between two checkpoints within an epoch")
@@ -76,6 +79,19 @@ def report_flushes(given):
     os.fsync = reported_flush
 
 
+def some_digits(count):
+    "Context manager: inside it, scikit-learn's digits are these first ones."
+    digits = datasets.load_digits()
+    digits.images, digits.target = digits.images[:count], digits.target[:count]
+    return mock.patch.object(datasets, "load_digits", lambda: digits)
+
+
+def without_plots():
+    "Context manager: inside it, the plots of a run are empty, which takes no time."
+    blank = lambda *args, **kwargs: Figure(figsize=(1, 1))
+    return mock.patch.multiple(runs, plot_curves=blank, plot_predictions=blank)
+
+
 def train(*argv):
     "Train as the arguments say, in this process; returns the result."
     given = parse(argv)
@@ -86,11 +102,12 @@ def train(*argv):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dls = digits_dls(given.batch_size, device="cpu", num_workers=given.workers)
+    with some_digits(given.digits):
+        dls = digits_dls(given.batch_size, device="cpu", num_workers=given.workers)
     learn = mamba2d_learner(dls, Mamba2D(**network), recipe, cbs=[Report(given, distributed)])
     # the clock of the checkpoints counts steps: a minute each
     clock = types.SimpleNamespace(monotonic=lambda: 60 * learn.follow_recipe.steps_done)
-    with learn.no_bar(), learn.no_logging(), mock.patch.object(runs, "time", clock):
+    with learn.no_bar(), learn.no_logging(), without_plots(), mock.patch.object(runs, "time", clock):
         result = train_run(learn, given.out, network, distributed=distributed,
                            checkpoint_minutes=given.checkpoint_steps)
     torch.set_num_threads(threads)

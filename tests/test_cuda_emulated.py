@@ -6,7 +6,7 @@ import torch
 
 from emulated_cuda import EmulatedDriver, load_kernel
 from mamba2d.scan import cuda, random_problem
-from mamba2d.scan.reference import backward_by_diagonals, forward_by_diagonals
+from mamba2d.scan.reference import backward_by_diagonals, forward_by_diagonals, ScanTensors
 
 names = ("x", "delta_t", "delta_l", "A_t", "A_l", "B_t", "B_l", "C", "D", "delta_bias_t", "delta_bias_l")
 bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -47,13 +47,14 @@ def test_kernels_equal_the_reference(emulated, monkeypatch, shape, dtype, option
     problem = random_problem(shape, dtype=dtype, strided=options.get("strided", False), optional=options.get("optional", True),
                              delta_softplus=softplus, requires_grad=False)
     arguments = [problem.get(name) for name in names]
-    exact = [None if a is None else a.double() for a in arguments]
+    exact = ScanTensors(*[None if a is None else a.double() for a in arguments])
+    of_reference = dict(delta_softplus=softplus, reverse=reverse)
     y, h, saved = cuda.cuda_forward(*arguments, softplus, reverse, states, True)
-    expected, expected_h = forward_by_diagonals(*exact, softplus, reverse, states)
+    expected, expected_h = forward_by_diagonals(exact, return_states=states, **of_reference)
     assert error(y, expected) < tolerances[dtype] / (2 if dtype in (bf16, fp16) else 1)
     if states: assert error(h, expected_h) < 1e-5
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     grads = cuda.cuda_backward(grad_y, *arguments, saved, softplus, reverse)
-    expected_grads = backward_by_diagonals(grad_y.double(), *exact, softplus, reverse)
+    expected_grads = backward_by_diagonals(grad_y.double(), exact, **of_reference)
     for name, found, wanted in zip(names, grads, expected_grads):
         if wanted is not None: assert error(found, wanted) < tolerances[dtype], name

@@ -36,22 +36,28 @@ def digit_images(
     check_integer("size", size, 8)  # the digits' own size
     digits = load_digits()
     images = []
-    for gray in (digits.images * (255 / 16)).round().astype(np.uint8):
+    levels = (digits.images * (255 / 16)).round().astype(np.uint8)
+    for gray in levels:
         resized = Image.fromarray(gray).resize((size, size), Image.Resampling.BICUBIC)
         images.append(PILImage.create(resized.convert("RGB")))
     return images, [str(label) for label in digits.target]
 
-# %% ../../nbs/25_data.datasets.ipynb #e1d145c9
+# %% ../../nbs/25_data.datasets.ipynb #0cc59b11
 def _split_digits(labels, valid_pct, split_seed):
-    "Numbers of the digits for training and for validation; each class is split in the same proportion."
-    return train_test_split(range(len(labels)), test_size=valid_pct, random_state=split_seed, stratify=labels)
+    "Numbers of the digits for training and for validation, which have all classes alike."
+    numbers = range(len(labels))
+    return train_test_split(numbers, test_size=valid_pct, random_state=split_seed, stratify=labels)
 
+# %% ../../nbs/25_data.datasets.ipynb #a54b8a96
 def _digit_transforms(augment):
     "Functions for the training images: turn by up to 10°, zoom by up to 1.1, and shift."
     if not augment:
         return [v2.PILToTensor()]
     turn = v2.RandomAffine(
-        degrees=10, translate=(0.05, 0.05), scale=(1., 1.1), interpolation=InterpolationMode.BILINEAR
+        degrees=10,
+        translate=(0.05, 0.05),
+        scale=(1., 1.1),
+        interpolation=InterpolationMode.BILINEAR,
     )
     return [turn, v2.PILToTensor()]
 
@@ -61,7 +67,7 @@ def digits_dls(
     size: int = 32,  # pixels
     valid_pct: float = 0.2,  # fraction of each class that is held out for validation
     split_seed: int = 42,  # the same images are held out whatever the seed of the training
-    augment: bool = True,  # turn the training images by up to 10°, zoom by up to 1.1, and shift them
+    augment: bool = True,  # turn, enlarge and shift the training images a little
     *,
     device=None,  # None: fastai's default, the GPU where there is one
     seed: int = 0,  # of order and augmentation
@@ -79,12 +85,15 @@ def digits_dls(
     pipelines = [[itemgetter("image")], [itemgetter("label"), Categorize()]]
     data = Datasets(items, pipelines, splits=(train, valid))
     pixels = np.stack([np.asarray(images[i]) for i in train]) / 255
+    mean, deviation = float(pixels.mean()), float(pixels.std())
     return make_dataloaders(
         [data.train, data.valid],
         [_digit_transforms(augment), _digit_transforms(False)],
-        [[float(pixels.mean())] * 3, [float(pixels.std())] * 3],
+        [[mean] * 3, [deviation] * 3],
         batch_size=batch_size, seed=seed, num_workers=num_workers, device=device,
-        layout="scikit-learn's digits", fingerprint=data_fingerprint(labels, train, valid), corrupt={},
+        layout="scikit-learn's digits",
+        fingerprint=data_fingerprint(labels, train, valid),
+        corrupt={},
     )
 
 # %% ../../nbs/25_data.datasets.ipynb #ddf23c0f
@@ -98,9 +107,12 @@ class _Stripes:
     def draw(self, k, rng):
         angle = np.pi * k / self.classes + rng.normal(0, 0.08)
         across = self.x * np.cos(angle) + self.y * np.sin(angle)
-        wave = np.sin(2 * np.pi * (6 * across + rng.random()))[..., None]
-        color = np.array([np.cos(2 * np.pi * (k / self.classes + third / 3)) for third in range(3)])
-        return 128 + 60 * wave * color + 30 * color + rng.normal(0, 15, (self.height, self.width, 3))
+        phase = rng.random()
+        wave = np.sin(2 * np.pi * (6 * across + phase))[..., None]
+        hues = [np.cos(2 * np.pi * (k / self.classes + third / 3)) for third in range(3)]
+        color = np.array(hues)
+        noise = rng.normal(0, 15, (self.height, self.width, 3))
+        return 128 + 60 * wave * color + 30 * color + noise
 
 # %% ../../nbs/25_data.datasets.ipynb #94a25f56
 class _Photographs:
@@ -108,33 +120,42 @@ class _Photographs:
     def __init__(self, size, seed):
         width, height = size
         self.size = size
-        self.originals = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+        files = "china.jpg", "flower.jpg"
+        self.originals = [Image.fromarray(load_sample_image(name)) for name in files]
         rng = np.random.default_rng(seed)
-        self.grain = rng.normal(0, 6, (height + 64, width + 64, 1)).astype(np.float32)
+        grain = rng.normal(0, 6, (height + 64, width + 64, 1))
+        self.grain = grain.astype(np.float32)
 
     def draw(self, k, rng):
-        part = np.asarray(self.crop(self.originals[k % 2], rng))
-        reverse = k // 6 % 2
-        part = np.roll(part[..., ::1 - 2 * reverse], k // 2 % 3, axis=2)
+        photograph, shift, reverse = k % 2, k // 2 % 3, k // 6 % 2
+        part = np.asarray(self.crop(self.originals[photograph], rng))
+        part = np.roll(part[..., ::1 - 2 * reverse], shift, axis=2)
         part = part[:, ::1 - 2 * rng.integers(2)]
-        row, column = (rng.integers(0, n + 1) for n in (64, 64))
-        return part + self.grain[row:row + self.size[1], column:column + self.size[0]]
+        row = rng.integers(0, 65)
+        column = rng.integers(0, 65)
+        width, height = self.size
+        return part + self.grain[row:row + height, column:column + width]
 
     def crop(self, photograph, rng):
-        "Cut out 60 to 100 % of the photograph's width and resize it."
+        "Cut out a part with 60 to 100 % of the width that fits, and resize it."
+        full_width, full_height = photograph.size
         fraction = rng.uniform(0.6, 1)
-        width = int(fraction * min(photograph.size[0], photograph.size[1] * self.size[0] / self.size[1]))
+        width = int(fraction * min(full_width, full_height * self.size[0] / self.size[1]))
         height = int(width * self.size[1] / self.size[0])
-        left = rng.integers(0, photograph.size[0] - width + 1)
-        top = rng.integers(0, photograph.size[1] - height + 1)
+        left = rng.integers(0, full_width - width + 1)
+        top = rng.integers(0, full_height - height + 1)
         box = (left, top, left + width, top + height)
         return photograph.resize(self.size, Image.Resampling.BICUBIC, box=box)
 
-# %% ../../nbs/25_data.datasets.ipynb #3174f3d9
-_tree_parts = {"folders": ("", ""), "parts": ("train", "val"), "imagenet": ("TrainingSet", "ValidationSet")}
+# %% ../../nbs/25_data.datasets.ipynb #1868cabd
+_tree_parts = {
+    "folders": ("", ""),
+    "parts": ("train", "val"),
+    "imagenet": ("TrainingSet", "ValidationSet"),
+}
 
 def _tree_files(layout, names, counts, seed):
-    "List the files of a tree: (path below its root, key of its random numbers: part, class, number)."
+    "List the files of a tree: (path below its root, its part, class and number)."
     order = epoch_order(counts[1] * len(names), seed, 0)
     files = []
     for part, count in enumerate(counts):
@@ -156,7 +177,7 @@ def make_image_tree(
     size: tuple[int, int] = (64, 48),  # width and height in pixels
     *,
     layout: str = "parts",  # or "folders": one per class, or "imagenet": with labels.txt
-    photographs: bool = False,  # parts of photographs, not stripes; 500×375 pixels have 110 KB, as ImageNet's
+    photographs: bool = False,  # parts of photographs, not stripes; 110 KB with 500×375 pixels
     quality: int = 95,  # of the JPEG files
     seed: int = 0,
 ) -> Path:  # the folder
@@ -169,10 +190,12 @@ def make_image_tree(
     names = [f"n{k:08d}" for k in range(classes)] if isinstance(classes, int) else list(classes)
     painter = _Photographs(size, seed) if photographs else _Stripes(size, len(names))
     labels = []
-    for file, (part, k, i) in _tree_files(layout, names, (per_class, valid_per_class), seed):
+    counts = (per_class, valid_per_class)
+    for file, (part, k, i) in _tree_files(layout, names, counts, seed):
         pixels = painter.draw(k, np.random.default_rng((seed, part, k, i)))
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
         (path / file).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(path / file, quality=quality)
+        image.save(path / file, quality=quality)
         if part:
             labels.append(f"{file.name} {names[k]}\n")
     if layout == "imagenet":
@@ -180,7 +203,9 @@ def make_image_tree(
     return path
 
 # %% ../../nbs/25_data.datasets.ipynb #f9c84204
-canvas_mean, canvas_std = 0.023, 0.13  # of the pixels of 128×128 canvases with four digits, between 0 and 1
+# of the pixels of 128×128 canvases with four digits, between 0 and 1
+canvas_mean = 0.023
+canvas_std = 0.13
 
 class Canvases(NamedTuple):
     "Images of a marker and digits; places are (row, column) of centers in pixels."
@@ -190,41 +215,49 @@ class Canvases(NamedTuple):
     places: torch.Tensor  # (count, digits, 2), the answer first; -1 where a canvas has fewer digits
     classes: torch.Tensor  # (count, digits), the label first; -1 where a canvas has fewer digits
 
-# %% ../../nbs/25_data.datasets.ipynb #ac88e4e1
-_digit_side, _marker_side = 16, 10  # pixels
+# %% ../../nbs/25_data.datasets.ipynb #d72cf028
+_digit_side = 16  # pixels
+_marker_side = 10
 
 def _handwriting(held_out):
     "Images of each class, 0 to 9: arrays (n, 16, 16) of uint8."
     pixels, targets = load_digits(return_X_y=True)
     part = _split_digits(targets, 0.2, 42)[held_out]
-    gray = [(flat.reshape(8, 8) * (255 / 16)).round().astype(np.uint8) for flat in pixels[part]]
-    side = (_digit_side, _digit_side)
-    scaled = [np.asarray(Image.fromarray(g).resize(side, Image.Resampling.BICUBIC)) for g in gray]
-    return [np.stack([scaled[i] for i in np.flatnonzero(targets[part] == k)]) for k in range(10)]
+    classes = [[] for _ in range(10)]
+    for flat, label in zip(pixels[part], targets[part]):
+        gray = (flat.reshape(8, 8) * (255 / 16)).round().astype(np.uint8)
+        side = (_digit_side, _digit_side)
+        scaled = Image.fromarray(gray).resize(side, Image.Resampling.BICUBIC)
+        classes[label].append(np.asarray(scaled))
+    return [np.stack(images) for images in classes]
 
-# %% ../../nbs/25_data.datasets.ipynb #32a85493
+# %% ../../nbs/25_data.datasets.ipynb #49652ed9
 _margin = 1.25  # how much farther away than the answer the next digit is
 _steepest = 3  # ratio of the longer to the shorter side of the way to the answer
 
 def _answers(centers, marks, gap):
-    "For each place of the marker the number of the digit that is the answer, and whether the place is clear."
+    "For each place of the marker which digit is the answer, and whether the place is clear."
     steps = centers - marks[:, None]
-    distance = np.where((steps > 0).all(-1), steps.sum(-1).astype(float), np.inf)
+    down_right = (steps > 0).all(-1)
+    distance = np.where(down_right, steps.sum(-1).astype(float), np.inf)
     answer = distance.argmin(1)
     way = steps[np.arange(len(marks)), answer]
-    shortest, second = np.sort(np.c_[distance, np.full(len(marks), np.inf)], 1)[:, :2].T
+    none = np.full(len(marks), np.inf)  # a digit that is nowhere, for canvases with one digit
+    shortest, second = np.sort(np.c_[distance, none], 1)[:, :2].T
     clear = shortest < np.inf
     clear &= second >= _margin * shortest
     clear &= np.abs(steps).max(-1).min(1) >= gap
     clear &= way.max(-1) <= _steepest * way.min(-1)
     return answer, clear
 
-# %% ../../nbs/25_data.datasets.ipynb #f0cfc4d2
+# %% ../../nbs/25_data.datasets.ipynb #46b2036c
 def _do_touch(centers, size):
     "Whether two of the digits are less than two pixels apart."
-    apart = np.abs(centers[:, None] - centers).max(-1) + size * np.eye(len(centers))
+    apart = np.abs(centers[:, None] - centers).max(-1)
+    apart = apart + size * np.eye(len(centers))  # a digit may be where it is itself
     return apart.min() < _digit_side + 2
 
+# %% ../../nbs/25_data.datasets.ipynb #91213d33
 def _lay_out(rng, present, size, gap, balanced):
     "Draw the place of the marker and those of the digits, the answer first."
     low, high = _digit_side // 2, size - _digit_side // 2 + 1
@@ -254,16 +287,27 @@ def _paint(canvas, marker, places, glyphs):
     canvas[row:row + _marker_side, column:column + _marker_side] = 255
     canvas[row + 2:row + _marker_side - 2, column + 2:column + _marker_side - 2] = 0
 
+# %% ../../nbs/25_data.datasets.ipynb #0082ba68
+def _check_canvases(count, size, digits, gap):
+    check_integer("count", count, 1)
+    check_integer("digits", digits, 1, 10)
+    least = 2 * _digit_side + gap + 4 * digits
+    if gap < _digit_side or size < least:
+        raise ValueError(
+            f"gap must be at least {_digit_side} and size at least {2 * _digit_side} + gap + 4 · digits = "
+            f"{least}, got gap {gap} and size {size}"
+        )
+
 # %% ../../nbs/25_data.datasets.ipynb #4b4378d1
 def digit_canvases(
     count: int,
     seed: int = 0,  # the same seed gives the same canvases
-    held_out: bool = False,  # False: the digits that `digits_dls` trains on, True: those that it holds out
+    held_out: bool = False,  # the digits that `digits_dls` holds out; False: those that it trains on
     size: int = 128,  # pixels of a side
     digits: int = 4,  # on a canvas, the answer included
     *,
     fewer: bool = False,  # draw the number of digits of each canvas from 1 to `digits`
-    balanced: bool = True,  # False, easier: markers at random, and the answer more often at the lower right
+    balanced: bool = True,  # False, easier: markers at random, the answer more often at the lower right
     gap: int = 28,  # pixels between the centers of marker and digits, along the rows or the columns
 ) -> Canvases:
     "Draw digit canvases. A bad argument raises `ValueError` naming it."
@@ -280,17 +324,8 @@ def digit_canvases(
         classes[k, :present] = rng.permutation(10)[:present]
         glyphs = [rng.choice(handwriting[label]) for label in classes[k, :present]]
         _paint(images[k, 0], markers[k], places[k, :present], glyphs)
-    return Canvases(*map(torch.from_numpy, (images, classes[:, 0].copy(), markers, places, classes)))
-
-def _check_canvases(count, size, digits, gap):
-    check_integer("count", count, 1)
-    check_integer("digits", digits, 1, 10)
-    least = 2 * _digit_side + gap + 4 * digits
-    if gap < _digit_side or size < least:
-        raise ValueError(
-            f"gap must be at least {_digit_side} and size at least {2 * _digit_side} + gap + 4 · digits "
-            f"= {least}, got gap {gap} and size {size}"
-        )
+    arrays = images, classes[:, 0].copy(), markers, places, classes
+    return Canvases(*map(torch.from_numpy, arrays))
 
 # %% ../../nbs/25_data.datasets.ipynb #475205f6
 class _GrayImage(Transform):
@@ -302,12 +337,16 @@ class _GrayImage(Transform):
             return PILImageBW.create(source.reshape(source.shape[-2:]))
         return PILImageBW.create(open_image(source).convert("L"))
 
-# %% ../../nbs/25_data.datasets.ipynb #6a80159d
+# %% ../../nbs/25_data.datasets.ipynb #cd7f84e8
 def _canvas_datasets(canvases, split_idx):
     "fastai `Datasets` of canvases and their labels."
-    items = [dict(image=i, label=str(k)) for i, k in zip(canvases.images, canvases.labels.tolist())]
-    classes = Categorize(vocab=[str(k) for k in range(10)])
-    return Datasets(items, [[itemgetter("image"), _GrayImage], [itemgetter("label"), classes]], split_idx=split_idx)
+    items = []
+    for image, label in zip(canvases.images, canvases.labels.tolist()):
+        items.append(dict(image=image, label=str(label)))
+    of_image = [itemgetter("image"), _GrayImage]
+    classes = [str(k) for k in range(10)]
+    of_label = [itemgetter("label"), Categorize(vocab=classes)]
+    return Datasets(items, [of_image, of_label], split_idx=split_idx)
 
 # %% ../../nbs/25_data.datasets.ipynb #bff470be
 def canvas_dls(
@@ -321,10 +360,14 @@ def canvas_dls(
     balanced: bool = True,  # as in `digit_canvases`, for both parts
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of (B, 1, size, size) normalised floats and (B,) class numbers
-    "Make training and validation batches of digit canvases. A bad argument raises `ValueError` naming it."
+    """Make training and validation batches of digit canvases.
+
+    Raises `ValueError` naming a bad argument."""
     check_integer("batch_size", batch_size, 1)
     if batch_size > count:
-        raise ValueError(f"batch_size must be between 1 and {count}, the training canvases, got {batch_size}")
+        raise ValueError(
+            f"batch_size must be between 1 and {count}, the training canvases, got {batch_size}"
+        )
     kwargs = dict(size=size, digits=digits, balanced=balanced)
     train = _canvas_datasets(digit_canvases(count, seed, fewer=True, **kwargs), 0)
     valid = _canvas_datasets(digit_canvases(valid_count, 0, held_out=True, **kwargs), 1)
@@ -334,4 +377,5 @@ def canvas_dls(
         TfmdDL(train, bs=batch_size, shuffle=True, drop_last=True, **options),
         TfmdDL(valid, bs=2 * batch_size, **options),
     ]
-    return DataLoaders(*loaders, device=default_device() if device is None else torch.device(device))
+    device = default_device() if device is None else torch.device(device)
+    return DataLoaders(*loaders, device=device)

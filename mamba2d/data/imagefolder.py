@@ -8,6 +8,7 @@ __all__ = ['ImageList', 'find_images', 'check_images', 'imagenet_dls', 'list_ima
 # %% ../../nbs/24_data.imagefolder.ipynb #5cba201f
 import csv
 import dataclasses
+import fnmatch
 import os
 import tempfile
 from pathlib import Path
@@ -26,8 +27,9 @@ from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_de
 from tqdm import tqdm
 
 from .images import CorruptImageError, open_image
-from .loader import cpu_cores, data_fingerprint, KeyedDL, loader_options, make_dataloaders
-from .loader import start_worker, worker_count
+from mamba2d.data.loader import (
+    cpu_cores, data_fingerprint, KeyedDL, loader_options, make_dataloaders, start_worker, worker_count,
+)
 from .random import check_integer, epoch_order
 from .transforms import Augmentation, evaluation_transforms, ImageTransform
 
@@ -43,17 +45,22 @@ class ImageList(NamedTuple):
     @property
     def files(self) -> list[str]:
         "Paths of all images, those for training first."
-        parts = self.train, self.valid
-        return [os.path.join(self.root, name) for part in parts for name in part["file"]]
+        names = [*self.train["file"], *self.valid["file"]]
+        return [os.path.join(self.root, name) for name in names]
 
 # %% ../../nbs/24_data.imagefolder.ipynb #c03dd23c
-_EXPECTED = ("expected train/ and val/ (or TrainingSet/ and ValidationSet/) with a folder per class in each, or val/ flat with the devkit archive "
-             "ILSVRC2012_devkit_t12.tar.gz, a text file of 'file wnid' lines or LOC_val_solution.csv beside it; or a folder per class")
+def _folders(folder):
+    "The folders in a folder, sorted: {name: path}."
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    visible = [entry for entry in entries if not entry.name.startswith(".")]
+    return {entry.name: entry.path for entry in visible if entry.is_dir()}
 
-def _is_image_name(name): return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+# %% ../../nbs/24_data.imagefolder.ipynb #31343d2d
+def _is_image_name(name):
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 def _images_below(folder):
-    "Paths of the images below a folder, sorted; hidden files and folders are left out."
+    "Paths of the images below a folder, sorted."
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -61,172 +68,387 @@ def _images_below(folder):
     return found
 
 # %% ../../nbs/24_data.imagefolder.ipynb #e834d7c0
-def _folders(folder):
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    return {entry.name: entry.path for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+_EXPECTED = (
+    "expected train/ and val/ (or TrainingSet/ and ValidationSet/) with a folder per class in each, or "
+    "val/ flat with the devkit archive ILSVRC2012_devkit_t12.tar.gz, a text file of 'file wnid' lines "
+    "or LOC_val_solution.csv beside it; or a folder per class"
+)
 
-def _flat(folder):
+def _flat_images(folder):
     "Paths of the images in a folder that has no class folders, sorted."
-    flat = sorted(entry.path for entry in os.scandir(folder) if _is_image_name(entry.name) and not entry.is_dir())
+    images = [entry for entry in os.scandir(folder) if _is_image_name(entry.name)]
+    flat = sorted(entry.path for entry in images if not entry.is_dir())
     if flat and _folders(folder):
-        raise ValueError(f"data: {str(folder)!r} has {len(flat)} images beside class folders, the first is {os.path.basename(flat[0])!r}; it should have either the ones or the others")
+        raise ValueError(
+            f"data: {str(folder)!r} has {len(flat)} images beside class folders, the first is "
+            f"{os.path.basename(flat[0])!r}; it should have either the ones or the others"
+        )
     return flat
 
 # %% ../../nbs/24_data.imagefolder.ipynb #d2efcc95
-def _classes(folder, least=2):
+def _list_classes(folder, least=2):
     "Images of each class folder: {class: paths}."
-    _flat(folder)
+    _flat_images(folder)  # raises where images lie beside the class folders
     classes = {name: _images_below(path) for name, path in _folders(folder).items()}
-    if empty := [name for name, files in classes.items() if not files]:
-        raise ValueError(f"data: the class folder {os.path.join(folder, empty[0])!r} has no images ({', '.join(IMG_EXTENSIONS)}); "
-                         f"{len(empty)} such in {str(folder)!r}; delete what is no class")
-    if len(classes) < least: raise ValueError(f"data: {str(folder)!r} has images of {len(classes)} classes, at least {least} are needed; {_EXPECTED}")
+    empty = [name for name, files in classes.items() if not files]
+    if empty:
+        raise ValueError(
+            f"data: the class folder {os.path.join(folder, empty[0])!r} has no images "
+            f"({', '.join(IMG_EXTENSIONS)}); {len(empty)} such in {str(folder)!r}; "
+            "delete what is no class"
+        )
+    if len(classes) < least:
+        raise ValueError(
+            f"data: {str(folder)!r} has images of {len(classes)} classes, "
+            f"at least {least} are needed; {_EXPECTED}"
+        )
     return classes
 
-def _few(names): return f"{', '.join(sorted(names)[:5])}{', …' if len(names) > 5 else ''}" if names else "none"
+# %% ../../nbs/24_data.imagefolder.ipynb #f3ad3168
+class _Labels(NamedTuple):
+    "What a file of labels says."
+    of: dict[str, str]  # class of an image, by the name of its file without suffix
+    vocab: list[str]  # all classes of the file, sorted
 
 # %% ../../nbs/24_data.imagefolder.ipynb #16138d1c
 def _devkit_classes(file):
-    "wnids of ImageNet's validation images in the order of their numbers, from the devkit archive or from torchvision's meta.bin."
-    file = Path(file)
-    if file.suffix == ".bin": return load_meta_file(file.parent, file.name)[1]
-    with tempfile.TemporaryDirectory() as folder:  # torchvision writes beside the archive, where one may not be allowed to
+    "wnids of the validation images by number, from the devkit archive or from torchvision's meta.bin."
+    if file.suffix == ".bin":
+        return load_meta_file(file.parent, file.name)[1]
+    with tempfile.TemporaryDirectory() as folder:
         os.symlink(file.resolve(), os.path.join(folder, ARCHIVE_META["devkit"][0]))
-        try: parse_devkit_archive(folder)
-        except (RuntimeError, OSError) as error: raise ValueError(f"labels: {str(file)!r} is not ImageNet's devkit archive, or is damaged") from error
+        try:
+            parse_devkit_archive(folder)
+        except (RuntimeError, OSError) as error:
+            message = f"labels: {str(file)!r} is not ImageNet's devkit archive, or is damaged"
+            raise ValueError(message) from error
         return load_meta_file(folder)[1]
 
+# %% ../../nbs/24_data.imagefolder.ipynb #18a8fa79
+def _read_devkit(file, stems):
+    "Labels of the images with these names, from the devkit archive or from meta.bin."
+    wnids = _devkit_classes(file)
+    of = {}
+    for stem in stems:
+        number = stem.rpartition("_")[2]
+        if number.isdecimal() and 1 <= int(number) <= len(wnids):
+            of[stem] = wnids[int(number) - 1]
+    return _Labels(of, sorted(set(wnids)))
+
 # %% ../../nbs/24_data.imagefolder.ipynb #80e68d23
-def _read_labels(file, stems):
-    "Read a file of labels: {name of an image without suffix: class}, and all its classes, sorted."
-    file = Path(file)
-    if not file.is_file(): raise FileNotFoundError(f"labels: there is no file {str(file)!r}")
-    if file.suffix in (".gz", ".bin"):
-        wnids, numbers = _devkit_classes(file), {stem: stem.rpartition("_")[2] for stem in stems}
-        return {stem: wnids[int(number) - 1] for stem, number in numbers.items() if number.isdecimal() and 1 <= int(number) <= len(wnids)}, sorted({*wnids})
+def _read_table(file, stems):
+    "Labels in a text file of `file wnid` lines or in Kaggle's table; `stems` are the images' names."
+    of = {}
     with open(file, newline="", errors="replace") as lines:
-        rows = csv.reader(lines) if file.suffix == ".csv" else (line.split() for line in lines)
-        labels = {Path(row[0]).stem: row[1].split()[0] for row in rows if len(row) >= 2 and row[1].strip()}
-    return labels, sorted({label for k, (stem, label) in enumerate(labels.items()) if k or stem in stems})  # the first row may be a heading
+        rows = csv.reader(lines) if file.suffix == ".csv" else map(str.split, lines)
+        for row in rows:
+            if len(row) >= 2 and row[1].strip():
+                of[Path(row[0]).stem] = row[1].split()[0]
+    known = dict(of)
+    first = next(iter(of), None)
+    if first not in stems:  # a heading
+        known.pop(first, None)
+    return _Labels(of, sorted(set(known.values())))
+
+# %% ../../nbs/24_data.imagefolder.ipynb #bd277b51
+def _read_labels(file, stems):
+    "Read a file of labels of any kind."
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"labels: there is no file {str(file)!r}")
+    read = _read_devkit if file.suffix in (".gz", ".bin") else _read_table
+    return read(file, stems)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #4f2df9dd
-def _flat_labels(folder, files, classes, places, given):
-    """Find the labels of a flat validation folder.
+# the best first
+_label_files = ARCHIVE_META["devkit"][0], "meta.bin", "*.txt", "LOC_val_solution.csv"
 
-    Returns {class: paths}, the name of the file that the labels come from, and all its classes."""
+def _find_label_files(places):
+    "Files in some folders that may hold labels, the best kind first."
+    places = dict.fromkeys(map(os.path.realpath, places))
+    folders = [place for place in places if os.path.isdir(place)]
+    names = {folder: sorted(os.listdir(folder)) for folder in folders}
+    found = []
+    for pattern in _label_files:
+        for folder in folders:
+            fitting = [name for name in names[folder] if fnmatch.fnmatchcase(name, pattern)]
+            found += [os.path.join(folder, name) for name in fitting]
+    return found
+
+# %% ../../nbs/24_data.imagefolder.ipynb #64e8a723
+def _know_some(labels, stems, classes):
+    "Whether the labels give one of the images a class, one of `classes` if these are known."
+    if classes is None:
+        return any(stem in labels.of for stem in stems)
+    return any(labels.of.get(stem) in classes for stem in stems)
+
+# %% ../../nbs/24_data.imagefolder.ipynb #be4aabb6
+class _Part(NamedTuple):
+    "Images of a part."
+    files: dict[str, list[str]]  # paths of each class
+    vocab: list[str]  # all classes that are known, sorted
+    source: str | None = None  # name of the file of labels; None: the classes are folders
+
+# %% ../../nbs/24_data.imagefolder.ipynb #b8c5ddf8
+def _list_flat(folder, files, classes, places, given):
+    "Sort the images of a flat folder by their labels, from the file given or one in `places`."
     stems = {Path(file).stem: file for file in files}
-    if given is None:
-        names = {place: sorted(os.listdir(place)) for place in dict.fromkeys(map(os.path.realpath, places)) if os.path.isdir(place)}
-        kinds = (lambda n: n == ARCHIVE_META["devkit"][0], lambda n: n == "meta.bin", lambda n: n.endswith(".txt"), lambda n: n == "LOC_val_solution.csv")
-        candidates = [os.path.join(place, name) for kind in kinds for place, found in names.items() for name in found if kind(name)]
-    else: candidates = [given]
-    for candidate in candidates:
-        labels, known = _read_labels(candidate, stems)
-        if given is not None or any(stem in labels if classes is None else labels.get(stem) in classes for stem in stems): break  # other text files may lie around
-    else: raise ValueError(f"data: {str(folder)!r} has {len(files)} images without class folders, and there are no labels for them; {_EXPECTED}")
-    if missing := sorted(stems.keys() - labels.keys()):
-        raise ValueError(f"labels: {str(candidate)!r} has no class for {len(missing)} of {len(files)} images of {str(folder)!r}, the first is {missing[0]!r}")
-    sorted_out = {}
-    for stem, file in stems.items(): sorted_out.setdefault(labels[stem], []).append(file)
-    return sorted_out, Path(candidate).name, known
+    for source in _find_label_files(places) if given is None else [given]:
+        labels = _read_labels(source, stems)
+        if given is not None or _know_some(labels, stems, classes):
+            break
+    else:
+        raise ValueError(
+            f"data: {str(folder)!r} has {len(files)} images without class folders, "
+            f"and there are no labels for them; {_EXPECTED}"
+        )
+    missing = sorted(stems.keys() - labels.of.keys())
+    if missing:
+        raise ValueError(
+            f"labels: {str(source)!r} has no class for {len(missing)} of {len(files)} images "
+            f"of {str(folder)!r}, the first is {missing[0]!r}"
+        )
+    by_class = {}
+    for stem, file in stems.items():
+        by_class.setdefault(labels.of[stem], []).append(file)
+    return _Part(by_class, labels.vocab, Path(source).name)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #d872119d
-_parts = ("train", "training", "trainingset"), ("val", "valid", "validation", "validationset", "test")  # names of folders, in small letters
+_train_names = "train", "training", "trainingset"  # in small letters
+_valid_names = "val", "valid", "validation", "validationset", "test"
+
+# %% ../../nbs/24_data.imagefolder.ipynb #0ab9821e
+def _holds_images(folder):
+    return any(_is_image_name(entry.name) for entry in os.scandir(folder))
 
 def _is_class(name, root):
     """Whether a folder with the name of a part is a class.
 
-    It is one if it holds images itself, and so does a folder beside it that is no part (`test1` may be one)."""
-    holds = lambda folder: any(_is_image_name(entry.name) for entry in os.scandir(folder))
-    beside = [path for other, path in _folders(root).items() if not other.lower().startswith(("train", "val", "test"))]
-    return not _folders(root / name) and holds(root / name) and any(map(holds, beside))
+    It is one if it holds images itself, and so does a folder beside it that is no part: `test1` may be one."""
+    if _folders(root / name) or not _holds_images(root / name):
+        return False
+    beside = _folders(root).items()
+    no_parts = [path for name, path in beside if not name.lower().startswith(("train", "val", "test"))]
+    return any(map(_holds_images, no_parts))
+
+# %% ../../nbs/24_data.imagefolder.ipynb #cb44c6c8
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    "A folder of images, and where its parts lie."
+    path: Path  # as given
+    root: Path  # holds the parts: `path`, or Kaggle's inner folder
+    train: str | None = None  # name of the training part's folder
+    valid: str | None = None  # of the validation part's
+
+    @property
+    def prefix(self):
+        return "" if self.root == self.path else f"{self.root.relative_to(self.path)}: "
+
+    def list_part(self, folder, classes, labels, least=2):
+        "List a part: a flat folder with its file of labels, or at least `least` class folders."
+        flat = _flat_images(folder)
+        if flat:
+            return _list_flat(folder, flat, classes, self.label_places(folder), labels)
+        files = _list_classes(folder, least)
+        return _Part(files, sorted(files))
+
+    def label_places(self, folder):
+        "Folders in which labels of the images in `folder` are looked for."
+        places = [self.path, self.root, folder, folder.resolve().parent]
+        root = self.root.resolve()
+        if root.parts[-2:] == ("Data", "CLS-LOC"):
+            places += [*root.parents][:3]
+        return places
+
+# %% ../../nbs/24_data.imagefolder.ipynb #15c3f6d1
+def _find_parts(path, root, evaluate):
+    "The tree with the parts that lie in `root`, if there are any."
+    if not root.is_dir():
+        return _Tree(path, root)
+    names = {name.lower(): name for name in _folders(root)}
+    train = next((names[name] for name in _train_names if name in names), None)
+    valid = next((names[name] for name in _valid_names if name in names), None)
+    part = train or evaluate and valid
+    if part and _is_class(part, root):
+        return _Tree(path, root)  # so is the other one: it is a part only beside a training part
+    return _Tree(path, root, train, valid)
+
+# %% ../../nbs/24_data.imagefolder.ipynb #a0874a52
+def _recognise(path, evaluate):
+    "Find the parts of a tree. An evaluation does with a validation part alone."
+    for inner in ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"):
+        tree = _find_parts(path, path / inner, evaluate)
+        if tree.train or evaluate and tree.valid:
+            return tree
+    return _Tree(path, path)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #a480da0d
-def _held_out(classes, fraction, seed):
+class _Listing(NamedTuple):
+    "Images of a tree, {class: paths} for each part."
+    root: Path  # file names will be relative to it
+    train: dict[str, list[str]]
+    valid: dict[str, list[str]]
+    vocab: list[str]
+    layout: str  # description of what was found
+    used_labels: bool = False  # whether a file of labels was read
+
+# %% ../../nbs/24_data.imagefolder.ipynb #5838d259
+def _hold_out(classes, fraction, seed):
     "Split each class in two: dictionaries {class: paths} for training and validation."
     train, valid = {}, {}
     for k, (name, files) in enumerate(classes.items()):
         if len(files) < 2:
-            raise ValueError(f"data: class {name!r} has only the image {files[0]!r}: "
-                             "at least 2 are needed to hold one out")
+            raise ValueError(
+                f"data: class {name!r} has only the image {files[0]!r}: "
+                "at least 2 are needed to hold one out"
+            )
         order = epoch_order(len(files), seed, k)
         count = min(max(round(fraction * len(files)), 1), len(files) - 1)
-        valid[name], train[name] = ([files[i] for i in sorted(part)] for part in (order[:count], order[count:]))
+        valid[name] = [files[i] for i in sorted(order[:count])]
+        train[name] = [files[i] for i in sorted(order[count:])]
     return train, valid
+
+# %% ../../nbs/24_data.imagefolder.ipynb #ad758250
+def _list_and_hold_out(tree, valid_pct, split_seed):
+    "List the class folders of a tree or of its training part, and hold out images of each class."
+    root = tree.root / (tree.train or "")
+    train, valid = _hold_out(_list_classes(root), valid_pct, split_seed)
+    part = f"{tree.train}/ of " if tree.train else ""
+    held_out = f"{100 * valid_pct:g} % of each held out (seed {split_seed})"
+    layout = f"{tree.prefix}{part}class folders, {held_out}"
+    return _Listing(root, train, valid, sorted(train), layout)
+
+# %% ../../nbs/24_data.imagefolder.ipynb #657c1394
+def _few(names):
+    "The first of some names, for a message."
+    if not names:
+        return "none"
+    return ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+
+# %% ../../nbs/24_data.imagefolder.ipynb #6aaa4e68
+def _list_parts(tree, labels):
+    "List a training part of class folders and a validation part, flat or of class folders."
+    train = _list_classes(tree.root / tree.train)
+    part = tree.list_part(tree.root / tree.valid, train, labels)
+    valid = part.files
+    if train.keys() != valid.keys():
+        raise ValueError(
+            f"data: {tree.train}/ and {tree.valid}/ of {str(tree.root)!r} have different classes; "
+            f"only in {tree.train}/: {_few(train.keys() - valid.keys())}; "
+            f"only in {tree.valid}/: {_few(valid.keys() - train.keys())}"
+        )
+    kind = f"flat with labels from {part.source}" if part.source else "of class folders"
+    layout = f"{tree.prefix}{tree.train}/ of class folders, {tree.valid}/ {kind}"
+    return _Listing(tree.root, train, valid, sorted(train), layout, part.source is not None)
+
+# %% ../../nbs/24_data.imagefolder.ipynb #55ed43fc
+def _evaluation_layout(tree, folder, part, vocab):
+    "Describe the images of an evaluation."
+    where = "" if folder == tree.path else f"{folder.relative_to(tree.path)}: "
+    count = sum(map(len, part.files.values()))
+    kind = f"with labels from {part.source}" if part.source else "of class folders"
+    found = len(part.files)
+    classes = f" ({found} of {len(vocab)} classes)" if found < len(vocab) else ""
+    return f"{where}all {count} images {kind}{classes}"
+
+# %% ../../nbs/24_data.imagefolder.ipynb #f201f78c
+def _list_evaluation(tree, given, labels):
+    "List all images of the validation part or of the tree; `given` are the classes, None: those found."
+    folder = tree.root / (tree.valid or tree.train or "")
+    classes = given
+    if given is None and tree.train and tree.valid:
+        classes = [*_folders(tree.root / tree.train)]
+    part = tree.list_part(folder, classes, labels, least=1 if classes else 2)
+    vocab = classes or part.vocab
+    strange = part.files.keys() - {*vocab}
+    if strange:
+        origin = f"of {tree.train}/" if given is None else "given"
+        raise ValueError(
+            f"data: {str(folder)!r} has images of {len(strange)} classes that are not "
+            f"among the {len(vocab)} {origin}: {_few(strange)}; these are {_few(vocab)}"
+        )
+    root = tree.root if tree.valid else folder
+    layout = _evaluation_layout(tree, folder, part, vocab)
+    return _Listing(root, {}, part.files, vocab, layout, part.source is not None)
+
+# %% ../../nbs/24_data.imagefolder.ipynb #837f4643
+def _records(part, root):
+    "The images of a part {class: paths} as an array of records: file, label."
+    inside = str(root) + os.sep
+    rows = []
+    for label in sorted(part):
+        for file in part[label]:
+            if file.startswith(inside):
+                name = file[len(inside):]
+            else:
+                name = os.path.relpath(file, root)
+            rows.append((name, label))
+    longest_file = max((len(file) for file, _ in rows), default=1)
+    longest_label = max((len(label) for _, label in rows), default=1)
+    return np.array(rows, dtype=[("file", f"U{longest_file}"), ("label", f"U{longest_label}")])
+
+# %% ../../nbs/24_data.imagefolder.ipynb #1cc4ba60
+def _given_classes(evaluate):
+    "The classes that the argument `evaluate` lists; None: it is true or false."
+    if isinstance(evaluate, bool):
+        return None
+    names = []
+    if isinstance(evaluate, (list, tuple)):
+        names = [str(name) for name in evaluate]
+    if len(set(names)) < max(2, len(names)):
+        raise ValueError(
+            "evaluate must be true, false or a list of at least two different classes, "
+            f"got {evaluate!r}"
+        )
+    return names
 
 # %% ../../nbs/24_data.imagefolder.ipynb #580f7aad
 def find_images(
     path: str | Path,  # the folder
-    valid_pct: float = 0.2,  # fraction of each class that is held out where there is no validation part
+    valid_pct: float = 0.2,  # fraction of each class held out where there is no validation part
     split_seed: int = 42,  # of that split
-    labels: str | Path | None = None,  # file with the classes of a flat validation folder; None: looked for beside it
+    labels: str | Path | None = None,  # classes of a flat validation folder; None: looked for
     evaluate: bool | list[str] = False,  # all is validation data; a list: its classes, by number
 ) -> ImageList:
-    """Recognise the layout of a folder of images.
+    """Recognise the layout of a folder of images, and list them.
 
     Raises `FileNotFoundError` or `ValueError` naming the folder and what is expected in it."""
     path = Path(path)
-    if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
-    vocab = None if isinstance(evaluate, bool) else [str(name) for name in evaluate] if isinstance(evaluate, (list, tuple)) else []
-    if vocab is not None and len({*vocab}) < max(2, len(vocab)): raise ValueError(f"evaluate must be true, false or a list of at least two different classes, got {evaluate!r}")
-    if not path.is_dir(): raise FileNotFoundError(f"data: there is no folder {str(path)!r}; {_EXPECTED}")
-    for inner in ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC"):
-        root, names = path / inner, {}
-        if root.is_dir(): names = {name.lower(): name for name in _folders(root)}
-        train, valid = (next((names[n] for n in known if n in names), None) for known in _parts)
-        part = train or evaluate and valid
-        if part and _is_class(part, root):
-            train = valid = part = None  # so is the other one: it is a part only beside a training part
-        if part: break
-    else: root, train, valid = path, None, None
-    prefix, source = f"{root.relative_to(path)}: " if root != path else "", None
-    where = root / (valid or evaluate and train or "")
-    above = [*root.resolve().parents][:3] if root.resolve().parts[-2:] == ("Data", "CLS-LOC") else []
+    if not 0 < valid_pct < 1:
+        raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
+    classes = _given_classes(evaluate)
+    if not path.is_dir():
+        raise FileNotFoundError(f"data: there is no folder {str(path)!r}; {_EXPECTED}")
+    tree = _recognise(path, bool(evaluate))
     if evaluate:
-        if vocab is None and train and valid: vocab = [*_folders(root / train)]
-        if flat := _flat(where):
-            found, source, known = _flat_labels(where, flat, vocab, [path, root, where, where.resolve().parent, *above], labels)
-            vocab, kind = vocab or known, f"with labels from {source}"
-        else:
-            found, kind = _classes(where, 1 if vocab else 2), "of class folders"
-            vocab = vocab or sorted(found)
-        if strange := found.keys() - {*vocab}:
-            raise ValueError(f"data: {str(where)!r} has images of {len(strange)} classes that are not among the {len(vocab)} "
-                             f"{'of ' + train + '/' if evaluate is True and train else 'given'}: {_few(strange)}; these are {_few(vocab)}")
-        count, of = sum(map(len, found.values())), f" ({len(found)} of {len(vocab)} classes)" if len(found) < len(vocab) else ""
-        layout = f"{where.relative_to(path)}: " * (where != path) + f"all {count} images {kind}{of}"
-        if valid is None: root = where
-        parts = [{}, found]
-    elif train and valid:
-        parts, layout = [_classes(root / train)], f"{prefix}{train}/ of class folders, "
-        if flat := _flat(where):
-            found, source, _ = _flat_labels(where, flat, parts[0], [path, root, where, *above], labels)
-            layout += f"{valid}/ flat with labels from {source}"
-        else: found, layout = _classes(where), f"{layout}{valid}/ of class folders"
-        parts.append(found)
-        if parts[0].keys() != parts[1].keys():
-            raise ValueError(f"data: {train}/ and {valid}/ of {str(root)!r} have different classes; only in {train}/: {_few(parts[0].keys() - parts[1].keys())}; "
-                             f"only in {valid}/: {_few(parts[1].keys() - parts[0].keys())}")
+        found = _list_evaluation(tree, classes, labels)
+    elif tree.train and tree.valid:
+        found = _list_parts(tree, labels)
     else:
-        root = root / (train or "")
-        parts = _held_out(_classes(root), valid_pct, split_seed)
-        layout = f"{prefix}{train + '/ of ' if train else ''}class folders, {100 * valid_pct:g} % of each held out (seed {split_seed})"
-    if labels is not None and source is None: raise ValueError(f"labels: only images of a flat validation folder need them, got {str(labels)!r}; {str(path)!r} has {layout}")
-    records, inside = [], str(root) + os.sep
-    for part in parts:  # slicing a string is ten times as fast as os.path.relpath, which counts with a million files
-        rows = [(file[len(inside):] if file.startswith(inside) else os.path.relpath(file, root), name) for name in sorted(part) for file in part[name]]
-        lengths = [max((len(row[k]) for row in rows), default=1) for k in (0, 1)]
-        records.append(np.array(rows, dtype=[("file", f"U{lengths[0]}"), ("label", f"U{lengths[1]}")]))
-    return ImageList(root, *records, vocab or sorted(parts[0]), layout)
+        found = _list_and_hold_out(tree, valid_pct, split_seed)
+    if labels is not None and not found.used_labels:
+        raise ValueError(
+            f"labels: only images of a flat validation folder need them, got {str(labels)!r}; "
+            f"{str(path)!r} has {found.layout}"
+        )
+    train = _records(found.train, found.root)
+    valid = _records(found.valid, found.root)
+    return ImageList(found.root, train, valid, found.vocab, found.layout)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #b966a6f1
 class _Check(torch.utils.data.Dataset):
     "For each image what is wrong with it, or an empty string."
-    def __init__(self, files): self.files = np.array(files)
-    def __len__(self): return len(self.files)
+    def __init__(self, files):
+        self.files = np.array(files)
+
+    def __len__(self):
+        return len(self.files)
+
     def __getitem__(self, k):
-        try: open_image(str(self.files[k]))
-        except CorruptImageError as error: return str(error).partition("': ")[2]
+        try:
+            open_image(str(self.files[k]))
+        except CorruptImageError as error:
+            return str(error).partition("': ")[2]
         return ""
 
 # %% ../../nbs/24_data.imagefolder.ipynb #02869505
@@ -237,10 +459,39 @@ def check_images(
 ) -> dict[str, str]:  # path -> what is wrong, only for those that cannot be read
     "Decode every image once, in parallel, and return the corrupt ones."
     files = [str(file) for file in files]
-    loader = DataLoader(_Check(files), batch_size=32, num_workers=cpu_cores() if num_workers is None else num_workers, collate_fn=list,
-                        generator=torch.Generator(), worker_init_fn=start_worker)
-    reasons = [reason for batch in tqdm(loader, unit="batch", disable=not progress) for reason in batch]
+    loader = DataLoader(
+        _Check(files),
+        batch_size=32,
+        num_workers=cpu_cores() if num_workers is None else num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),
+        worker_init_fn=start_worker,
+    )
+    reasons = []
+    for batch in tqdm(loader, unit="batch", disable=not progress):
+        reasons += batch
     return {file: reason for file, reason in zip(files, reasons) if reason}
+
+# %% ../../nbs/24_data.imagefolder.ipynb #481b9a05
+def _without(records, root, corrupt):
+    "The records whose file is not among `corrupt`, paths or names relative to `root`."
+    left_out = set()
+    for name in map(str, corrupt):
+        if not os.path.isabs(name):
+            left_out.add(name)
+        left_out.add(os.path.relpath(name, root))  # from the current folder
+    if not left_out:
+        return records
+    return records[~np.isin(records["file"], sorted(left_out))]
+
+# %% ../../nbs/24_data.imagefolder.ipynb #ce4e4e80
+def _corrupt_images(files, corrupt, skip_corrupt, workers):
+    "What to leave out, with reasons: as given, or found by reading every image."
+    if corrupt is None:
+        return check_images(files, workers) if skip_corrupt else {}
+    if isinstance(corrupt, dict):
+        return dict(corrupt)
+    return dict.fromkeys(map(str, corrupt), "left out")
 
 # %% ../../nbs/24_data.imagefolder.ipynb #ade203c2
 class OpenImage(Transform):
@@ -255,86 +506,134 @@ class OpenImage(Transform):
         self.root, self.lazy = str(root), lazy
 
     def encodes(self, source):
-        if isinstance(source, np.void): source = os.path.join(self.root, source["file"])
+        if isinstance(source, np.void):
+            source = os.path.join(self.root, source["file"])
         return open_image(source, self.lazy)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #f75e0510
 class _ClassName(Transform):
-    "The class of a record; of a path, as in `test_dl(files, with_labels=True)`, the name of its folder."
+    "The class of a record; of a path, in `test_dl(files, with_labels=True)`, the name of its folder."
     input_types = (np.void, str, Path)
 
     def encodes(self, source):
-        if isinstance(source, np.void): return source["label"]
+        if isinstance(source, np.void):
+            return source["label"]
         return os.path.basename(os.path.dirname(os.path.abspath(source)))
 
+# %% ../../nbs/24_data.imagefolder.ipynb #88c48316
 class _Records(np.ndarray):
-    "Records of an `ImageList` as fastai picks some of them: without `iloc` it takes an array for one item."
+    "Records of an `ImageList` of which fastai can pick some: without `iloc` an array is one item to it."
     @property
-    def iloc(self): return self
+    def iloc(self):
+        return self
 
-# %% ../../nbs/24_data.imagefolder.ipynb #481b9a05
-def _without(records, root, corrupt):
-    "The records whose file is not among `corrupt`, paths or names relative to `root`."
-    left_out = {os.path.relpath(name, root) if os.path.isabs(name) else name for name in map(str, corrupt)}
-    left_out |= {os.path.relpath(os.path.abspath(name), os.path.abspath(root)) for name in map(str, corrupt)}
-    return records[~np.isin(records["file"], sorted(left_out))] if left_out else records
+def _image_datasets(records, found, split_idx, lazy):
+    "fastai `Datasets` of the records of a part."
+    image = [OpenImage(found.root, lazy)]
+    label = [_ClassName, Categorize(vocab=found.vocab, sort=False)]
+    return Datasets(records.view(_Records), [image, label], split_idx=split_idx)
+
+def _train_and_valid(train, valid, found, lazy):
+    "`Datasets` of the records for training, which may be none, and for validation."
+    if not len(train):
+        valid_set = _image_datasets(valid, found, 1, lazy=False)
+        return valid_set.new_empty(), valid_set
+    return _image_datasets(train, found, 0, lazy), _image_datasets(valid, found, 1, lazy=False)
+
+# %% ../../nbs/24_data.imagefolder.ipynb #364ae220
+def _as_augmentation(augment):
+    "An `Augmentation`, or None where the images are not augmented."
+    if isinstance(augment, Augmentation):
+        return augment
+    if isinstance(augment, bool):
+        return Augmentation() if augment else None
+    if not isinstance(augment, dict):
+        raise ValueError(
+            "augment must be true, false, an Augmentation or a dictionary of its fields, "
+            f"got {augment!r}"
+        )
+    fields = [field.name for field in dataclasses.fields(Augmentation)]
+    unknown = [*augment.keys() - fields]
+    if unknown:
+        raise ValueError(f"augment has a field {unknown[0]!r}; accepted: {', '.join(fields)}")
+    return Augmentation(**augment)
+
+# %% ../../nbs/24_data.imagefolder.ipynb #4ea4cee7
+def _check_classes_left(train, valid, vocab):
+    "Raise `ValueError` if a part has no image of one of the classes."
+    for name, part in (("training", train), ("validation", valid)):
+        lost = sorted({*vocab} - {*part["label"]})
+        if lost:
+            raise ValueError(
+                f"data: without the corrupt images there are no {name} images of class {lost[0]!r}"
+            )
+
+# %% ../../nbs/24_data.imagefolder.ipynb #913233bb
+def _check_arguments(batch_size, size, seed, corrupt):
+    check_integer("batch_size", batch_size, 1)
+    check_integer("size", size, 8)
+    check_integer("seed", seed)
+    if not isinstance(corrupt, (dict, list, type(None))):
+        raise ValueError(
+            "corrupt must be a list of files, a dictionary of files and reasons, or None, "
+            f"got {corrupt!r}"
+        )
 
 # %% ../../nbs/24_data.imagefolder.ipynb #ebda2a90
 def imagenet_dls(
-    path: str | Path,  # ImageNet in one of its layouts, or a folder of class folders: see `find_images`
+    path: str | Path,  # ImageNet in one of its layouts, or class folders: see `find_images`
     batch_size: int = 64,
     size: int = 224,  # pixels
     *,
     seed: int = 0,  # of order and augmentation
-    num_workers: int | None = None,  # processes that prepare images; None: one per core but one, at most 16
-    augment: bool | dict | Augmentation = True,  # True: the published regime; an `Augmentation` or its fields
-    skip_corrupt: bool = False,  # read every image once before, and leave out those that cannot be read
+    num_workers: int | None = None,  # processes that prepare images; None: cores less one, at most 16
+    augment: bool | dict | Augmentation = True,  # True: the published regime; or fields of another
+    skip_corrupt: bool = False,  # read every image once before, and leave out the corrupt ones
     corrupt: dict[str, str] | list[str] | None = None,  # to leave out, with or without reasons
-    valid_pct: float = 0.2,  # fraction of each class that is held out where there is no validation part
+    valid_pct: float = 0.2,  # fraction of each class held out where there is no validation part
     split_seed: int = 42,  # of that split
-    labels: str | Path | None = None,  # file with the classes of a flat validation folder; None: looked for
+    labels: str | Path | None = None,  # classes of a flat validation folder; None: looked for
     evaluate: bool | list[str] = False,  # all is validation data; a list: its classes, by number
     device=None,  # None: fastai's default, the GPU where there is one
-) -> DataLoaders:  # batches of (B, 3, size, size) floats with ImageNet's mean and deviation, and (B,) class numbers
-    """Training and validation batches.
+) -> DataLoaders:  # batches of (B, 3, size, size) normalised floats and (B,) class numbers
+    """Make training and validation batches of a folder of images, normalised with ImageNet's statistics.
 
-    Raises `FileNotFoundError` or `ValueError` saying what is wrong and what is expected. Reading a corrupt
-    image raises `CorruptImageError`."""
-    for name, value, least in (("batch_size", batch_size, 1), ("size", size, 8), ("seed", seed, 0)): check_integer(name, value, least)
-    if not isinstance(corrupt, (dict, list, type(None))): raise ValueError(f"corrupt must be a list of files, a dictionary of files and reasons, or None, got {corrupt!r}")
-    if not isinstance(augment, (bool, dict, Augmentation)): raise ValueError(f"augment must be true, false, an Augmentation or a dictionary of its fields, got {augment!r}")
-    fields = [field.name for field in dataclasses.fields(Augmentation)]
-    if isinstance(augment, dict) and (unknown := [*augment.keys() - fields]): raise ValueError(f"augment has a field {unknown[0]!r}; accepted: {', '.join(fields)}")
-    augmentation = augment if isinstance(augment, Augmentation) else Augmentation(**augment) if isinstance(augment, dict) else Augmentation() if augment else None
+    Raises `FileNotFoundError` or `ValueError` saying what is wrong and what is expected. Reading a
+    corrupt image raises `CorruptImageError`."""
+    _check_arguments(batch_size, size, seed, corrupt)
+    augmentation = _as_augmentation(augment)
     found = find_images(path, valid_pct, split_seed, labels, evaluate)
     workers = worker_count(num_workers)
-    if corrupt is None: corrupt = check_images(found.files, workers) if skip_corrupt else {}
-    if not isinstance(corrupt, dict): corrupt = dict.fromkeys(map(str, corrupt), "left out")
-    train, valid = (_without(part, found.root, corrupt) for part in (found.train, found.valid))
-    if not len(valid): raise ValueError("data: without the corrupt images there are no validation images")
-    for part, name in () if evaluate else ((train, "training"), (valid, "validation")):
-        if lost := sorted({*found.vocab} - {*part["label"]}):
-            raise ValueError(f"data: without the corrupt images there are no {name} images of class {lost[0]!r}")
-    data = [Datasets(part.view(_Records), [[OpenImage(found.root, lazy)], [_ClassName, Categorize(vocab=found.vocab, sort=False)]], split_idx=split)
-            for split, (part, lazy) in enumerate(((train, augmentation is not None), (valid, False))) if len(part)]
-    if not len(train): data.insert(0, data[0].new_empty())
+    corrupt = _corrupt_images(found.files, corrupt, skip_corrupt, workers)
+    train = _without(found.train, found.root, corrupt)
+    valid = _without(found.valid, found.root, corrupt)
+    if not len(valid):
+        raise ValueError("data: without the corrupt images there are no validation images")
+    if not evaluate:
+        _check_classes_left(train, valid, found.vocab)
     plain = evaluation_transforms(size)
     return make_dataloaders(
-        data, [augmentation.transforms(size) if augmentation else plain, plain], imagenet_stats,
-        batch_size=batch_size, seed=seed, num_workers=workers, device=device, layout=found.layout,
-        fingerprint=data_fingerprint(train, valid), corrupt=dict(corrupt),
+        _train_and_valid(train, valid, found, lazy=augmentation is not None),
+        [augmentation.transforms(size) if augmentation else plain, plain],
+        imagenet_stats,
+        batch_size=batch_size, seed=seed, num_workers=workers, device=device,
+        layout=found.layout, fingerprint=data_fingerprint(train, valid), corrupt=corrupt,
     )
 
 # %% ../../nbs/24_data.imagefolder.ipynb #365f8afa
 def list_images(
     paths: list,  # of files, taken as they are, and of folders, of which all images below are taken
 ) -> list[str]:
-    "Paths of images. Raises `FileNotFoundError` or `ValueError` naming a path that is no file, or a folder without images."
+    """Return paths of images.
+
+    Raises `FileNotFoundError` naming a path that is nothing, `ValueError` naming a folder without images."""
     found = []
     for path in map(str, paths):
-        if not os.path.exists(path): raise FileNotFoundError(f"there is no file or folder {path!r}")
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"there is no file or folder {path!r}")
         inside = _images_below(path) if os.path.isdir(path) else [path]
-        if not inside: raise ValueError(f"the folder {path!r} has no images ({', '.join(IMG_EXTENSIONS)})")
+        if not inside:
+            raise ValueError(f"the folder {path!r} has no images ({', '.join(IMG_EXTENSIONS)})")
         found += inside
     return found
 
@@ -348,8 +647,14 @@ def images_dl(
     after_batch=None,  # what makes normalised floats of bytes; None: ImageNet's mean and deviation
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> KeyedDL:  # batches with one item: (B, 3, size, size)
-    "Images without classes, prepared as `imagenet_dls` prepares those for validation. An image that cannot be read raises `CorruptImageError`."
-    for name, value, least in (("batch_size", batch_size, 1), ("size", size, 8)): check_integer(name, value, least)
+    """Load images without classes, prepared as `imagenet_dls` prepares those for validation.
+
+    An image that cannot be read raises `CorruptImageError`."""
+    check_integer("batch_size", batch_size, 1)
+    check_integer("size", size, 8)
     options = loader_options(worker_count(num_workers), device, *imagenet_stats)
-    if after_batch is not None: options["after_batch"] = after_batch
-    return KeyedDL(Datasets(list(map(str, files)), [[OpenImage("")]]), bs=batch_size, after_item=ImageTransform(*evaluation_transforms(size)), **options)
+    if after_batch is not None:
+        options["after_batch"] = after_batch
+    data = Datasets(list(map(str, files)), [[OpenImage("")]])
+    prepare = ImageTransform(*evaluation_transforms(size))
+    return KeyedDL(data, bs=batch_size, after_item=prepare, **options)

@@ -69,12 +69,12 @@ def _as_pillow(source):
 
 def open_image(
     source,  # path, bytes of a file, array (H, W) or (H, W, 3) of uint8 or gray as below, or image
-    lazy: bool = False,  # leave an ordinary JPEG undecoded: it can be decoded at a fraction of its size
+    lazy: bool = False,  # leave an ordinary JPEG undecoded, to be decoded at a fraction of its size
 ) -> Image.Image:
     """Read an image as an upright RGB image. Raises `CorruptImageError`.
 
-    Gray of more than eight bits: 0 is black; white is 65535 (255 in 32-bit integers with no larger value), or
-    1 in floats (255 with a value above 1)."""
+    Gray of more than eight bits: 0 is black; white is 65535 (255 in 32-bit integers with no larger value),
+    or 1 in floats (255 with a value above 1)."""
     with reading_image(source):
         image = _as_pillow(source)
         turned = _is_turned(image)

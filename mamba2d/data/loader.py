@@ -17,10 +17,11 @@ import time
 import fastai.vision.data  # registers how batches and results are drawn
 import numpy as np
 import torch
+from fastai import torch_core
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import _loaders
 from fastai.data.transforms import IntToFloatTensor, Normalize
-from fastai.torch_core import default_device, to_detach, to_device
+from fastai.torch_core import default_device, to_device
 from fastcore.basics import patch
 
 from .images import CorruptImageError
@@ -67,9 +68,9 @@ class KeyedDL(TfmdDL):
         self,
         dataset,
         bs: int = 64,  # images in a micro-batch of this process
-        shuffle: bool = False,  # training: in the epoch's own order, transforms seeded by epoch as well
+        shuffle: bool = False,  # training: each epoch has an order and random transforms of its own
         num_workers: int = 0,
-        drop_last: bool | None = None,  # leave out what fills no whole optimizer step; None: when shuffled
+        drop_last: bool | None = None,  # leave out what fills no optimizer step; None: when shuffled
         *,
         seed: int = 0,
         rank: int = 0,  # of this process
@@ -83,7 +84,9 @@ class KeyedDL(TfmdDL):
         self.waited = 0.
         if drop_last is None:
             drop_last = shuffle
-        super().__init__(dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last, **kwargs)
+        super().__init__(
+            dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last, **kwargs
+        )
         # torch's iterators draw a number that nobody uses: not from the global generator
         self.fake_l.generator = torch.Generator()
 
@@ -101,18 +104,18 @@ class KeyedDL(TfmdDL):
         return made
 
     def _item(self, index, epoch):
-        self.after_item.split_idx = self._split  # also where fastai wants an item outside of an iteration
+        self.after_item.split_idx = self._split  # fastai may want an item outside of an iteration
         epoch = epoch + 1 if self.shuffle else self.passes
         with keyed_random(self.seed, epoch, index or 0):
             return super().do_item(index)
 
     def show_batch(self, b=None, max_n=9, ctxs=None, show=True, unique=False, **kwargs):
-        "Show a batch as fastai does; `unique=True` shows the first image as `max_n` epochs would transform it."
+        "Show a batch; with `unique=True` the first image as `max_n` epochs would transform it."
         if unique and b is None:
             b = self._first_image(max_n)
         return super().show_batch(b, max_n=max_n, ctxs=ctxs, show=show, **kwargs)
 
-# %% ../../nbs/23_data.loader.ipynb #cd5351bd
+# %% ../../nbs/23_data.loader.ipynb #0f8292ba
 @patch(as_prop=True)
 def _split(self: KeyedDL):
     return getattr(self.dataset, "split_idx", None)
@@ -127,33 +130,34 @@ def wif(self: KeyedDL):
 
 @patch
 def to_detach(self: KeyedDL, b, cpu=True, gather=True):
-    "Detach this process's values for fastai's metrics. Others may have fewer batches: nothing is gathered."
-    return to_detach(b, cpu=cpu, gather=False)
+    "Detach this process's values for fastai's metrics; nothing is gathered from other processes."
+    return torch_core.to_detach(b, cpu=cpu, gather=False)  # others may have fewer batches
 
-# %% ../../nbs/23_data.loader.ipynb #2f73bb47
+# %% ../../nbs/23_data.loader.ipynb #f6a2c591
 @patch
 def _first_image(self: KeyedDL, epochs):
-    "A batch of the first image of the current epoch, as this and the following epochs transform it."
+    "A batch of the current epoch's first image, as this and the following epochs transform it."
     self.before_iter()
     first = self.get_idxs()[0]
     b = self.do_batch([self._item(first, self.epoch + k) for k in range(epochs)])
     return self.after_batch(to_device(b, self.device))
 
-# %% ../../nbs/23_data.loader.ipynb #7b825f45
+# %% ../../nbs/23_data.loader.ipynb #5d695c98
 @patch
-def __len__(self: KeyedDL):
+def __len__(self: KeyedDL):  # noqa: N807 (it becomes a method)
     if not self.drop_last:
         mine = len(range(self.rank, self.n, self.world))
         return -(-mine // self.bs)
     steps = self.n // (self.bs * self.world * self.accumulate)
     if self.n and not steps:
         raise ValueError(
-            f"batch_size {self.bs} × {self.world} processes × {self.accumulate} accumulated micro-batches "
-            f"are more than the {self.n} training images: not one optimizer step; "
+            f"batch_size {self.bs} × {self.world} processes × {self.accumulate} accumulated "
+            f"micro-batches are more than the {self.n} training images: not one optimizer step; "
             f"together they must be at most {self.n}"
         )
     return steps * self.accumulate
 
+# %% ../../nbs/23_data.loader.ipynb #9fb8b77d
 @patch
 def get_idxs(self: KeyedDL):
     order = epoch_order(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
@@ -164,7 +168,7 @@ def get_idxs(self: KeyedDL):
         mine = order[self.rank::self.world]
     return mine[self.first_batch * self.bs:].tolist()
 
-# %% ../../nbs/23_data.loader.ipynb #c28fc750
+# %% ../../nbs/23_data.loader.ipynb #af3e9b4c
 @patch
 def shard(
     self: KeyedDL,
@@ -182,16 +186,20 @@ def shard(
     len(self)  # raises where there is not one step
     return self
 
+# %% ../../nbs/23_data.loader.ipynb #184d2440
 @patch
 def start(
     self: KeyedDL,
     epoch: int,
     batch: int = 0,  # micro-batches of this process to leave out, without loading them
 ) -> KeyedDL:
-    "Let the next iteration serve `epoch` from `batch` on, and return the loader. The next epoch follows by itself."
+    """Let the next iteration serve `epoch` from `batch` on, and return the loader.
+
+    The next epoch follows by itself."""
     self.epoch, self.first_batch = epoch, batch
     return self
 
+# %% ../../nbs/23_data.loader.ipynb #baaab1ae
 @patch
 def position(
     self: KeyedDL,
@@ -200,10 +208,10 @@ def position(
     "Return where in the epoch's order, which all processes share, the micro-batch begins."
     return (batch * self.world + self.rank) * self.bs
 
-# %% ../../nbs/23_data.loader.ipynb #0f12b2be
+# %% ../../nbs/23_data.loader.ipynb #3f7bf7a1
 @patch
 def _batches(self: KeyedDL):
-    "Yield the epoch's batches on the device. `waited`: how many seconds the last one had to be waited for."
+    "Yield the epoch's batches on the device; `waited` becomes the seconds that the last one took to come."
     asked = time.perf_counter()
     with _signals_wait():
         batches = _loaders[self.fake_l.num_workers == 0](self.fake_l)
@@ -216,8 +224,9 @@ def _batches(self: KeyedDL):
         yield self.after_batch(batch)
         asked = time.perf_counter()
 
+# %% ../../nbs/23_data.loader.ipynb #89a359e2
 @patch
-def __iter__(self: KeyedDL):
+def __iter__(self: KeyedDL):  # noqa: N807 (it becomes a method)
     self.randomize()
     self.before_iter()
     self._DataLoader__idxs = self.get_idxs()  # where fastai's sampler looks
@@ -233,7 +242,7 @@ def __iter__(self: KeyedDL):
 
 # %% ../../nbs/23_data.loader.ipynb #3f01c5f6
 def data_fingerprint(*parts):
-    "Sixteen hexadecimal digits that change when one of the parts, lists of strings or arrays, does."
+    "Sixteen hexadecimal digits that change when one of the parts (lists of strings, arrays) does."
     digest = hashlib.sha256()
     for part in parts:
         part = np.asarray(part)
@@ -242,7 +251,7 @@ def data_fingerprint(*parts):
 
 # %% ../../nbs/23_data.loader.ipynb #16029392
 def loader_options(num_workers, device, mean, std):
-    "Arguments of every loader of images: workers, device, and transforms from bytes to normalised floats."
+    "Arguments of every loader of images: workers, device, and transforms from bytes to floats."
     device = default_device() if device is None else torch.device(device)
     return dict(
         num_workers=num_workers,
@@ -254,7 +263,7 @@ def loader_options(num_workers, device, mean, std):
 # %% ../../nbs/23_data.loader.ipynb #d5c17545
 def make_dataloaders(
     datasets,  # fastai `Datasets` for training (it may be empty) and validation
-    transforms,  # for each of the two the functions that make a tensor (3, H, W) of uint8 of an image
+    transforms,  # for each of the two, functions from an image to a tensor (3, H, W) of uint8
     stats,  # mean and deviation of the channels
     *,
     batch_size, seed, num_workers, device, path=".",
@@ -270,7 +279,7 @@ def make_dataloaders(
         KeyedDL(valid, bs=2 * batch_size, **options),
     ]
     dls = DataLoaders(*loaders, path=path, device=options["device"])
-    if not len(train):  # fastai decodes with the first loader, which looks at an image of its own to know how
+    if not len(train):  # fastai decodes with the first loader, which would look at an image of its own
         dls.valid._one_pass()
         dls.train._n_inp, dls.train._types = dls.valid._n_inp, dls.valid._types
     for name, value in attributes.items():
@@ -285,4 +294,6 @@ def cpu_cores():
 
 def worker_count(given):
     "The given number of workers; None: one per core but one, at most 16."
-    return min(max(1, cpu_cores() - 1), 16) if given is None else given
+    if given is not None:
+        return given
+    return min(max(1, cpu_cores() - 1), 16)

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 
 # %% ../../nbs/20_data.random.ipynb #615f9941
-ORDER_STREAM, ITEM_STREAM, MIX_STREAM = 0, 1, 2  # separate random numbers for the same seed and epoch
+# separate random numbers for the same seed and epoch
+ORDER_STREAM = 0
+ITEM_STREAM = 1
+MIX_STREAM = 2
 
 def entropy(stream, *key):
     "The numpy `SeedSequence` of a key."
@@ -24,7 +27,7 @@ def entropy(stream, *key):
 def keyed_random(
     *key: int,  # integers of at least 0
 ):
-    "Context manager: seed Python's, NumPy's and torch's CPU generators from `key`; restore them at the end."
+    "Context manager: seed Python's, NumPy's and torch's CPU generators from `key`, and restore them."
     words = entropy(ITEM_STREAM, *key).generate_state(4)
     python_state = random.getstate()
     numpy_state = np.random.get_state()
@@ -58,7 +61,7 @@ def seed_from(*numbers):
 
 # %% ../../nbs/20_data.random.ipynb #9c756422
 def check_integer(name, value, least=0, most=None):
-    "Raise `ValueError` unless the value is an integer from `least` to `most`; None: as large as you like."
+    "Raise `ValueError` unless the value is an integer from `least` to `most` (None: without limit)."
     is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if is_integer and value >= least and (most is None or value <= most):
         return

@@ -60,17 +60,19 @@ class _RandomResizedCrop:
         self.random_interpolation = random_interpolation
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        top, left, height, width = v2.RandomResizedCrop.get_params(image, self.scale, [3 / 4, 4 / 3])
+        ratio = [3 / 4, 4 / 3]
+        top, left, height, width = v2.RandomResizedCrop.get_params(image, self.scale, ratio)
         bilinear = self.random_interpolation and torch.rand(()) < 0.5
         full_width, full_height = image.size
         self._decode(image, width, height)
-        x, y = image.size[0] / full_width, image.size[1] / full_height  # 1 where it was decoded at its full size
+        x = image.size[0] / full_width  # 1 where it was decoded at its full size
+        y = image.size[1] / full_height
         box = (left * x, top * y, (left + width) * x, (top + height) * y)
         resampling = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
         return image.resize((self.size, self.size), resampling, box=box)
 
     def _decode(self, image, width, height):
-        "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if a crop of this size then has twice the pixels needed."
+        "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if a crop then has twice the pixels needed."
         full_width, full_height = image.size
         enough_width = -(-full_width * 2 * self.size // width)
         enough_height = -(-full_height * 2 * self.size // height)
@@ -80,15 +82,16 @@ class _RandomResizedCrop:
 
 # %% ../../nbs/22_data.transforms.ipynb #b92c4b79
 class _NoiseErasing(v2.RandomErasing):
-    "torchvision's random erasing for bytes: noise with ImageNet's mean and deviation, cut off at 0 and 255."
+    "torchvision's random erasing for bytes: noise with ImageNet's mean and deviation."
     def __init__(self, p: float = 0.25):
         super().__init__(p=p, scale=(0.02, 1 / 3), ratio=(0.3, 10 / 3), value="random")
 
     def make_params(self, flat_inputs):
         params = super().make_params(flat_inputs)
-        if params["v"] is not None:
+        noise = params["v"]
+        if noise is not None:
             mean, deviation = (255 * torch.tensor(stats)[:, None, None] for stats in imagenet_stats)
-            params["v"] = (params["v"] * deviation + mean).clamp(0, 255)
+            params["v"] = (noise * deviation + mean).clamp(0, 255)
         return params
 
 # %% ../../nbs/22_data.transforms.ipynb #b3611db1
@@ -105,7 +108,7 @@ class Augmentation:
     randaugment: int = 2  # operations of RandAugment; 0: none
     magnitude: int = 9  # of these operations, 0 to 30
     erasing: float = 0.25  # probability that a rectangle is filled with noise
-    random_interpolation: bool = True  # resize with a bilinear or a bicubic filter; False: always bicubic
+    random_interpolation: bool = True  # resize with a bilinear or a bicubic filter; False: bicubic
 
     def __post_init__(self):
         if not isinstance(self.min_scale, Real) or not 0 < self.min_scale <= 1:
@@ -137,54 +140,71 @@ class Augmentation:
 def evaluation_transforms(
     size: int,  # pixels
 ) -> list:  # from an image to a tensor (3, size, size) of uint8
-    "Return transforms that resize the short side to `size`, antialiased and bicubic, and cut out the middle."
+    "Return transforms that resize the short side to `size`, bicubic, and cut out the middle."
     resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
     return [resize, v2.CenterCrop(size), v2.PILToTensor()]
 
-# %% ../../nbs/22_data.transforms.ipynb #17ab06a1
+# %% ../../nbs/22_data.transforms.ipynb #7153d5dd
 def _pair_numbers(pairs, first, *, seed, epoch):
     "Four numbers from 0 to 1 for each of some pairs, from pair number `first` on: (4, pairs)."
     key = entropy(MIX_STREAM, seed, epoch).generate_state(2, np.uint64)
-    bits = np.random.Philox(key=key, counter=first).random_raw(4 * pairs) >> np.uint64(11)
+    generator = np.random.Philox(key=key, counter=first)
+    bits = generator.random_raw(4 * pairs) >> np.uint64(11)
     return bits.reshape(pairs, 4).T * 2.0 ** -53
 
-# %% ../../nbs/22_data.transforms.ipynb #2cdb74df
+# %% ../../nbs/22_data.transforms.ipynb #ce5876ac
 def _cut_box(lam, y, x, height, width):
-    "The box of each pair, (pairs, 4): top, bottom, left, right. `y` and `x`, from 0 to 1, are its middle."
-    row, column = np.floor(y * height), np.floor(x * width)
+    "The box of each pair, (pairs, 4): top, bottom, left, right. Its middle is `y` and `x`, from 0 to 1."
+    row = np.floor(y * height)
+    column = np.floor(x * width)
     half = 0.5 * np.sqrt(1 - lam)
-    high, wide = np.floor(half * height), np.floor(half * width)
-    sides = (
-        np.maximum(row - high, 0), np.minimum(row + high, height),
-        np.maximum(column - wide, 0), np.minimum(column + wide, width),
-    )
-    return np.stack(sides, 1)
+    high = np.floor(half * height)
+    wide = np.floor(half * width)
+    top = np.maximum(row - high, 0)
+    bottom = np.minimum(row + high, height)
+    left = np.maximum(column - wide, 0)
+    right = np.minimum(column + wide, width)
+    return np.stack([top, bottom, left, right], 1)
 
 # %% ../../nbs/22_data.transforms.ipynb #fce388f7
 def _mix_draws(pairs, first, size, *, seed, epoch, mixup, cutmix, switch):
-    "For each pair the weight of its own image outside the box, and the box: top, bottom, left, right."
+    "For each pair the weight of its own image outside the box, and the box."
     choice, uniform, y, x = _pair_numbers(pairs, first, seed=seed, epoch=epoch)
-    cuts = choice < switch if mixup > 0 and cutmix > 0 else np.full(pairs, cutmix > 0)
+    if mixup > 0 and cutmix > 0:
+        cuts = choice < switch
+    else:
+        cuts = np.full(pairs, cutmix > 0)
     alpha = np.where(cuts, cutmix, mixup)
     lam = betaincinv(alpha, alpha, uniform)
-    box = np.where(cuts[:, None], _cut_box(lam, y, x, *size), 0.)
-    return np.column_stack([np.where(cuts, 1., lam), box])
+    box = _cut_box(lam, y, x, *size)
+    box = np.where(cuts[:, None], box, 0.)
+    outside = np.where(cuts, 1., lam)
+    return np.column_stack([outside, box])
 
-# %% ../../nbs/22_data.transforms.ipynb #16c554b3
+# %% ../../nbs/22_data.transforms.ipynb #8231badc
+def _inside(box, height, width):
+    "Whether a pixel lies in its image's box: (B, 1, height, width)."
+    top, bottom, left, right = (side[:, None] for side in box)
+    row = torch.arange(height, device=top.device)[None]
+    column = torch.arange(width, device=top.device)[None]
+    rows = (row >= top) & (row < bottom)
+    columns = (column >= left) & (column < right)
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+# %% ../../nbs/22_data.transforms.ipynb #fa4cf13b
 def _blend(images, labels, drawn):
-    "Mix each image with its neighbour. `drawn`, (B, 5): what `_mix_draws` gives for each image's pair."
+    "Mix each image with its neighbour; `drawn`, (B, 5): what `_mix_draws` gives for its pair."
     height, width = images.shape[-2:]
-    outside, top, bottom, left, right = drawn.unbind(1)
-    row, column = (torch.arange(n, device=images.device)[None] for n in (height, width))
-    rows = (row >= top[:, None]) & (row < bottom[:, None])
-    columns = (column >= left[:, None]) & (column < right[:, None])
-    inside = rows[:, None, :, None] & columns[:, None, None, :]
-    own = torch.where(inside, 0., outside[:, None, None, None]).to(images.dtype)
+    outside, *box = drawn.unbind(1)
+    inside = _inside(box, height, width)
+    own = torch.where(inside, 0., outside[:, None, None, None])
+    own = own.to(images.dtype)
     pixels = images.as_subclass(torch.Tensor)
     partner = torch.arange(len(images), device=images.device) ^ 1
     mixed = torch.lerp(pixels[partner], pixels, own).as_subclass(type(images))
-    lam = (outside - (bottom - top) * (right - left) / (height * width))[:, None]
-    return mixed, torch.lerp(labels[partner], labels, lam)
+    top, bottom, left, right = box
+    lam = outside - (bottom - top) * (right - left) / (height * width)
+    return mixed, torch.lerp(labels[partner], labels, lam[:, None])
 
 # %% ../../nbs/22_data.transforms.ipynb #2902bdeb
 def mix_pairs(
@@ -199,7 +219,7 @@ def mix_pairs(
     cutmix: float = 1.0,  # α of CutMix's; 0: no CutMix
     switch: float = 0.5,  # probability of CutMix where both are on
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mixed images as given, (B, classes) float targets
-    """Apply MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899) to neighbours in the epoch's order.
+    """Mix neighbours in the epoch's order by MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
 
     Raises `ValueError` naming a bad argument."""
     _check_mixing(mixup, cutmix, switch)
@@ -215,8 +235,8 @@ def mix_pairs(
         len(images) // 2, position // 2, images.shape[-2:],
         seed=seed, epoch=epoch, mixup=mixup, cutmix=cutmix, switch=switch,
     )
-    drawn = torch.from_numpy(drawn.astype(np.float32).repeat(2, axis=0)).to(images.device, non_blocking=True)
-    return _blend(images, labels, drawn)
+    of_images = torch.from_numpy(drawn.astype(np.float32).repeat(2, axis=0))
+    return _blend(images, labels, of_images.to(images.device, non_blocking=True))
 
 def _check_mixing(mixup, cutmix, switch):
     for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):

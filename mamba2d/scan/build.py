@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 
-try: import fcntl
-except ImportError: fcntl = None  # Windows
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # %% ../../nbs/01_scan.build.ipynb #6ae7e77f
 class KernelError(RuntimeError):
@@ -29,26 +31,48 @@ class KernelError(RuntimeError):
 def source_folder() -> Path:
     "The folder `csrc`, which holds the sources in `cpu` and `cuda`. Raises `KernelError` if they are missing."
     package = Path(find_spec("mamba2d").origin).resolve().parent
-    for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "cpu" / "scan.h").exists(): return folder
-    raise KernelError("the sources of the kernels are missing: "
-                      f"neither {package / 'csrc'} nor {package.parent / 'csrc'} has a cpu/scan.h")
+    inside, beside = package / "csrc", package.parent / "csrc"
+    for folder in (inside, beside):
+        if (folder / "cpu" / "scan.h").exists():
+            return folder
+    raise KernelError(f"the sources of the kernels are missing: neither {inside} nor {beside} has a cpu/scan.h")
 
+# %% ../../nbs/01_scan.build.ipynb #b8f95d9d
 def cache_folder() -> Path:
-    "The folder where built kernels are kept: `MAMBA2D_CACHE`, or mamba2d in the user's cache. Raises `OSError` where the user has no home."
-    try: return Path(os.environ.get("MAMBA2D_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mamba2d").expanduser()
-    except RuntimeError as error: raise FileNotFoundError(f"there is no home folder to keep it in: {error}") from error
+    """The folder where built kernels are kept: `MAMBA2D_CACHE`, or mamba2d in the user's cache.
+
+    Raises `OSError` where the user has no home."""
+    in_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mamba2d"
+    try:
+        return Path(os.environ.get("MAMBA2D_CACHE") or in_cache).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"there is no home folder to keep it in: {error}") from error
 
 # %% ../../nbs/01_scan.build.ipynb #70cd5096
 @contextmanager
 def _build_lock(path):
-    "Hold the lock file `path`. Gives False where the file system has no locks: builds are then safe too, but may be made twice."
+    """Hold the lock file `path`. Gives False where the file system has no locks.
+
+    Builds are then safe too, but may be made twice."""
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        except (OSError, AttributeError): alone = False
-        yield alone
+            is_alone = True
+        except (OSError, AttributeError):
+            is_alone = False
+        yield is_alone
+
+# %% ../../nbs/01_scan.build.ipynb #12ba4533
+def _build_at(target, stem, build):
+    "Call `build` with a private folder, and move the file that it returns to `target`."
+    private = Path(tempfile.mkdtemp(prefix=f"{stem}.building-", dir=target.parent))
+    try:
+        made = build(private)
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())  # not even a power cut leaves half a file under the final name
+        os.replace(made, target)
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
 
 # %% ../../nbs/01_scan.build.ipynb #62dff9e8
 def build_once(
@@ -57,43 +81,47 @@ def build_once(
     build,  # called with an empty folder, returns the path of the file it made there
     suffix: str = "",  # of the file name
 ) -> Path:  # the built file in the cache
-    "The file that `build` makes, from the cache if it is there; safe when many processes ask at once and when one is killed."
+    """The file that `build` makes, from the cache if it is there.
+
+    This is safe when many processes ask at once and when one of them is killed."""
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
     target = folder / (stem + suffix)
-    if target.exists(): return target
-    with _build_lock(folder / f"{stem}.lock") as alone:
-        if target.exists(): return target
-        if alone:  # what a killed process left behind
-            for left in folder.glob(f"{stem}.building-*"): shutil.rmtree(left, ignore_errors=True)
-        private = Path(tempfile.mkdtemp(prefix=f"{stem}.building-", dir=folder))
-        try:
-            made = build(private)
-            with open(made, "rb") as file: os.fsync(file.fileno())  # not even a power cut leaves half a file under the final name
-            os.replace(made, target)
-        finally: shutil.rmtree(private, ignore_errors=True)
+    if target.exists():
+        return target
+    with _build_lock(folder / f"{stem}.lock") as is_alone:
+        if target.exists():  # another process has built it in the meantime
+            return target
+        if is_alone:  # what a killed process left behind
+            for left in folder.glob(f"{stem}.building-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        _build_at(target, stem, build)
     return target
 
 # %% ../../nbs/01_scan.build.ipynb #afcb45d9
-_install_compiler = ("install one with `apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora), `conda install gxx` "
-                     "or `xcode-select --install` (macOS)")
-
-_instruction_flags = {"AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c", "AVX2": "-mavx2 -mfma -mf16c"}
-
 def _words(variable):
-    "The words of an environment variable, quoted as in a shell. Raises `KernelError` if they cannot be told apart."
-    try: return shlex.split(os.environ.get(variable, ""))
-    except ValueError as error: raise KernelError(f"the environment variable {variable} is {os.environ[variable]!r}: {error}") from error
+    "The words of an environment variable. Raises `KernelError` if they cannot be told apart."
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        value = os.environ[variable]
+        raise KernelError(f"the environment variable {variable} is {value!r}: {error}") from error
 
 # %% ../../nbs/01_scan.build.ipynb #a063cb66
+_install_compiler = ("install one with `apt install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora), "
+                     "`conda install gxx` or `xcode-select --install` (macOS)")
+
+# %% ../../nbs/01_scan.build.ipynb #76348826
 def find_compiler():
     "The command of the C++ compiler as a list. Raises `KernelError` if there is none."
     if command := _words("CXX"):
-        if shutil.which(command[0]): return command
+        if shutil.which(command[0]):
+            return command
         raise KernelError(f"the C++ compiler {command[0]!r} that the environment variable CXX names was not found")
     for name in ("c++", "g++", "clang++"):
-        if shutil.which(name): return [name]
+        if shutil.which(name):
+            return [name]
     raise KernelError(f"there is no C++ compiler (c++, g++ or clang++): {_install_compiler}")
 
 # %% ../../nbs/01_scan.build.ipynb #9d9e90c5
@@ -102,15 +130,25 @@ def find_ninja():
     try:
         from ninja import BIN_DIR
         found = shutil.which("ninja", path=BIN_DIR)
-    except ImportError: found = None
+    except ImportError:
+        found = None
     found = found or shutil.which("ninja")
-    if not found: raise KernelError("ninja was not found: install it with `pip install ninja`")
+    if not found:
+        raise KernelError("ninja was not found: install it with `pip install ninja`")
     return found
 
 # %% ../../nbs/01_scan.build.ipynb #0957fb36
+_common_flags = "-std=c++17 -O3 -fPIC -pthread -ffp-contract=fast -fvisibility=hidden".split()
+
+_instruction_flags = {
+    "AVX512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
+    "AVX2": "-mavx2 -mfma -mf16c".split(),
+}
+
+# %% ../../nbs/01_scan.build.ipynb #2f2412b6
 def compile_flags():
     "Flags of every compilation, as a list."
-    flags = _words("CXXFLAGS") + "-std=c++17 -O3 -fPIC -pthread -ffp-contract=fast -fvisibility=hidden".split()
+    flags = _words("CXXFLAGS") + _common_flags
     if platform.machine() in ("x86_64", "AMD64"):
-        flags += _instruction_flags.get(torch.backends.cpu.get_cpu_capability(), "").split()
+        flags += _instruction_flags.get(torch.backends.cpu.get_cpu_capability(), [])
     return flags

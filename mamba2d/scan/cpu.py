@@ -19,65 +19,104 @@ import torch
 from torch import Tensor
 
 from .build import compile_flags, find_compiler, find_ninja, build_once, KernelError, source_folder
-from .reference import compute_dtype
+from .reference import compute_dtype, ScanTensors
 
-try: import fcntl
-except ImportError: fcntl = None  # Windows
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # %% ../../nbs/02_scan.cpu.ipynb #3c210412
 _cpu_sources = ("scan.h", "ops.cpp", "scan_cpu.cpp")
 
-_cpu_objects = {"ops.o": ("ops.cpp", ""), "float32.o": ("scan_cpu.cpp", "-DSCAN_REAL=float -DSCAN_MAIN"),
-                "float64.o": ("scan_cpu.cpp", "-DSCAN_REAL=double")}
+_cpu_objects = {  # object file -> (source, macros)
+    "ops.o": ("ops.cpp", ""),
+    "float32.o": ("scan_cpu.cpp", "-DSCAN_REAL=float -DSCAN_MAIN"),
+    "float64.o": ("scan_cpu.cpp", "-DSCAN_REAL=double"),
+}
 
 def _read_cpu_sources():
     "Text of each source of the CPU kernel, by file name."
     return {name: (source_folder() / "cpu" / name).read_text(encoding="utf-8") for name in _cpu_sources}
 
+# %% ../../nbs/02_scan.cpu.ipynb #b11bc91e
+def _ninja_file(command):
+    "Text of the `build.ninja` that makes library.so with a compiler's command."
+    command = shlex.join(command).replace("$", "$$")
+    lines = ["rule compile", f"  command = {command} $define -c $in -o $out",
+             "rule link", f"  command = {command} -shared $in -o $out"]
+    for out, (source, define) in _cpu_objects.items():
+        lines += [f"build {out}: compile {source}", f"  define = {define}"]
+    lines.append(f"build library.so: link {' '.join(_cpu_objects)}")
+    return "\n".join(lines) + "\n"
+
+# %% ../../nbs/02_scan.cpu.ipynb #c62a646a
+def _compiler_errors(output, compiler):
+    "The first lines of the compiler's output that say what is wrong, in one line of text."
+    skipped = ("[", "ninja:", "FAILED:", compiler)
+    said = [line for line in output.splitlines() if not line.startswith(skipped)]
+    said = [line for line in said if "error" in line.lower()] or said
+    return " | ".join(said[:3]) or "it did not say why"
+
 # %% ../../nbs/02_scan.cpu.ipynb #fef9c136
 def _build_cpu_library(folder, sources, flags):
-    "Compile `sources` (name -> text) in `folder`, returns the path of the library. Raises `KernelError` with what the compiler said."
+    """Compile `sources` (name -> text) in `folder`, and return the path of the library.
+
+    Raises `KernelError` with what the compiler said."""
     compiler, ninja = find_compiler(), find_ninja()
-    for name, text in sources.items(): (folder / name).write_text(text, encoding="utf-8")
-    command = shlex.join([*compiler, *flags]).replace("$", "$$")
-    rules = [f"rule compile\n  command = {command} $define -c $in -o $out", f"rule link\n  command = {command} -shared $in -o $out",
-             *(f"build {out}: compile {source}\n  define = {define}" for out, (source, define) in _cpu_objects.items()),
-             f"build library.so: link {' '.join(_cpu_objects)}"]
-    (folder / "build.ninja").write_text("\n".join(rules) + "\n", encoding="utf-8")
-    done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-                          errors="replace")
+    for name, text in sources.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "build.ninja").write_text(_ninja_file([*compiler, *flags]), encoding="utf-8")
+    done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          stdin=subprocess.DEVNULL, text=True, errors="replace")
     if done.returncode:
-        said = [line for line in done.stdout.splitlines() if not line.startswith(("[", "ninja:", "FAILED:", compiler[0]))]
-        said = [line for line in said if "error" in line.lower()] or said
-        raise KernelError(f"compiling it with {compiler[0]} failed: {' | '.join(said[:3]) or 'it did not say why'}")
-    if not (folder / "library.so").is_file(): raise KernelError(f"{compiler[0]} made no library, and reported no error")
+        problem = _compiler_errors(done.stdout, compiler[0])
+        raise KernelError(f"compiling it with {compiler[0]} failed: {problem}")
+    if not (folder / "library.so").is_file():
+        raise KernelError(f"{compiler[0]} made no library, and reported no error")
     return folder / "library.so"
 
 # %% ../../nbs/02_scan.cpu.ipynb #9450efa6
 def build_cpu_library() -> Path:
     "The compiled CPU kernel, built if it is not in the cache yet. Raises `KernelError` saying what is missing."
-    if fcntl is None: raise KernelError("the CPU kernel is built on Linux and macOS only; on Windows, WSL has it")
+    if fcntl is None:
+        raise KernelError("the CPU kernel is built on Linux and macOS only; on Windows, WSL has it")
     sources = _read_cpu_sources()
     flags = compile_flags()
-    key = "\n".join([*sources.values(), *flags, os.environ.get("CXX", ""), platform.system(), platform.machine()])
-    try: return build_once("scan_cpu", key, lambda folder: _build_cpu_library(folder, sources, flags), ".so")
-    except OSError as error: raise KernelError(f"it could not be kept ({error}); the environment variable MAMBA2D_CACHE names another folder") from error
+    machine = (os.environ.get("CXX", ""), platform.system(), platform.machine())
+    key = "\n".join([*sources.values(), *flags, *machine])
+    try:
+        return build_once("scan_cpu", key, lambda folder: _build_cpu_library(folder, sources, flags), ".so")
+    except OSError as error:
+        raise KernelError(f"it could not be kept ({error}); "
+                          "the environment variable MAMBA2D_CACHE names another folder") from error
 
 # %% ../../nbs/02_scan.cpu.ipynb #cc2d789b
 def _torch_thread_pool():
     "Address of the function that runs something on PyTorch's OpenMP threads, or None."
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
-    try: return ctypes.cast(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).GOMP_parallel, ctypes.c_void_p)
-    except (OSError, AttributeError): return None
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
 
 # %% ../../nbs/02_scan.cpu.ipynb #2a58acb6
+_word, _address = ctypes.c_int64, ctypes.c_void_p
+
+_cpu_functions = {  # name -> (types of its arguments, type of its result)
+    "mamba2d_cpu_scan": ((_address, _word, _word), _word),
+    "mamba2d_cpu_layout": ((_word, _address), None),
+    "mamba2d_cpu_function": ((_word, _word, _word, _address, _address), None),
+    "mamba2d_cpu_use_pool": ((_address,), None),
+}
+
 def _load_cpu_library(path):
     "The library at `path` with its functions declared."
-    library, word = ctypes.CDLL(str(path)), ctypes.c_int64
-    library.mamba2d_cpu_scan.argtypes, library.mamba2d_cpu_scan.restype = (ctypes.c_void_p, word, word), word
-    library.mamba2d_cpu_layout.argtypes, library.mamba2d_cpu_layout.restype = (word, ctypes.c_void_p), None
-    library.mamba2d_cpu_function.argtypes, library.mamba2d_cpu_function.restype = (word, word, word, ctypes.c_void_p, ctypes.c_void_p), None
-    library.mamba2d_cpu_use_pool.argtypes, library.mamba2d_cpu_use_pool.restype = (ctypes.c_void_p,), None
+    library = ctypes.CDLL(str(path))
+    for name, (arguments, result) in _cpu_functions.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
     library.mamba2d_cpu_use_pool(_torch_thread_pool())
     return library
 
@@ -87,85 +126,114 @@ def _cpu_library():
     "The loaded CPU kernel, or the reason as text why there is none; tried once in a process."
     try:
         path = build_cpu_library()
-        try: return _load_cpu_library(path)
-        except (OSError, AttributeError):  # damaged, or built against libraries that are gone
+        try:
+            return _load_cpu_library(path)
+        except (OSError, AttributeError):
             path.unlink(missing_ok=True)
             return _load_cpu_library(build_cpu_library())
-    except KernelError as error: return str(error)
-    except (OSError, AttributeError) as error: return f"it could not be loaded: {error}"
+    except KernelError as error:
+        return str(error)
+    except (OSError, AttributeError) as error:
+        return f"it could not be loaded: {error}"
+
+# %% ../../nbs/02_scan.cpu.ipynb #5b59ac6a
+@lru_cache(maxsize=None)
+def _layout(states):
+    "(bytes of a vector, most rows of a tile, most columns of a tile, states computed together) of the CPU kernel."
+    out = (ctypes.c_int64 * 4)()
+    _cpu_library().mamba2d_cpu_layout(states, out)
+    return tuple(out)
 
 # %% ../../nbs/02_scan.cpu.ipynb #dd44762c
 def cpu_kernel_status() -> tuple[bool, str]:  # whether the CPU kernel can be used, and what it is or why not
     "Build and load the CPU kernel if that has not happened yet, and say how it went."
     library = _cpu_library()
-    if isinstance(library, str): return False, library
-    width = {64: "512-bit vectors", 32: "256-bit vectors", 16: "128-bit vectors"}[_layout(1)[0]]
-    return True, f"compiled for {platform.machine()} with {width}, {torch.get_num_threads()} threads"
-
-@lru_cache(maxsize=None)
-def _layout(states):
-    "(bytes of a vector, most rows of a tile, most columns of a tile, states computed together) of the loaded CPU kernel."
-    out = (ctypes.c_int64 * 4)()
-    _cpu_library().mamba2d_cpu_layout(states, out)
-    return tuple(out)
+    if isinstance(library, str):
+        return False, library
+    bits = 8 * _layout(1)[0]
+    return True, f"compiled for {platform.machine()} with {bits}-bit vectors, {torch.get_num_threads()} threads"
 
 # %% ../../nbs/02_scan.cpu.ipynb #747215c8
 _type_codes = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# %% ../../nbs/02_scan.cpu.ipynb #f09ad8e7
-largest_n = 256
-
 # %% ../../nbs/02_scan.cpu.ipynb #e57d857d
 def _tensor_words(tensor):
-    "A `ScanTensor`: address, dtype, four strides."
-    if tensor is None or not tensor.numel(): return (0,) * 6
+    "A `ScanTensor` of csrc/cpu/scan.h: address, dtype, four strides."
+    if tensor is None or not tensor.numel():
+        return (0,) * 6
     strides = tensor.stride()[:4]
     return (tensor.data_ptr(), _type_codes[tensor.dtype], *strides, *(0,) * (4 - len(strides)))
 
 # %% ../../nbs/02_scan.cpu.ipynb #668abd00
-def _launch(inputs, delta_softplus, reverse, outputs, backward):
-    "Run the kernel on the eleven inputs; `outputs` are y, h, saved, grad_y and the eleven gradients."
-    x, A_t = inputs[0], inputs[3]
-    sizes = (*x.shape, A_t.shape[1])
-    words = [*sizes, _type_codes[compute_dtype(*inputs)], int(delta_softplus), int(reverse), torch.get_num_threads()]
-    for tensor in (*inputs, *outputs): words.extend(_tensor_words(tensor))
-    status = _cpu_library().mamba2d_cpu_scan((ctypes.c_int64 * len(words))(*words), 8 * len(words), int(backward))
-    if status == 1: raise MemoryError(f"the scan of (B, H, W, E, N) = {sizes} ran out of memory")
-    if status: raise RuntimeError(f"the compiled scan does not understand its caller (status {status})")
+_no_gradients = ScanTensors(*[None] * 11)
 
-# %% ../../nbs/02_scan.cpu.ipynb #1d5051dd
-def cpu_unsupported_reason(x: Tensor, A_t: Tensor) -> str | None:  # None if it can
-    "Why the CPU kernel cannot compute a scan of `x` (B, H, W, E) with `A_t` (E, N)."
-    if x.device.type != "cpu": return f"x is on {x.device}, the CPU kernel computes on the CPU"
-    if A_t.shape[1] > largest_n: return f"it takes at most {largest_n} states, got {A_t.shape[1]}"
+def _launch(inputs, outputs, *, delta_softplus, reverse, backward):
+    "Run the kernel on the inputs; `outputs` are y, h, saved, grad_y and the eleven gradients."
+    sizes = (*inputs.x.shape, inputs.A_t.shape[1])
+    real = _type_codes[compute_dtype(*inputs)]
+    words = [*sizes, real, int(delta_softplus), int(reverse), torch.get_num_threads()]
+    for tensor in (*inputs, *outputs):
+        words.extend(_tensor_words(tensor))
+    packed = (ctypes.c_int64 * len(words))(*words)
+    status = _cpu_library().mamba2d_cpu_scan(packed, 8 * len(words), int(backward))
+    if status == 1:
+        raise MemoryError(f"the scan of (B, H, W, E, N) = {sizes} ran out of memory")
+    if status:
+        raise RuntimeError(f"the compiled scan does not understand its caller (status {status})")
 
+# %% ../../nbs/02_scan.cpu.ipynb #c70e1426
 def cpu_saved_shape(x: Tensor, A_t: Tensor, dtype: torch.dtype) -> tuple[int]:  # of the float32 tensor `saved`
-    "How many numbers the forward pass keeps for the backward pass, for arithmetic in `dtype`: the states at the borders of the tiles."
+    """How many numbers the forward pass keeps for the backward pass, for arithmetic in `dtype`.
+
+    They are the states at the borders of the tiles."""
     batch, height, width, channels = x.shape
     vector, rows, cols, group = _layout(int(A_t.shape[1]))
     words = dtype.itemsize // 4
     lanes = vector // dtype.itemsize
     padded = -(-channels // lanes) * lanes * (-(-A_t.shape[1] // group) * group)
-    return (batch * padded * words * ((-(-height // rows) - 1) * width + (-(-width // cols) - 1) * height),)
+    row_borders = (-(-height // rows) - 1) * width
+    column_borders = (-(-width // cols) - 1) * height
+    return (batch * padded * words * (row_borders + column_borders),)
 
 # %% ../../nbs/02_scan.cpu.ipynb #7dd76816
-def cpu_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states,
-                for_backward):
-    "The operator `mamba2d::scan_forward` on the CPU: y, h and saved, the latter two empty if not asked for."
-    inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    dtype = compute_dtype(*inputs)
+def cpu_forward(*arguments):
+    """The operator `mamba2d::scan_forward` on the CPU: y, h and saved, the latter two empty if not asked for.
+
+    The arguments are the eleven tensors, then delta_softplus, reverse, return_states and for_backward."""
+    inputs = ScanTensors(*arguments[:11])
+    delta_softplus, reverse, return_states, for_backward = arguments[11:]
+    x, A_t, dtype = inputs.x, inputs.A_t, compute_dtype(*inputs)
     y = x.new_empty(x.shape)
     h = x.new_empty((*x.shape, A_t.shape[1]) if return_states else (0,), dtype=dtype)
     saved = x.new_empty(cpu_saved_shape(x, A_t, dtype) if for_backward else (0,), dtype=torch.float32)
-    _launch(inputs, delta_softplus, reverse, (y, h, saved, None, *(None,) * 11), backward=False)
+    _launch(inputs, (y, h, saved, None, *_no_gradients),
+            delta_softplus=delta_softplus, reverse=reverse, backward=False)
     return y, h, saved
 
 # %% ../../nbs/02_scan.cpu.ipynb #df8c4766
-def cpu_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse):
-    "The operator `mamba2d::scan_backward` on the CPU: the gradients of the eleven inputs, empty for an input that is None."
-    inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    if saved.numel() != cpu_saved_shape(x, A_t, compute_dtype(*inputs))[0]:  # the forward pass did not know that this would come
+def cpu_backward(grad_y, *arguments):
+    """The operator `mamba2d::scan_backward` on the CPU: the gradients of the inputs, empty for an input that is None.
+
+    The arguments are the gradient of y, the eleven tensors, `saved`, delta_softplus and reverse."""
+    inputs = ScanTensors(*arguments[:11])
+    saved, delta_softplus, reverse = arguments[11:]
+    x, A_t = inputs.x, inputs.A_t
+    if saved.numel() != cpu_saved_shape(x, A_t, compute_dtype(*inputs))[0]:
+        # the forward pass did not know that this would come
         saved = cpu_forward(*inputs, delta_softplus, reverse, False, True)[2]
     grads = tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
-    _launch(inputs, delta_softplus, reverse, (None, None, saved, grad_y, *grads), backward=True)
+    _launch(inputs, (None, None, saved, grad_y, *grads),
+            delta_softplus=delta_softplus, reverse=reverse, backward=True)
     return grads
+
+# %% ../../nbs/02_scan.cpu.ipynb #f09ad8e7
+largest_n = 256
+
+# %% ../../nbs/02_scan.cpu.ipynb #1d5051dd
+def cpu_unsupported_reason(x: Tensor, A_t: Tensor) -> str | None:  # None if it can
+    "Why the CPU kernel cannot compute a scan of `x` (B, H, W, E) with `A_t` (E, N)."
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, the CPU kernel computes on the CPU"
+    if A_t.shape[1] > largest_n:
+        return f"it takes at most {largest_n} states, got {A_t.shape[1]}"
+    return None

@@ -17,21 +17,35 @@ import torch
 
 from .build import build_once, KernelError, source_folder
 
+# %% ../../nbs/03_scan.nvrtc.ipynb #eae43bf8
+def _nvrtc_folders(major):
+    "Folders in which NVRTC of a major version of CUDA may lie, best first."
+    torch_folder = Path(torch.__file__).parent
+    wheels = torch_folder.parent / "nvidia"
+    prefix = Path(sys.prefix)
+    folders = [wheels / f"cu{major}" / "lib", wheels / "cuda_nvrtc" / "lib", torch_folder / "lib",
+               prefix / "lib", prefix / "Library" / "bin"]
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            toolkit = Path(os.environ[variable])
+            folders += [toolkit / "lib64", toolkit / "bin"]
+    if sys.platform != "win32":
+        folders.append(Path("/usr/local/cuda/lib64"))
+    return folders
+
 # %% ../../nbs/03_scan.nvrtc.ipynb #0333b468
 def _nvrtc_candidates():
     "Names and paths under which NVRTC may be found, best first."
     major = (torch.version.cuda or "").split(".")[0]
-    if not major: return []
-    windows = sys.platform == "win32"
-    pattern = f"nvrtc64_{major}*_0.dll" if windows else f"libnvrtc.so.{major}*"
-    names = [] if windows else [f"libnvrtc.so.{major}"]
-    torch_folder = Path(torch.__file__).parent
-    folders = [torch_folder.parent / "nvidia" / f"cu{major}" / "lib", torch_folder.parent / "nvidia" / "cuda_nvrtc" / "lib", torch_folder / "lib",
-               Path(sys.prefix) / "lib", Path(sys.prefix) / "Library" / "bin"]
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(variable): folders += [Path(os.environ[variable]) / "lib64", Path(os.environ[variable]) / "bin"]
-    if not windows: folders.append(Path("/usr/local/cuda/lib64"))
-    found = [str(path) for folder in folders if folder.is_dir() for path in sorted(folder.glob(pattern)) if "builtins" not in path.name]
+    if not major:
+        return []
+    is_windows = sys.platform == "win32"
+    pattern = f"nvrtc64_{major}*_0.dll" if is_windows else f"libnvrtc.so.{major}*"
+    names = [] if is_windows else [f"libnvrtc.so.{major}"]
+    found = []
+    for folder in _nvrtc_folders(major):
+        if folder.is_dir():
+            found += [str(path) for path in sorted(folder.glob(pattern)) if "builtins" not in path.name]
     return found[:1] + names + found[1:]
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #89431111
@@ -40,41 +54,23 @@ def _nvrtc():
     "The NVRTC library; raises `KernelError`."
     tried = []
     for name in _nvrtc_candidates():
-        try: return ctypes.CDLL(name)
-        except OSError as error: tried.append(f"{name}: {error}")
-    if not torch.version.cuda: raise KernelError("this build of torch has no CUDA support")
-    raise KernelError(f"NVRTC {torch.version.cuda.split('.')[0]} was not found; `pip install nvidia-cuda-nvrtc` (tried {'; '.join(tried) or 'nothing'})")
-
-# %% ../../nbs/03_scan.nvrtc.ipynb #6f90cd3f
-@lru_cache(maxsize=None)
-def cuda_driver():
-    "The CUDA driver library; raises `KernelError`."
-    try: library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
-    except OSError as error: raise KernelError(f"there is no CUDA driver here ({error})") from None
-    p, i = ctypes.c_void_p, ctypes.c_int
-    # none for cuLaunchKernel: ctypes would take longer to look at the types of its arguments than the call takes,
-    # so its caller passes addresses as ctypes' pointers
-    library.cuMemsetD32Async.argtypes = [p, ctypes.c_uint, ctypes.c_size_t, p]
-    library.cuModuleLoadData.argtypes = [p, p]
-    library.cuCtxGetCurrent.argtypes, library.cuCtxSetCurrent.argtypes = [p], [p]
-    library.cuModuleGetFunction.argtypes = [p, p, ctypes.c_char_p]
-    library.cuFuncSetAttribute.argtypes = [p, i, i]
-    library.cuGetErrorString.argtypes = [i, ctypes.POINTER(ctypes.c_char_p)]
-    return library
+        try:
+            return ctypes.CDLL(name)
+        except OSError as error:
+            tried.append(f"{name}: {error}")
+    if not torch.version.cuda:
+        raise KernelError("this build of torch has no CUDA support")
+    major = torch.version.cuda.split(".")[0]
+    raise KernelError(f"NVRTC {major} was not found; `pip install nvidia-cuda-nvrtc` "
+                      f"(tried {'; '.join(tried) or 'nothing'})")
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #cdce38ae
-def check_driver(status, what):
-    "Raise `KernelError` unless the driver's `status` is success."
-    if not status: return
-    text = ctypes.c_char_p()
-    cuda_driver().cuGetErrorString(status, ctypes.byref(text))
-    raise KernelError(f"{what} failed: {(text.value or b'unknown error').decode()} ({status})")
-
 @lru_cache(maxsize=None)
 def nvrtc_version() -> tuple[int, int]:  # (major, minor)
     "The version of the NVRTC that compiles the CUDA kernels; raises `KernelError`."
     major, minor = ctypes.c_int(), ctypes.c_int()
-    if _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)): raise KernelError("NVRTC does not tell its version")
+    if _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)):
+        raise KernelError("NVRTC does not tell its version")
     return major.value, minor.value
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #f5026e42
@@ -82,7 +78,8 @@ def nvrtc_version() -> tuple[int, int]:  # (major, minor)
 def _nvrtc_architectures():
     "Compute capabilities that NVRTC knows, as numbers such as 90."
     count = ctypes.c_int()
-    if _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count)): raise KernelError("NVRTC does not tell its architectures")
+    if _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count)):
+        raise KernelError("NVRTC does not tell its architectures")
     numbers = (ctypes.c_int * count.value)()
     _nvrtc().nvrtcGetSupportedArchs(numbers)
     return tuple(numbers)
@@ -94,28 +91,77 @@ def _cuda_sources():
     paths = [path for path in (source_folder() / "cuda").iterdir() if path.suffix in (".cu", ".cuh")]
     return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
+# %% ../../nbs/03_scan.nvrtc.ipynb #51fbc022
+def _nvrtc_log(program):
+    "What NVRTC said about a compilation."
+    size = ctypes.c_size_t()
+    _nvrtc().nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(max(size.value, 1))
+    _nvrtc().nvrtcGetProgramLog(program, log)
+    return log.value.decode(errors="replace")
+
+def _nvrtc_result(program, name, ptx):
+    "Machine code (or PTX text) of a program that was compiled."
+    nvrtc, size = _nvrtc(), ctypes.c_size_t()
+    if ptx:
+        get_size, get = nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX
+    else:
+        get_size, get = nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN
+    if get_size(program, ctypes.byref(size)):
+        raise KernelError(f"NVRTC gave no code for {name}")
+    code = ctypes.create_string_buffer(size.value)
+    if get(program, code):
+        raise KernelError(f"NVRTC gave no code for {name}")
+    return code.raw
+
 # %% ../../nbs/03_scan.nvrtc.ipynb #a7a15ead
+def _texts(values):
+    "An array of C strings."
+    values = [value.encode() for value in values]
+    return (ctypes.c_char_p * len(values))(*values)
+
 def _nvrtc_compile(name, source, headers, options, ptx):
     "Machine code (or PTX text) of `source`; raises `KernelError` with NVRTC's log."
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    texts = (ctypes.c_char_p * len(headers))(*[text.encode() for text in headers.values()])
-    names = (ctypes.c_char_p * len(headers))(*[header.encode() for header in headers])
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), len(headers), texts, names):
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), len(headers),
+                                _texts(headers.values()), _texts(headers)):
         raise KernelError("NVRTC could not start a compilation")
     try:
-        status = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*[option.encode() for option in options]))
-        size = ctypes.c_size_t()
-        if status:
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(max(size.value, 1))
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise KernelError(f"NVRTC could not compile {name} ({' '.join(options)}):\n{log.value.decode(errors='replace')}")
-        get_size, get = (nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX) if ptx else (nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
-        if get_size(program, ctypes.byref(size)): raise KernelError(f"NVRTC gave no code for {name}")
-        code = ctypes.create_string_buffer(size.value)
-        if get(program, code): raise KernelError(f"NVRTC gave no code for {name}")
-        return code.raw
-    finally: nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+        if nvrtc.nvrtcCompileProgram(program, len(options), _texts(options)):
+            raise KernelError(f"NVRTC could not compile {name} ({' '.join(options)}):\n{_nvrtc_log(program)}")
+        return _nvrtc_result(program, name, ptx)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+# %% ../../nbs/03_scan.nvrtc.ipynb #06c75f25
+def _target(capability):
+    "(architecture to compile for, whether that is PTX) for a card of this compute capability."
+    known = _nvrtc_architectures()
+    if capability in known:
+        return f"sm_{capability}", False
+    if capability < min(known):
+        version = ".".join(map(str, nvrtc_version()))
+        raise KernelError(f"NVRTC {version} does not compile for compute capability {capability / 10}")
+    return f"compute_{max(a for a in known if a < capability)}", True
+
+# %% ../../nbs/03_scan.nvrtc.ipynb #5ff24d2b
+def _cached_code(stem, key, compile):
+    "What `compile` makes, from the cache folder if it is there and whole; None where that folder cannot be used."
+    def build(folder):
+        code = compile()
+        (folder / "code").write_bytes(hashlib.sha256(code).digest() + code)
+        return folder / "code"
+
+    for _ in range(2):
+        try:
+            path = build_once(stem, key, build, ".bin")
+            content = path.read_bytes()
+            if len(content) > 32 and hashlib.sha256(content[32:]).digest() == content[:32]:
+                return content[32:]
+            path.unlink(missing_ok=True)  # damaged
+        except OSError:  # a folder that cannot be written to costs time, not correctness
+            break
+    return None
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #a25e630a
 def compile_cuda(
@@ -127,23 +173,66 @@ def compile_cuda(
     "Machine code of a CUDA source for one architecture; raises `KernelError`."
     sources = _cuda_sources()
     headers = {header: text for header, text in sources.items() if header.endswith(".cuh")}
-    known = _nvrtc_architectures()
-    ptx = capability not in known  # a card newer than the compiler: the driver finishes the compilation
-    if ptx and capability < min(known): raise KernelError(f"NVRTC {'.'.join(map(str, nvrtc_version()))} does not compile for compute capability {capability / 10}")
-    target = f"compute_{max(a for a in known if a < capability)}" if ptx else f"sm_{capability}"
-    options = ["--std=c++17", f"--gpu-architecture={target}", *(f"-D{key}={value}" for key, value in sorted(macros.items()))]
-    parts = [name, sources[name], *(part for item in sorted(headers.items()) for part in item), *options, str(nvrtc_version())]
-    compile = lambda: _nvrtc_compile(name, sources[name], headers, options, ptx)
-    if not cache: return compile()
-    def build(folder):
-        code = compile()
-        (folder / "code").write_bytes(hashlib.sha256(code).digest() + code)
-        return folder / "code"
-    for _ in range(2):
-        try:
-            path = build_once(Path(name).stem, "\0".join(parts), build, ".bin")
-            content = path.read_bytes()
-            if len(content) > 32 and hashlib.sha256(content[32:]).digest() == content[:32]: return content[32:]
-            path.unlink(missing_ok=True)  # damaged
-        except OSError: break  # a folder that cannot be written to costs time, not correctness
-    return compile()
+    target, ptx = _target(capability)
+    options = ["--std=c++17", f"--gpu-architecture={target}"]
+    options += [f"-D{key}={value}" for key, value in sorted(macros.items())]
+
+    def compile():
+        return _nvrtc_compile(name, sources[name], headers, options, ptx)
+
+    if not cache:
+        return compile()
+    parts = [name, sources[name]]
+    for header in sorted(headers.items()):
+        parts += header
+    key = "\0".join([*parts, *options, str(nvrtc_version())])
+    code = _cached_code(Path(name).stem, key, compile)
+    return compile() if code is None else code
+
+# %% ../../nbs/03_scan.nvrtc.ipynb #6f90cd3f
+@lru_cache(maxsize=None)
+def cuda_driver():
+    "The CUDA driver library; raises `KernelError`."
+    try:
+        library = ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError(f"there is no CUDA driver here ({error})") from None
+    p, i = ctypes.c_void_p, ctypes.c_int
+    # none for cuLaunchKernel: its caller passes addresses as ctypes' pointers
+    library.cuMemsetD32Async.argtypes = [p, ctypes.c_uint, ctypes.c_size_t, p]
+    library.cuModuleLoadData.argtypes = [p, p]
+    library.cuModuleGetFunction.argtypes = [p, p, ctypes.c_char_p]
+    library.cuFuncSetAttribute.argtypes = [p, i, i]
+    library.cuCtxGetCurrent.argtypes = [p]
+    library.cuCtxSetCurrent.argtypes = [p]
+    library.cuDeviceGet.argtypes = [p, i]
+    library.cuDevicePrimaryCtxRetain.argtypes = [p, i]
+    library.cuGetErrorString.argtypes = [i, ctypes.POINTER(ctypes.c_char_p)]
+    return library
+
+# %% ../../nbs/03_scan.nvrtc.ipynb #1c180eda
+def check_driver(status, what):
+    "Raise `KernelError` unless the driver's `status` is success."
+    if not status:
+        return
+    text = ctypes.c_char_p()
+    cuda_driver().cuGetErrorString(status, ctypes.byref(text))
+    reason = (text.value or b"unknown error").decode()
+    raise KernelError(f"{what} failed: {reason} ({status})")
+
+# %% ../../nbs/03_scan.nvrtc.ipynb #e2e0f055
+@lru_cache(maxsize=None)
+def _primary_context(index):
+    "The primary context of the device of that index; the process holds it from then on, as torch does."
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    check_driver(cuda_driver().cuDeviceGet(ctypes.byref(device), index), "finding the device")
+    check_driver(cuda_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "finding the device's context")
+    return context
+
+# %% ../../nbs/03_scan.nvrtc.ipynb #647eb87e
+def make_context_current(index):
+    "Make the primary context of a device current in this thread if the thread has no context; raises `KernelError`."
+    current = ctypes.c_void_p()
+    check_driver(cuda_driver().cuCtxGetCurrent(ctypes.byref(current)), "finding the current context")
+    if not current.value:
+        check_driver(cuda_driver().cuCtxSetCurrent(_primary_context(index)), "making a context current")

@@ -20,7 +20,9 @@ from torch.autograd import forward_ad
 
 from .cpu import cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_unsupported_reason
 from .cuda import cuda_backward, cuda_forward, cuda_kernel_status, cuda_saved_shape, cuda_unsupported_reason
-from .reference import backward_by_diagonals, check_arguments, compute_dtype, forward_by_diagonals, selective_scan_2d_ref
+from mamba2d.scan.reference import (
+    backward_by_diagonals, check_arguments, compute_dtype, forward_by_diagonals, ScanTensors, selective_scan_2d_ref,
+)
 
 # %% ../../nbs/05_scan.operator.ipynb #bb7060bc
 _backend_names = ("cpu", "cuda", "reference")
@@ -131,9 +133,9 @@ def _scan_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, d
     kernels = _kernels_for(backend, x, A_t)
     if kernels:
         return kernels.forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward)
-    arguments = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states)
-    y, h = forward_by_diagonals(*arguments)
-    if not return_states: h = x.new_empty(0, dtype=compute_dtype(*arguments[:11]))
+    tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    y, h = forward_by_diagonals(tensors, delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
+    if not return_states: h = x.new_empty(0, dtype=compute_dtype(*tensors))
     return y.contiguous(), h.contiguous(), x.new_empty(0, dtype=torch.float32)
 
 # %% ../../nbs/05_scan.operator.ipynb #d1091e0b
@@ -150,7 +152,7 @@ def _scan_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_
     inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     kernels = _kernels_for(backend, x, A_t)
     if kernels: return kernels.backward(grad_y, *inputs, saved, delta_softplus, reverse)
-    grads = backward_by_diagonals(grad_y, *inputs, delta_softplus, reverse)
+    grads = backward_by_diagonals(grad_y, ScanTensors(*inputs), delta_softplus=delta_softplus, reverse=reverse)
     return tuple(x.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 def _scan_backward_fake(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse,
@@ -214,12 +216,12 @@ def selective_scan_2d(
     The dtypes may differ, as autocast makes them; arithmetic is float32, or float64 if any input is. Raises `TypeError` or `ValueError`
     naming the argument that does not fit, `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second
     derivative. Derivatives by `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`, whatever is forced."""
-    check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    inputs = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    check_arguments(inputs)
     # derivatives for which the operator has no rules: it has those of the ordinary backward pass
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active() and _differentiates_functions():
         return selective_scan_2d_ref(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
                                      delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
-    inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, h, _ = scan_operators.scan_forward(*inputs, delta_softplus, reverse, return_states, for_backward, _forced_backend)
     return (y, h.detach()) if return_states else y

@@ -15,20 +15,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
+# %% ../../nbs/00_scan.reference.ipynb #cd664b44
+class ScanTensors(NamedTuple):
+    "The tensors of a scan in the order of the operator's arguments; also the gradients of these tensors."
+    x: Tensor  # (B, H, W, E) input
+    delta_t: Tensor  # (B, H, W, E) step size from the top, before bias and softplus
+    delta_l: Tensor  # (B, H, W, E) step size from the left
+    A_t: Tensor  # (E, N) state matrix from the top
+    A_l: Tensor  # (E, N) state matrix from the left
+    B_t: Tensor  # (B, H, W, N) input matrix from the top
+    B_l: Tensor  # (B, H, W, N) input matrix from the left
+    C: Tensor  # (B, H, W, N) output matrix
+    D: Tensor | None = None  # (E,) skip
+    delta_bias_t: Tensor | None = None  # (E,) added to `delta_t`
+    delta_bias_l: Tensor | None = None  # (E,) added to `delta_l`
+
 # %% ../../nbs/00_scan.reference.ipynb #8c72917b
-def _loop_over_pixels(x, delta_t, delta_l, A_t, A_l, B_t, B_l):
+def _loop_over_pixels(tensors):
     "The states (B, H, W, E, N) of a scan from the top-left corner: the recurrence, pixel by pixel."
+    x, delta_t, delta_l, A_t, A_l, B_t, B_l = tensors[:7]
     height, width = x.shape[1:3]
     h = {}
     for i in range(height):
         for j in range(width):
             value = x[:, i, j, :, None]  # (B, E, 1)
-            step_t, step_l = delta_t[:, i, j, :, None], delta_l[:, i, j, :, None]  # (B, E, 1)
+            step_t = delta_t[:, i, j, :, None]  # (B, E, 1)
+            step_l = delta_l[:, i, j, :, None]
             top = step_t * B_t[:, i, j, None] * value  # (B, E, N)
             left = step_l * B_l[:, i, j, None] * value
-            if i > 0: top = (step_t * A_t).exp() * h[i - 1, j] + top
-            if j > 0: left = (step_l * A_l).exp() * h[i, j - 1] + left
-            h[i, j] = left if i == 0 else top if j == 0 else (top + left) / 2
+            if i > 0:
+                top = (step_t * A_t).exp() * h[i - 1, j] + top
+            if j > 0:
+                left = (step_l * A_l).exp() * h[i, j - 1] + left
+            if i == 0:
+                h[i, j] = left
+            elif j == 0:
+                h[i, j] = top
+            else:
+                h[i, j] = (top + left) / 2
     rows = [torch.stack([h[i, j] for j in range(width)], 1) for i in range(height)]
     return torch.stack(rows, 1)
 
@@ -39,7 +63,20 @@ class _Wavefront(NamedTuple):
     inverse: Tensor  # (H·W,) the inverse permutation
     coefficient_t: Tensor  # (H·W, 1, 1) c_t of each visited pixel
     coefficient_l: Tensor  # (H·W, 1, 1) c_l of each visited pixel
-    diagonals: list  # of (start, stop, offset): the diagonal's slice of `order`, and its first row minus the previous one's
+    diagonals: list  # from `_diagonals`
+
+# %% ../../nbs/00_scan.reference.ipynb #9afcfd01
+def _diagonals(height, width):
+    "(start, stop, offset) of each diagonal: its slice of the order, and its first row minus the previous one's."
+    diagonals = []
+    start = previous_first = 0
+    for d in range(height + width - 1):
+        first = max(0, d - width + 1)
+        last = min(height - 1, d)
+        stop = start + last - first + 1
+        diagonals.append((start, stop, first - previous_first))
+        start, previous_first = stop, first
+    return diagonals
 
 # %% ../../nbs/00_scan.reference.ipynb #91c0b9e8
 def _make_wavefront(height, width, reverse, device, dtype):
@@ -52,40 +89,48 @@ def _make_wavefront(height, width, reverse, device, dtype):
     coefficient_l = coefficient_t.clone()
     coefficient_t[cols == 0], coefficient_l[cols == 0] = 1, 0
     coefficient_t[rows == 0], coefficient_l[rows == 0] = 0, 1
-    diagonals, start, previous_first = [], 0, 0
-    for d in range(height + width - 1):
-        first, last = max(0, d - width + 1), min(height - 1, d)
-        stop = start + last - first + 1
-        diagonals.append((start, stop, first - previous_first))
-        start, previous_first = stop, first
-    if reverse: order = height * width - 1 - order
-    inverse = torch.argsort(order)
-    return _Wavefront(order.to(device), inverse.to(device), coefficient_t.view(-1, 1, 1).to(device),
-                      coefficient_l.view(-1, 1, 1).to(device), diagonals)
+    if reverse:
+        order = height * width - 1 - order
+    tensors = (order, torch.argsort(order), coefficient_t.view(-1, 1, 1), coefficient_l.view(-1, 1, 1))
+    return _Wavefront(*[t.to(device) for t in tensors], _diagonals(height, width))
 
 # %% ../../nbs/00_scan.reference.ipynb #f6c2d776
 @lru_cache(maxsize=64)
 def _cached_wavefront(*key):
-    with torch.inference_mode(False): return _make_wavefront(*key)
+    with torch.inference_mode(False):
+        return _make_wavefront(*key)
+
+def _is_traced():
+    "Whether PyTorch makes other tensors now than ordinary ones."
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+            or _are_functorch_transforms_active())
 
 def _wavefront(*key):
     "The wavefront of (height, width, reverse, device, dtype), from the cache where ordinary tensors are made."
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _are_functorch_transforms_active()
-    return _make_wavefront(*key) if traced else _cached_wavefront(*key)
+    return _make_wavefront(*key) if _is_traced() else _cached_wavefront(*key)
 
 # %% ../../nbs/00_scan.reference.ipynb #e7d7d607
 def compute_dtype(*tensors):
     "The dtype of the arithmetic and of the states: float64 if any tensor is float64, else float32."
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if is_double else torch.float32
 
-# %% ../../nbs/00_scan.reference.ipynb #e17b37e8
-_float_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# %% ../../nbs/00_scan.reference.ipynb #dc8c98b8
+def _step_size(delta, bias, softplus):
+    "The step sizes after bias and softplus, where these are asked for."
+    if bias is not None:
+        delta = delta + bias
+    return F.softplus(delta) if softplus else delta
 
 # %% ../../nbs/00_scan.reference.ipynb #486e9944
-def _arguments_fit(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
-    "Whether all arguments fit each other. This runs at every call, so it is kept short."
+_float_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+def _arguments_fit(tensors):
+    "Whether all tensors fit each other. This runs at every call, so it asks each of them as little as it can."
+    x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l = tensors
     wide, matrix, device, floats = x.shape, A_t.shape, x.device, _float_dtypes
-    if len(wide) != 4 or len(matrix) != 2: return False
+    if len(wide) != 4 or len(matrix) != 2:
+        return False
     narrow, line = (*wide[:3], matrix[1]), (wide[3],)
     return (x.dtype in floats
             and delta_t.shape == wide and delta_t.dtype in floats and delta_t.device == device
@@ -96,38 +141,67 @@ def _arguments_fit(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, 
             and B_l.shape == narrow and B_l.dtype in floats and B_l.device == device
             and C.shape == narrow and C.dtype in floats and C.device == device
             and (D is None or D.shape == line and D.dtype in floats and D.device == device)
-            and (delta_bias_t is None or delta_bias_t.shape == line and delta_bias_t.dtype in floats and delta_bias_t.device == device)
-            and (delta_bias_l is None or delta_bias_l.shape == line and delta_bias_l.dtype in floats and delta_bias_l.device == device)
+            and (bias_t is None or bias_t.shape == line and bias_t.dtype in floats and bias_t.device == device)
+            and (bias_l is None or bias_l.shape == line and bias_l.dtype in floats and bias_l.device == device)
             and wide[1] > 0 and wide[2] > 0 and wide[3] > 0 and matrix[1] > 0)
 
-# %% ../../nbs/00_scan.reference.ipynb #241bf939
-def check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l):
-    "Raise a `TypeError` or `ValueError` naming the first argument that does not fit."
-    try:
-        if _arguments_fit(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l): return
-    except AttributeError: pass  # something is no tensor
-    named = dict(x=x, delta_t=delta_t, delta_l=delta_l, A_t=A_t, A_l=A_l, B_t=B_t, B_l=B_l, C=C, D=D,
-                 delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l)
-    for name, value in named.items():
-        if value is None and name in ("D", "delta_bias_t", "delta_bias_l"): continue
-        if not isinstance(value, Tensor): raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+# %% ../../nbs/00_scan.reference.ipynb #89d221b6
+_optional = ("D", "delta_bias_t", "delta_bias_l")  # may be None
+
+def _check_kinds(tensors):
+    "Raise an error for an argument that is no tensor of floats on the device of `x`."
+    for name, value in tensors._asdict().items():
+        if value is None and name in _optional:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value.dtype not in _float_dtypes:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
-        if value.device != x.device: raise ValueError(f"{name} is on {value.device}, but x is on {x.device}: all must be on one device")
-    if x.dim() != 4: raise ValueError(f"x must have shape (B, H, W, E), got {tuple(x.shape)}")
-    if A_t.dim() != 2: raise ValueError(f"A_t must have shape (E, N), got {tuple(A_t.shape)}")
-    b, h, w, e = x.shape
-    n = A_t.shape[1]
-    if h < 1 or w < 1 or e < 1: raise ValueError(f"x must have H, W and E of at least 1, got shape {tuple(x.shape)}")
-    if n < 1: raise ValueError(f"A_t must have at least one state, got shape {tuple(A_t.shape)}")
-    for names, meaning, shape in ((("delta_t", "delta_l"), "(B, H, W, E)", (b, h, w, e)), (("A_t", "A_l"), "(E, N)", (e, n)),
-                                  (("B_t", "B_l", "C"), "(B, H, W, N)", (b, h, w, n)),
-                                  (("D", "delta_bias_t", "delta_bias_l"), "(E,)", (e,))):
+        if value.device != tensors.x.device:
+            raise ValueError(f"{name} is on {value.device}, but x is on {tensors.x.device}: "
+                             "all must be on one device")
+
+# %% ../../nbs/00_scan.reference.ipynb #859dcd19
+def _check_sizes(x, A_t):
+    "Raise a `ValueError` unless x is (B, H, W, E) and A_t is (E, N), with H, W, E and N of at least 1."
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape (B, H, W, E), got {tuple(x.shape)}")
+    if A_t.dim() != 2:
+        raise ValueError(f"A_t must have shape (E, N), got {tuple(A_t.shape)}")
+    if min(x.shape[1:]) < 1:
+        raise ValueError(f"x must have H, W and E of at least 1, got shape {tuple(x.shape)}")
+    if A_t.shape[1] < 1:
+        raise ValueError(f"A_t must have at least one state, got shape {tuple(A_t.shape)}")
+
+# %% ../../nbs/00_scan.reference.ipynb #530b179e
+def _check_shapes(tensors):
+    "Raise a `ValueError` naming the first tensor whose shape does not follow from those of x and A_t."
+    b, h, w, e = tensors.x.shape
+    n = tensors.A_t.shape[1]
+    groups = (
+        (("delta_t", "delta_l"), "(B, H, W, E)", (b, h, w, e)),
+        (("A_t", "A_l"), "(E, N)", (e, n)),
+        (("B_t", "B_l", "C"), "(B, H, W, N)", (b, h, w, n)),
+        (_optional, "(E,)", (e,)),
+    )
+    for names, meaning, shape in groups:
         for name in names:
-            value = named[name]
+            value = getattr(tensors, name)
             if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"{name} must have shape {meaning} = {shape} for x {tuple(x.shape)} and A_t {tuple(A_t.shape)}, "
-                                 f"got {tuple(value.shape)}")
+                raise ValueError(f"{name} must have shape {meaning} = {shape} for x {(b, h, w, e)} "
+                                 f"and A_t {tuple(tensors.A_t.shape)}, got {tuple(value.shape)}")
+
+# %% ../../nbs/00_scan.reference.ipynb #241bf939
+def check_arguments(tensors: ScanTensors):
+    "Raise a `TypeError` or `ValueError` naming the first argument that does not fit."
+    try:
+        if _arguments_fit(tensors):
+            return
+    except AttributeError:  # something is no tensor
+        pass
+    _check_kinds(tensors)
+    _check_sizes(tensors.x, tensors.A_t)
+    _check_shapes(tensors)
 
 # %% ../../nbs/00_scan.reference.ipynb #ebae5cf4
 def selective_scan_2d_naive(
@@ -146,87 +220,107 @@ def selective_scan_2d_naive(
     delta_softplus: bool = False,  # the step sizes are softplus(delta + bias)
     reverse: bool = False,  # scan from the bottom-right corner instead of the top-left one
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
-) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 (float64 if any input is), without gradient
+) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan as a loop over pixels: the definition, which every faster version is measured against.
 
     Raises `TypeError` or `ValueError` naming the argument that does not fit."""
-    arguments = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    check_arguments(*arguments)
-    dtype, output_dtype = compute_dtype(*arguments), x.dtype
-    arguments = [None if value is None else value.to(dtype) for value in arguments]
-    x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l = arguments
-    if delta_bias_t is not None: delta_t = delta_t + delta_bias_t
-    if delta_bias_l is not None: delta_l = delta_l + delta_bias_l
-    if delta_softplus: delta_t, delta_l = F.softplus(delta_t), F.softplus(delta_l)
-    if reverse: x, delta_t, delta_l, B_t, B_l, C = [t.flip(1, 2) for t in (x, delta_t, delta_l, B_t, B_l, C)]
-    h = _loop_over_pixels(x, delta_t, delta_l, A_t, A_l, B_t, B_l)
-    y = (h * C[:, :, :, None]).sum(-1)
-    if D is not None: y = y + D * x
-    if reverse: y, h = y.flip(1, 2), h.flip(1, 2)
-    y = y.to(output_dtype)
+    tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    check_arguments(tensors)
+    dtype = compute_dtype(*tensors)
+    cast = ScanTensors(*[None if t is None else t.to(dtype) for t in tensors])
+    images = {name: getattr(cast, name) for name in ("x", "B_t", "B_l", "C")}
+    images["delta_t"] = _step_size(cast.delta_t, cast.delta_bias_t, delta_softplus)
+    images["delta_l"] = _step_size(cast.delta_l, cast.delta_bias_l, delta_softplus)
+    if reverse:
+        images = {name: image.flip(1, 2) for name, image in images.items()}
+    h = _loop_over_pixels(cast._replace(**images))
+    y = (h * images["C"][:, :, :, None]).sum(-1)
+    if D is not None:
+        y = y + cast.D * images["x"]
+    if reverse:
+        y, h = y.flip(1, 2), h.flip(1, 2)
+    y = y.to(x.dtype)
     return (y, h.detach()) if return_states else y
 
 # %% ../../nbs/00_scan.reference.ipynb #641889fd
-class _Prepared(NamedTuple):
-    "The arguments of a scan in wavefront order and in the dtype of the arithmetic."
+class _Direction(NamedTuple):
+    "What belongs to one direction of a scan, in wavefront order; or the gradients of these tensors."
+    delta: Tensor  # (B, H·W, E), after bias and softplus
+    A: Tensor  # (E, N)
+    B: Tensor  # (B, H·W, N)
+
+class _InOrder(NamedTuple):
+    "The tensors of a scan in wavefront order; or their gradients."
     x: Tensor  # (B, H·W, E)
-    delta_t: Tensor  # (B, H·W, E), after bias and softplus
-    delta_l: Tensor
-    A_t: Tensor  # (E, N)
-    A_l: Tensor
-    B_t: Tensor  # (B, H·W, N)
-    B_l: Tensor
-    C: Tensor
+    top: _Direction
+    left: _Direction
+    C: Tensor  # (B, H·W, N)
 
 # %% ../../nbs/00_scan.reference.ipynb #b5a69e6c
-def _prepare(wave, dtype, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, delta_bias_t, delta_bias_l, delta_softplus):
+def _put_in_order(tensors, wave, dtype, softplus):
     "Cast, reorder, add the bias and apply softplus; what comes back is differentiable."
-    x, delta_t, delta_l, B_t, B_l, C = [t.flatten(1, 2)[:, wave.order].to(dtype) for t in (x, delta_t, delta_l, B_t, B_l, C)]
-    if delta_bias_t is not None: delta_t = delta_t + delta_bias_t.to(dtype)
-    if delta_bias_l is not None: delta_l = delta_l + delta_bias_l.to(dtype)
-    if delta_softplus: delta_t, delta_l = F.softplus(delta_t), F.softplus(delta_l)
-    return _Prepared(x, delta_t, delta_l, A_t.to(dtype), A_l.to(dtype), B_t.to(dtype), B_l.to(dtype), C.to(dtype))
+    def image(t):
+        return t.flatten(1, 2)[:, wave.order].to(dtype)
 
+    def direction(delta, bias, A, B):
+        bias = None if bias is None else bias.to(dtype)
+        return _Direction(_step_size(image(delta), bias, softplus), A.to(dtype), image(B))
+
+    top = direction(tensors.delta_t, tensors.delta_bias_t, tensors.A_t, tensors.B_t)
+    left = direction(tensors.delta_l, tensors.delta_bias_l, tensors.A_l, tensors.B_l)
+    return _InOrder(image(tensors.x), top, left, image(tensors.C))
+
+# %% ../../nbs/00_scan.reference.ipynb #54825a34
 def _neighbours(previous, offset, length):
-    "States above and to the left of a diagonal of `length` pixels, zeros where the image ends, from the `previous` diagonal's."
+    "States above and to the left of a diagonal of `length` pixels, from those of the `previous` diagonal."
     padded = F.pad(previous, (0, 0, 0, 0, 1, 1))  # a row of zeros before and after
     return padded[:, offset:offset + length], padded[:, offset + 1:offset + 1 + length]
 
 # %% ../../nbs/00_scan.reference.ipynb #acff8d04
-def _gates(p, s):
-    "Ā_t and Ā_l, (B, length, E, N), of the diagonal `s`."
-    return (p.delta_t[:, s, :, None] * p.A_t).exp(), (p.delta_l[:, s, :, None] * p.A_l).exp()
+def _gate(direction, s):
+    "Ā of one direction, (B, length, E, N), on the diagonal `s`."
+    return (direction.delta[:, s, :, None] * direction.A).exp()
+
+def _inflow(direction, s, x, neighbour):
+    "What one direction brings to the pixels of the diagonal `s`: Ā h + Δ B x."
+    return _gate(direction, s) * neighbour + direction.delta[:, s, :, None] * direction.B[:, s, None] * x
 
 # %% ../../nbs/00_scan.reference.ipynb #a3464895
+def _no_states(p):
+    "The states before the first diagonal: zeros."
+    return p.x.new_zeros(p.x.shape[0], 1, *p.top.A.shape)
+
 def _states(p, wave):
     "Yield (slice, states) for each diagonal in turn; states are (B, length, E, N)."
-    previous = p.x.new_zeros(p.x.shape[0], 1, *p.A_t.shape)
+    previous = _no_states(p)
     for start, stop, offset in wave.diagonals:
         s = slice(start, stop)
-        top, left = _neighbours(previous, offset, stop - start)
-        gate_t, gate_l = _gates(p, s)
+        above, to_the_left = _neighbours(previous, offset, stop - start)
         x = p.x[:, s, :, None]
-        previous = (wave.coefficient_t[s] * (gate_t * top + p.delta_t[:, s, :, None] * p.B_t[:, s, None] * x)
-                    + wave.coefficient_l[s] * (gate_l * left + p.delta_l[:, s, :, None] * p.B_l[:, s, None] * x))
+        previous = (wave.coefficient_t[s] * _inflow(p.top, s, x, above)
+                    + wave.coefficient_l[s] * _inflow(p.left, s, x, to_the_left))
         yield s, previous
 
 # %% ../../nbs/00_scan.reference.ipynb #d607ba70
-def forward_by_diagonals(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse,
-                          return_states):
+def forward_by_diagonals(tensors: ScanTensors, *, delta_softplus, reverse, return_states):
     "Output, and states or None, by vectorised steps over the anti-diagonals."
+    x, D = tensors.x, tensors.D
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        dtype = compute_dtype(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+        dtype = compute_dtype(*tensors)
         wave = _wavefront(x.shape[1], x.shape[2], reverse, x.device, dtype)
-        p = _prepare(wave, dtype, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, delta_bias_t, delta_bias_l, delta_softplus)
+        p = _put_in_order(tensors, wave, dtype, delta_softplus)
         outputs, states = [], []
         for s, h in _states(p, wave):
             outputs.append((h * p.C[:, s, None]).sum(-1))
-            if return_states: states.append(h)
+            if return_states:
+                states.append(h)
         y = torch.cat(outputs, 1)
-        if D is not None: y = y + D.to(dtype) * p.x
+        if D is not None:
+            y = y + D.to(dtype) * p.x
         y = y[:, wave.inverse].unflatten(1, x.shape[1:3]).to(x.dtype)
-        if return_states: states = torch.cat(states, 1)[:, wave.inverse].unflatten(1, x.shape[1:3])
-    return y, (states if return_states else None)
+        if not return_states:
+            return y, None
+        return y, torch.cat(states, 1)[:, wave.inverse].unflatten(1, x.shape[1:3])
 
 # %% ../../nbs/00_scan.reference.ipynb #4f991825
 def selective_scan_2d_ref(
@@ -245,19 +339,49 @@ def selective_scan_2d_ref(
     delta_softplus: bool = False,  # the step sizes are softplus(delta + bias)
     reverse: bool = False,  # scan from the bottom-right corner instead of the top-left one
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
-) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 (float64 if any input is), without gradient
+) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan in plain PyTorch, vectorised over an anti-diagonal (arXiv 2412.16146, section 3).
 
     Raises `TypeError` or `ValueError` naming the argument that does not fit."""
-    check_arguments(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    y, h = forward_by_diagonals(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse,
-                                 return_states)
+    tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    check_arguments(tensors)
+    y, h = forward_by_diagonals(tensors, delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
     return (y, h.detach()) if return_states else y
+
+# %% ../../nbs/00_scan.reference.ipynb #ef4d440a
+class _Draw:
+    "Random tensors in float64 from one seed."
+    def __init__(self, seed):
+        self.options = dict(generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def normal(self, *size):
+        return torch.randn(*size, **self.options)
+
+    def delta(self, size, delta_range, before_softplus):
+        "Step sizes, log-uniform in a range; `before_softplus` draws what softplus turns into them."
+        low, high = torch.tensor(delta_range, dtype=torch.float64).log()
+        delta = (low + (high - low) * torch.rand(*size, **self.options)).exp()
+        return delta.expm1().log() if before_softplus else delta
+
+    def state_matrix(self, channels, states):
+        "Near -(1..N) in each channel."
+        rates = torch.arange(1, states + 1, dtype=torch.float64).log()
+        return -(rates + 0.1 * self.normal(channels, states)).exp()
+
+    def bias(self, channels, before_softplus):
+        "A bias of the step sizes. Without softplus it is positive: a negative step size would make the states grow."
+        return 0.3 * self.normal(channels) if before_softplus else 0.01 * self.normal(channels).abs()
+
+# %% ../../nbs/00_scan.reference.ipynb #b36d3af9
+def _strided_view(tensor):
+    "The same values as a view that is not contiguous."
+    return torch.stack([tensor, tensor], -1).transpose(0, -1).contiguous().transpose(0, -1)[..., 1]
 
 # %% ../../nbs/00_scan.reference.ipynb #d48f00a9
 def random_problem(
     shape: tuple,  # (B, H, W, E, N)
     seed: int = 0,
+    *,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
     strided: bool = False,  # make every tensor a non-contiguous view
@@ -268,21 +392,24 @@ def random_problem(
 ) -> dict:  # keyword arguments of `selective_scan_2d`, drawn in float64 and rounded to `dtype`
     "Draw the arguments of a scan, as the published network would feed it: A = -(1..N), Δ log-uniform in `delta_range`."
     b, h, w, e, n = shape
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
-    low, high = torch.tensor(delta_range, dtype=torch.float64).log()
-    def draw_delta(*size):
-        delta = (low + (high - low) * torch.rand(*size, generator=generator, dtype=torch.float64)).exp()
-        return delta.expm1().log() if delta_softplus else delta
-    a_matrix = lambda: -(torch.arange(1, n + 1, dtype=torch.float64).log() + 0.1 * draw(e, n)).exp()
-    problem = dict(x=draw(b, h, w, e), delta_t=draw_delta(b, h, w, e), delta_l=draw_delta(b, h, w, e), A_t=a_matrix(), A_l=a_matrix(),
-                   B_t=draw(b, h, w, n), B_l=draw(b, h, w, n), C=draw(b, h, w, n))
-    bias = lambda: 0.3 * draw(e) if delta_softplus else 0.01 * draw(e).abs()  # a negative step size would make the states grow
-    if optional: problem.update(D=draw(e), delta_bias_t=bias(), delta_bias_l=bias())
+    draw = _Draw(seed)
+    problem = dict(
+        x=draw.normal(b, h, w, e),
+        delta_t=draw.delta((b, h, w, e), delta_range, delta_softplus),
+        delta_l=draw.delta((b, h, w, e), delta_range, delta_softplus),
+        A_t=draw.state_matrix(e, n),
+        A_l=draw.state_matrix(e, n),
+        B_t=draw.normal(b, h, w, n),
+        B_l=draw.normal(b, h, w, n),
+        C=draw.normal(b, h, w, n),
+    )
+    if optional:
+        problem["D"] = draw.normal(e)
+        problem["delta_bias_t"] = draw.bias(e, delta_softplus)
+        problem["delta_bias_l"] = draw.bias(e, delta_softplus)
     for name, value in problem.items():
         value = value.to(dtype=dtype, device=device)
-        if strided: value = torch.stack([value, value], -1).transpose(0, -1).contiguous().transpose(0, -1)[..., 1]
-        problem[name] = value.requires_grad_(requires_grad)
+        problem[name] = (_strided_view(value) if strided else value).requires_grad_(requires_grad)
     return problem
 
 # %% ../../nbs/00_scan.reference.ipynb #19644289
@@ -290,22 +417,26 @@ def gradients(scan, problem, weights_seed=7, **options):
     "Output and the gradient of every input, for a random weighting of the output."
     out = scan(**problem, **options)
     y = out[0] if isinstance(out, tuple) else out
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(weights_seed)).bfloat16().to(y)  # the same in every dtype
-    grads = torch.autograd.grad((y.double() * weights.double()).sum(), list(problem.values()), materialize_grads=True)
+    generator = torch.Generator().manual_seed(weights_seed)
+    weights = torch.randn(y.shape, generator=generator).bfloat16().to(y)  # the same in every dtype
+    total = (y.double() * weights.double()).sum()
+    grads = torch.autograd.grad(total, list(problem.values()), materialize_grads=True)
     return out, dict(zip(problem, grads))
 
 def relative_error(value, expected):
     "Norm of the difference over the norm of what is expected."
-    return ((value.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300)).item()
+    difference = (value.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp_min(1e-300)).item()
 
-# %% ../../nbs/00_scan.reference.ipynb #ddabd580
+# %% ../../nbs/00_scan.reference.ipynb #f38380b7
 def random_cases(count, seed=0):
-    "Problems that cover the corners of the argument space, each drawn from `seed`."
+    "Yield (shape, problem, options) that cover the corners of the argument space, each drawn from `seed`."
     rng = random.Random(seed)
     for k in range(count):
         h, w = rng.choice([(1, 1), (1, 6), (7, 1), (2, 2), (3, 5), (5, 3), (4, 4), (2, 7)])
         shape = (rng.choice([1, 2, 3]), h, w, rng.choice([1, 3, 5, 8]), rng.choice([1, 3, 16, 64]))
-        softplus, delta_range = rng.random() < .7, rng.choice([(1e-3, 0.3), (1e-6, 1e-4), (1, 5)])
+        softplus = rng.random() < .7
+        delta_range = rng.choice([(1e-3, 0.3), (1e-6, 1e-4), (1, 5)])
         problem = random_problem(shape, seed=k, strided=rng.random() < .5, optional=rng.random() < .7,
                                  delta_range=delta_range, delta_softplus=softplus)
         yield shape, problem, dict(delta_softplus=softplus, reverse=rng.random() < .5)
@@ -315,50 +446,73 @@ def check_against_naive(scan, count, tolerance):
     "Worst error of output, states and gradients of `scan` over `count` random problems; fails above `tolerance`."
     worst = {}
     for shape, problem, options in random_cases(count):
-        (y, h), grads = gradients(selective_scan_2d_naive, problem, return_states=True, **options)
-        (y_, h_), grads_ = gradients(scan, problem, return_states=True, **options)
-        errors = {"y": relative_error(y_, y), "h": relative_error(h_, h)} | {k: relative_error(grads_[k], v) for k, v in grads.items()}
-        worst = {k: max(worst.get(k, 0), errors.get(k, 0)) for k in {**worst, **errors}}
+        (y, h), expected = gradients(selective_scan_2d_naive, problem, return_states=True, **options)
+        (y_, h_), grads = gradients(scan, problem, return_states=True, **options)
+        errors = {"y": relative_error(y_, y), "h": relative_error(h_, h)}
+        errors |= {name: relative_error(grads[name], value) for name, value in expected.items()}
         assert max(errors.values()) < tolerance, f"shape {shape}, {options}: {errors}"
+        for name, error in errors.items():
+            worst[name] = max(worst.get(name, 0), error)
     return worst
 
+# %% ../../nbs/00_scan.reference.ipynb #04ca2537
+def _direction_backward(direction, grads, s, *, d, x, neighbour, grad_x):
+    "Write the gradients of one direction on the diagonal `s`, add to those of x, return that of the neighbour."
+    delta = direction.delta[:, s, :, None]
+    gate = _gate(direction, s)
+    through_gate = d * gate * neighbour
+    injected = (d * direction.B[:, s, None]).sum(-1)
+    grads.delta[:, s] = (through_gate * direction.A).sum(-1) + injected * x.squeeze(-1)
+    grads.A.add_((through_gate * delta).sum((0, 1)))
+    grads.B[:, s] = (d * delta * x).sum(2)
+    grad_x[:, s] += injected * delta.squeeze(-1)
+    return d * gate
+
+# %% ../../nbs/00_scan.reference.ipynb #6239cfc1
+def _gradients_in_order(p, wave, g):
+    "The gradients of all tensors of `p` but for the skip; `g` is the gradient of y in wavefront order."
+    states = [_no_states(p)] + [h for _, h in _states(p, wave)]
+    top, left = [_Direction(*map(torch.zeros_like, direction)) for direction in (p.top, p.left)]
+    grads = _InOrder(torch.zeros_like(p.x), top, left, torch.zeros_like(p.C))
+    from_next = 0
+    for (start, stop, offset), h, previous in zip(wave.diagonals[::-1], states[:0:-1], states[-2::-1]):
+        s, length = slice(start, stop), stop - start
+        above, to_the_left = _neighbours(previous, offset, length)
+        dh = g[:, s, :, None] * p.C[:, s, None] + from_next
+        grads.C[:, s] = (g[:, s, :, None] * h).sum(2)
+        common = dict(x=p.x[:, s, :, None], grad_x=grads.x)
+        sent = torch.zeros_like(F.pad(previous, (0, 0, 0, 0, 1, 1)))
+        sent[:, offset:offset + length] += _direction_backward(
+            p.top, grads.top, s, d=wave.coefficient_t[s] * dh, neighbour=above, **common)
+        sent[:, offset + 1:offset + 1 + length] += _direction_backward(
+            p.left, grads.left, s, d=wave.coefficient_l[s] * dh, neighbour=to_the_left, **common)
+        from_next = sent[:, 1:-1]
+    return grads
+
 # %% ../../nbs/00_scan.reference.ipynb #a16d41f1
-def backward_by_diagonals(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse):
-    "Gradients of the eleven inputs in the order of the arguments, None for an input that is None."
+def backward_by_diagonals(grad_y, tensors: ScanTensors, *, delta_softplus, reverse) -> ScanTensors:
+    "Gradients of the tensors of a scan, None for one that is None."
+    x, D = tensors.x, tensors.D
     with torch.autocast(x.device.type, enabled=False):
-        dtype = compute_dtype(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+        dtype = compute_dtype(*tensors)
         wave = _wavefront(x.shape[1], x.shape[2], reverse, x.device, dtype)
-        p = _prepare(wave, dtype, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, delta_bias_t, delta_bias_l, delta_softplus)
+        p = _put_in_order(tensors, wave, dtype, delta_softplus)
         g = grad_y.to(dtype).flatten(1, 2)[:, wave.order]
-        states = [p.x.new_zeros(x.shape[0], 1, *A_t.shape)] + [h for _, h in _states(p, wave)]
-        grads = {name: torch.zeros_like(getattr(p, name)) for name in _Prepared._fields}
-        from_next = 0  # the part of dh that comes from the diagonal after this one
-        for (start, stop, offset), h, previous in zip(wave.diagonals[::-1], states[:0:-1], states[-2::-1]):
-            s = slice(start, stop)
-            x_, gate_t, gate_l = p.x[:, s, :, None], *_gates(p, s)
-            dh = g[:, s, :, None] * p.C[:, s, None] + from_next
-            grads["C"][:, s] = (g[:, s, :, None] * h).sum(2)
-            sent_back = torch.zeros_like(F.pad(previous, (0, 0, 0, 0, 1, 1)))
-            for side, coefficient, gate, neighbour, shift in zip("tl", (wave.coefficient_t[s], wave.coefficient_l[s]), (gate_t, gate_l),
-                                                                 _neighbours(previous, offset, stop - start), (0, 1)):
-                delta, A, B = [getattr(p, f"{name}_{side}") for name in ("delta", "A", "B")]
-                delta, B = delta[:, s, :, None], B[:, s, None]
-                d = coefficient * dh
-                through_gate = d * gate * neighbour
-                injected = (d * B).sum(-1)
-                grads[f"delta_{side}"][:, s] = (through_gate * A).sum(-1) + injected * p.x[:, s]
-                grads[f"A_{side}"] += (through_gate * delta).sum((0, 1))
-                grads[f"B_{side}"][:, s] = (d * delta * x_).sum(2)
-                grads["x"][:, s] += injected * delta.squeeze(-1)
-                sent_back[:, offset + shift:offset + shift + stop - start] += d * gate
-            from_next = sent_back[:, 1:-1]
-        grad_D = None if D is None else (g * p.x).sum((0, 1)).to(D.dtype)
-        if D is not None: grads["x"] += g * D.to(dtype)
+        grads = _gradients_in_order(p, wave, g)
+        if D is not None:
+            grads.x.add_(g * D.to(dtype))
         if delta_softplus:  # d softplus(v) / dv = sigmoid(v) = 1 - exp(-softplus(v))
-            grads["delta_t"] *= -torch.expm1(-p.delta_t)
-            grads["delta_l"] *= -torch.expm1(-p.delta_l)
-        grad_bias = [None if bias is None else grads[name].sum((0, 1)).to(bias.dtype)
-                     for bias, name in ((delta_bias_t, "delta_t"), (delta_bias_l, "delta_l"))]
-        in_rows = lambda name, like: grads[name][:, wave.inverse].unflatten(1, x.shape[1:3]).to(like.dtype)
-        return (in_rows("x", x), in_rows("delta_t", delta_t), in_rows("delta_l", delta_l), grads["A_t"].to(A_t.dtype),
-                grads["A_l"].to(A_l.dtype), in_rows("B_t", B_t), in_rows("B_l", B_l), in_rows("C", C), grad_D, *grad_bias)
+            for grad, direction in ((grads.top, p.top), (grads.left, p.left)):
+                grad.delta.mul_(-torch.expm1(-direction.delta))
+        summed = dict(A_t=grads.top.A, A_l=grads.left.A, D=None if D is None else (g * p.x).sum((0, 1)),
+                      delta_bias_t=grads.top.delta.sum((0, 1)), delta_bias_l=grads.left.delta.sum((0, 1)))
+        images = dict(x=grads.x, delta_t=grads.top.delta, delta_l=grads.left.delta,
+                      B_t=grads.top.B, B_l=grads.left.B, C=grads.C)
+        images = {name: grad[:, wave.inverse].unflatten(1, x.shape[1:3]) for name, grad in images.items()}
+        return _in_dtypes_of(tensors, images | summed)
+
+# %% ../../nbs/00_scan.reference.ipynb #dbe9a7b9
+def _in_dtypes_of(tensors, grads):
+    "The gradients, a dictionary, in the dtypes of their tensors; None where there is no tensor."
+    return ScanTensors(**{name: None if tensor is None else grads[name].to(tensor.dtype)
+                          for name, tensor in tensors._asdict().items()})
