@@ -258,8 +258,11 @@ def bench_training(
     from mamba2d.training.recipe import recipes
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as root:
         tree, groups = Path(root) / "images", min(16, max(1, count // 34))
-        tasks = [(tree, [f"n{group:02d}{k:06d}" for k in range(2)], count // groups // 34 * 16, count // groups // 34, (500, 375), "parts", True, 95, group) for group in range(groups)]
-        with multiprocessing.Pool(min(groups, os.cpu_count())) as pool: pool.starmap(make_image_tree, tasks)
+        images = dict(per_class=count // groups // 34 * 16, valid_per_class=count // groups // 34, size=(500, 375))
+        with multiprocessing.Pool(min(groups, os.cpu_count())) as pool:
+            for made in [pool.apply_async(make_image_tree, (tree, [f"n{group:02d}{k:06d}" for k in range(2)]),
+                                          images | dict(photographs=True, seed=group)) for group in range(groups)]:
+                made.get()
         files = sorted(tree.rglob("*.JPEG"))
         for file in files:
             if "train" in file.parts:

@@ -54,7 +54,9 @@ def compare_resuming(old, new):
     "Rows for a run that `old` begins and stops, and that `new` completes."
     with tempfile.TemporaryDirectory() as folder:
         whole = run_in(old, "whole_run", Path(folder) / "whole")
-        run_in(old, "stopped_run", Path(folder) / "stopped")
+        stopped = run_in(old, "stopped_run", Path(folder) / "stopped")
+        if "last.pth" not in stopped.get("checkpoints", ()):
+            raise RuntimeError("the run of the earlier commit left no checkpoint to resume from")
         resumed = run_in(new, "whole_run", Path(folder) / "stopped")
     return [(f"resumed from a checkpoint of the earlier commit: {name}", resumed[name] == value) for name, value in whole.items()]
 

@@ -1,7 +1,7 @@
-"""Layouts of image folders that `find_images` has to recognise, and mistakes that it has to name.
+"""Layouts of image folders that `find_images` has to recognise, and errors that it has to name.
 
-The usual layouts are shown in nbs/24_data.imagefolder.ipynb. Here are those that need ImageNet's devkit, which is
-written like the real one, all ways of an evaluation, and folders that are wrong.
+The usual layouts are shown in nbs/24_data.imagefolder.ipynb. Here are those that need ImageNet's devkit,
+which is written like the real one, all ways of an evaluation, and folders that are wrong.
 """
 import hashlib
 import os
@@ -28,12 +28,14 @@ split = "class folders, 20 % of each held out (seed 42)"
 
 
 def write_devkit(file, wnids, labels):
-    "Write an archive like ImageNet's devkit: a table of classes, and the class number of each validation image."
+    "Write an archive like ImageNet's devkit: a table of classes, and the number of each image's class."
     columns = (
         "ILSVRC2012_ID", "WNID", "words", "gloss",
         "num_children", "children", "wordnet_height", "num_train_images",
     )
-    rows = [(k + 1, wnid, f"{wnid} in words, other words", "gloss", 0, 0, 0, 0) for k, wnid in enumerate(wnids)]
+    rows = []
+    for number, wnid in enumerate(wnids, start=1):
+        rows.append((number, wnid, f"{wnid} in words, other words", "gloss", 0, 0, 0, 0))
     rows.append((99, "n99999999", "everything", "gloss", 3, 0, 0, 0))  # no leaf
     synsets = np.array(rows, dtype=[(name, object) for name in columns])
     numbers = [f"{wnids.index(label) + 1}\n" for label in labels]
@@ -49,7 +51,7 @@ def write_devkit(file, wnids, labels):
 def contents(found):
     "The names of all images with their labels, sorted: one list for each part."
     parts = (found.train, found.valid)
-    return [sorted(zip((Path(file).name for file in part["file"]), part["label"])) for part in parts]
+    return [sorted((Path(file).name, label) for file, label in part) for part in parts]
 
 
 @dataclass
@@ -104,7 +106,8 @@ class Trees:
     def classes(self, names, **kwargs):
         "A tree with a folder per class."
         self.copies += 1
-        return make_image_tree(self.folder / f"classes {self.copies}", classes=names, layout="folders", **kwargs)
+        root = self.folder / f"classes {self.copies}"
+        return make_image_tree(root, classes=names, layout="folders", **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,10 @@ def all_layouts(trees):
     parts, flat = "of class folders", "flat with labels from"
     return [
         (trees.imagenet, f"TrainingSet/ {parts}, ValidationSet/ {flat} labels.txt"),
-        (trees.with_devkit("TrainingSet", "ValidationSet"), f"TrainingSet/ {parts}, ValidationSet/ {flat} {devkit_name}"),
+        (
+            trees.with_devkit("TrainingSet", "ValidationSet"),
+            f"TrainingSet/ {parts}, ValidationSet/ {flat} {devkit_name}",
+        ),
         (
             trees.with_table("TrainingSet", "ValidationSet"),
             f"TrainingSet/ {parts}, ValidationSet/ {flat} LOC_val_solution.csv",
@@ -296,7 +302,8 @@ def test_an_evaluation_names_what_is_wrong(trees, class_folders):
         (single, True, "has images of 1 classes, at least 2 are needed"),
         (
             only_val, wnids[1:],
-            "val' has images of 1 classes that are not among the 2 given: n00000000; these are n00000001, n00000002",
+            "val' has images of 1 classes that are not among the 2 given: n00000000; "
+            "these are n00000001, n00000002",
         ),
         (
             trees.copy(parts, remove(f"train/{wnids[0]}")), True,
@@ -422,7 +429,8 @@ def test_a_bad_argument_is_named(trees, class_folders):
     with pytest.raises(FileNotFoundError, match="labels: there is no file 'nowhere.txt'"):
         find_images(trees.imagenet, labels="nowhere.txt")
     message = (
-        "labels: only images of a flat validation folder need them, got '.*labels.txt'; '.*' has .*class folders"
+        "labels: only images of a flat validation folder need them, got '.*labels.txt'; "
+        "'.*' has .*class folders"
     )
     for path in (trees.in_folders(), class_folders):
         with pytest.raises(ValueError, match=message):

@@ -163,9 +163,11 @@ def run_folder(out, stop_at):
 
     class Stop(Callback):
         order = 1
+        sent = False  # a second signal would end the process at once, without a checkpoint
 
         def before_batch(self):
-            if self.training and stop_at is not None and self.follow_recipe.steps_done == stop_at:
+            if self.training and stop_at == self.follow_recipe.steps_done and not self.sent:
+                self.sent = True
                 os.kill(os.getpid(), signal.SIGTERM)
 
     model, network = small_network(10)
@@ -175,7 +177,7 @@ def run_folder(out, stop_at):
         with learn.no_bar(), learn.no_logging():
             result = train_run(learn, out, network)
     except find("training.runs:StopRequestedError", "runs:StopRequested"):
-        return {}
+        return {"checkpoints": sorted(path.name for path in Path(out, "checkpoints").iterdir())}
     read_weights = find("models.weights:read_weights", "models:read_weights")
     measured = ("images_per_second", "data_wait", "memory_gib", "seconds")
     history = [{k: v for k, v in row.items() if k not in measured} for row in learn.reached.history]

@@ -17,14 +17,20 @@ from .validation import validate
 def main(
     argv: list[str] | None = None,  # name of the command and its arguments; None: of this process
 ):
-    "`python -m mamba2d.cli train|validate|predict|doctor ...`"
+    "Run `python -m mamba2d.cli train|validate|predict|doctor ...`."
     commands = {"train": train, "validate": validate, "predict": predict, "doctor": doctor}
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in commands: return commands[argv[0]](argv[1:])
-    asked = argv[:1] in (["-h"], ["--help"])
-    usage = f"usage: python -m mamba2d.cli {{{','.join(commands)}}} ..."
-    print(usage, file=sys.stdout if asked else sys.stderr)
-    raise SystemExit(0 if asked else 2)
+    if argv and argv[0] in commands:
+        commands[argv[0]](argv[1:])
+        return
+    names = ",".join(commands)
+    usage = f"usage: python -m mamba2d.cli {{{names}}} ..."
+    if argv[:1] in (["-h"], ["--help"]):
+        print(usage)
+        raise SystemExit(0)
+    print(usage, file=sys.stderr)
+    raise SystemExit(2)
 
 # %% ../../nbs/56_cli.main.ipynb #25daed0e
-if __name__ == "__main__" and "get_ipython" not in globals(): main()
+if __name__ == "__main__" and "get_ipython" not in globals():
+    main()

@@ -12,8 +12,9 @@ import mamba2d
 
 # %% ../../nbs/50_cli.arguments.ipynb #066c8e2a
 class _Parser(argparse.ArgumentParser):
-    "An argument parser whose errors are one line."
-    def error(self, message): self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+    "An argument parser that prints an error as one line."
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 # %% ../../nbs/50_cli.arguments.ipynb #e9bf6d97
 def make_parser(
@@ -21,7 +22,7 @@ def make_parser(
     description: str,  # printed as it is, line breaks included
     **kwargs,  # further arguments of `argparse.ArgumentParser`
 ) -> argparse.ArgumentParser:
-    "A parser with the options that all commands have."
+    "Make a parser that has the options of all commands."
     kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog=prog, description=description, **kwargs)
     parser.add_argument("--version", action="version", version=f"mamba2d {mamba2d.__version__}")
@@ -29,35 +30,41 @@ def make_parser(
 
 # %% ../../nbs/50_cli.arguments.ipynb #9e65ae48
 def _at_least(smallest, kind=int):
-    "An argparse type: a number of `kind` that is at least `smallest`."
+    "Return an argparse type that accepts numbers of `kind` from `smallest` on."
     def convert(text):
-        try: value = kind(text)
+        try:
+            value = kind(text)
         except ValueError:
             wanted = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not value >= smallest: raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {text}")
+        if not value >= smallest:
+            raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {text}")
         return value
     return convert
 
 # %% ../../nbs/50_cli.arguments.ipynb #40a21afc
 def _folder_name(text):
-    "An argparse type: the name of a folder."
-    if not text: raise argparse.ArgumentTypeError("the name of the folder is empty")
+    "Accept any text but the empty one: an argparse type."
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
     return text
 
 # %% ../../nbs/50_cli.arguments.ipynb #be792cf5
 def _field(text):
-    "An argparse type: NAME=VALUE for a field of the recipe."
+    "Parse NAME=VALUE, a field of the recipe, into name and value: an argparse type."
     import tomllib
     name, equals, value = text.partition("=")
-    if not equals: raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
     name, value = name.strip(), value.strip()
-    try: return name, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError: return name, None if value.lower() == "none" else value
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, None if value.lower() == "none" else value
 
 # %% ../../nbs/50_cli.arguments.ipynb #85e98324
 def _add_model_arguments(parser, size, batch_size, image_size):
-    "The options of every command that runs a network. The strings say what the command does without them."
+    "Add the options of every command that runs a network. The texts name its defaults."
     add = parser.add_argument
     add("--size", choices=("n", "t", "s", "t_v1"),
         help=f"published network (default: {size})")
@@ -66,37 +73,37 @@ def _add_model_arguments(parser, size, batch_size, image_size):
     add("--image-size", type=_at_least(8), metavar="PIXELS",
         help=f"side of the images (default: {image_size})")
     add("--workers", type=_at_least(0), metavar="N",
-        help="processes that load images, for each training process (default: one per core but one, "
-             "at most 16)")
+        help="processes that load images, for each training process "
+             "(default: one per core but one, at most 16)")
     add("--skip-corrupt", action="store_true",
         help="read every image once at the start, report the corrupt ones and leave them out")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the GPU where there is one)")
 
 # %% ../../nbs/50_cli.arguments.ipynb #1a05f0bc
 def _add_data_arguments(parser, data):
-    "The options that training and validation share."
+    "Add the options of the commands that read a dataset."
     add = parser.add_argument
     add("--data", type=_folder_name, metavar="WHAT",
-        help="'digits' (scikit-learn's handwritten digits, no download), or a folder: ImageNet in any of its "
-             "usual layouts, train/ and val/ with a folder per class, or only a folder per class "
+        help="'digits' (scikit-learn's handwritten digits, no download), or a folder: ImageNet in any "
+             "of its usual layouts, train/ and val/ with a folder per class, or only a folder per class "
              f"(default: {data})")
     add("--labels", metavar="FILE",
         help="classes of a flat ImageNet validation folder (default: searched for beside it)")
 
 # %% ../../nbs/50_cli.arguments.ipynb #71c2217f
 def _add_precision_argument(parser):
-    "The option of the commands that run a network without a recipe."
+    "Add the option of the commands that run a network without a recipe."
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="bf16: autocast on GPUs (default: fp32)")
 
 # %% ../../nbs/50_cli.arguments.ipynb #029dbc7d
 def _add_recipe_arguments(parser):
-    "The recipe, and what overrides it."
+    "Add the options that choose a recipe and override its fields."
     description = "how to train; these options override the recipe that is chosen"
     add = parser.add_argument_group("recipe", description).add_argument
     add("--recipe", metavar="NAME|FILE",
-        help="n, t, s, t_v1 (as published), finetune, digits, or a recipe.toml (default: digits for digits, "
-             "finetune with --weights, else the published recipe of --size)")
+        help="n, t, s, t_v1 (as published), finetune, digits, or a recipe.toml (default: "
+             "digits for digits, finetune with --weights, else the published recipe of --size)")
     add("--print-recipe", action="store_true", help="print the recipe and exit")
     add("--epochs", type=_at_least(1), metavar="N", help="passes over the training images")
     add("--lr", type=_at_least(0, float), help="highest learning rate")
@@ -106,26 +113,31 @@ def _add_recipe_arguments(parser):
     add("--clip-grad", type=_at_least(0, float), metavar="NORM",
         help="largest norm of the gradient; a larger one is scaled down")
     add("--seed", type=_at_least(0), metavar="S", help="the same seed gives the same results")
-    add("--precision", choices=("fp32", "bf16"), help="bf16: autocast on GPUs (default: as the recipe says)")
-    add("--compile", action="store_true", default=None, help="compile the network with torch.compile")
+    add("--precision", choices=("fp32", "bf16"),
+        help="bf16: autocast on GPUs (default: as the recipe says)")
+    add("--compile", action="store_true", default=None,
+        help="compile the network with torch.compile")
     add("--set", type=_field, action="append", default=[], metavar="NAME=VALUE",
         help="set any other field of the recipe (--print-recipe shows them); may be repeated")
 
 # %% ../../nbs/50_cli.arguments.ipynb #dac98175
 def _add_run_arguments(parser):
-    "The run folder, and what else a run does."
+    "Add the options that say where a run writes, and what else it does."
     add = parser.add_argument_group("run").add_argument
     add("--out", metavar="FOLDER",
-        help="run folder; resumes the run that it holds (default: runs/DATA-SIZE; with --fast-dev-run "
-             "runs/try-DATA-SIZE, which always starts over)")
-    add("--overwrite", action="store_true", help="delete the run that the run folder holds and start over")
+        help="run folder; resumes the run that it holds (default: runs/DATA-SIZE; "
+             "with --fast-dev-run runs/try-DATA-SIZE, which always starts over)")
+    add("--overwrite", action="store_true",
+        help="delete the run that the run folder holds and start over")
     add("--checkpoint-minutes", type=_at_least(0, float), metavar="M",
         help="also write a checkpoint every M minutes within an epoch")
     add("--max-nonfinite-steps", type=_at_least(0), default=0, metavar="N",
         help="skip at most N steps whose loss or gradient is not finite, then give up (default: 0)")
     add("--fast-dev-run", type=_at_least(1), nargs="?", const=2, metavar="N",
-        help="see whether everything works: one epoch of N steps and N validation batches (default: 2)")
-    add("--check-data", action="store_true", help="read every image once, report the corrupt ones and exit")
+        help="see whether everything works: one epoch of N steps and N validation batches "
+             "(default: 2)")
+    add("--check-data", action="store_true",
+        help="read every image once, report the corrupt ones and exit")
     add("--tensorboard", action="store_true", help="also log to TensorBoard, in the run folder")
     add("--wandb", action="store_true",
         help="also log to Weights & Biases (WANDB_MODE=offline: in the run folder)")
@@ -147,7 +159,7 @@ examples:
 
 # %% ../../nbs/50_cli.arguments.ipynb #44d51749
 def train_parser(prog: str = "mamba2d-train") -> argparse.ArgumentParser:
-    "Arguments of `mamba2d-train`."
+    "Make the parser of `mamba2d-train`."
     parser = make_parser(prog, _train_description, epilog=_train_examples)
     _add_data_arguments(parser, "digits")
     _add_model_arguments(parser, size="the one that the weights name, else n",
@@ -168,12 +180,12 @@ examples:
 
 # %% ../../nbs/50_cli.arguments.ipynb #15f844a9
 def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
-    "Arguments of `mamba2d-validate`."
+    "Make the parser of `mamba2d-validate`."
     description = "Measure the accuracy of saved weights on the validation images of a dataset."
     parser = make_parser(prog, description, epilog=_validate_examples)
     parser.add_argument("file", nargs="?", metavar="FILE",
-                        help="a run folder, its weights or one of its checkpoints, which name their network "
-                             "and data; or any file of weights, with --size and --data")
+                        help="a run folder, its weights or one of its checkpoints, which name their "
+                             "network and data; or any file of weights, with --size and --data")
     parser.add_argument("--weights", metavar="FILE",
                         help="the same; DEFAULT for the published weights (downloaded)")
     _add_data_arguments(parser, "the data that the weights name, else digits")
@@ -195,12 +207,14 @@ examples:
 
 # %% ../../nbs/50_cli.arguments.ipynb #1f6399c5
 def predict_parser(prog: str = "mamba2d-predict") -> argparse.ArgumentParser:
-    "Arguments of `mamba2d-predict`."
-    parser = make_parser(prog, "Predict the most likely classes of images.", epilog=_predict_examples)
+    "Make the parser of `mamba2d-predict`."
+    description = "Predict the most likely classes of images."
+    parser = make_parser(prog, description, epilog=_predict_examples)
     parser.add_argument("weights", metavar="WEIGHTS",
-                        help="a run folder, its weights or one of its checkpoints; or, with --size, any file "
-                             "of weights, or DEFAULT for the published ones (downloaded)")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of images")
+                        help="a run folder, its weights or one of its checkpoints; or, with --size, "
+                             "any file of weights, or DEFAULT for the published ones (downloaded)")
+    parser.add_argument("images", nargs="+", metavar="IMAGE",
+                        help="image files, or folders of images")
     _add_model_arguments(parser, size="the one that the weights name", batch_size="64",
                          image_size="as the weights say, else 224")
     _add_precision_argument(parser)

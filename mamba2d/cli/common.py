@@ -15,7 +15,12 @@ from pathlib import Path
 
 # %% ../../nbs/51_cli.common.ipynb #339f8ab4
 class UsageError(Exception):
-    "The user can mend it. The message is the one line that is printed; the exit code is 2."
+    "An error that the user can mend. The command prints its message and exits with code 2."
+
+# %% ../../nbs/51_cli.common.ipynb #2b8c7bbb
+def _peer_has_failed(error):
+    "Tell from an error of torch whether another process of the run has closed its connection."
+    return "closed by peer" in str(error) or "Connection reset" in str(error)
 
 # %% ../../nbs/51_cli.common.ipynb #5dfebfff
 def run_command(
@@ -24,33 +29,42 @@ def run_command(
     parser,  # `argparse.ArgumentParser` of the command
     argv: list[str] | None,  # None: of this process
 ):
-    "Parse the arguments and act. Errors become one line and an exit code."
-    # Threads that wait should sleep. By default they spin: beside another program, each step then takes many
-    # times longer. torch reads the variable when it is imported.
+    "Parse the arguments and call the action. Errors become one line and an exit code."
+    # Threads that wait should sleep. By default they spin, and beside another program each step
+    # then takes many times longer. torch reads the variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = parser.parse_args(argv)
-    try: action(args)
-    except UsageError as error: parser.exit(2, f"{prog}: error: {error}\n")
-    except KeyboardInterrupt: parser.exit(130, f"\n{prog}: interrupted\n")
-    except BrokenPipeError:  # the reader of the output, `head` say, has seen enough
+    try:
+        action(args)
+    except UsageError as error:
+        parser.exit(2, f"{prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{prog}: interrupted\n")
+    except BrokenPipeError:  # the reader of the output has seen enough
+        # Python flushes the output once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except RuntimeError as error:
         from mamba2d.training.distributed import RankZeroError
-        if isinstance(error, RankZeroError): raise SystemExit(1) from None  # rank zero has said why
-        if "closed by peer" not in str(error) and "Connection reset" not in str(error): raise
-        parser.exit(1, f"{prog}: error: another process of this run failed; its own message says why\n")
+        if isinstance(error, RankZeroError):
+            raise SystemExit(1) from None  # rank zero has said why
+        if not _peer_has_failed(error):
+            raise
+        message = "another process of this run failed; its own message says why"
+        parser.exit(1, f"{prog}: error: {message}\n")
 
 # %% ../../nbs/51_cli.common.ipynb #43e5f83d
 def run_captured(
     command,  # a function of a list of arguments
     *arguments,  # numbers and paths become text
 ) -> tuple[int, str, str]:  # exit code, standard output, standard error
-    "Run a command in this process."
+    "Run a command in this process, and catch what it prints."
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: command([str(argument) for argument in arguments])
-        except SystemExit as end: code = end.code or 0
+        try:
+            command([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code or 0
     return code, out.getvalue(), err.getvalue()
 
 # %% ../../nbs/51_cli.common.ipynb #49c5716e
@@ -58,34 +72,39 @@ def end_process(
     distributed,  # `Distributed`
     code: int,  # exit code
     message: str,  # printed on standard error
-    alone: bool = False,  # only this process failed: it does not wait for the others, which notice
+    alone: bool = False,  # only this process failed
 ):
-    "End with an exit code. The message comes from rank zero, or from the process that failed `alone`."
-    if alone or distributed.rank == 0: print(message, file=sys.stderr, flush=True)
-    if not alone: distributed.destroy()
+    "Exit with a code. Rank zero prints the message, or the process that failed `alone`."
+    if alone or distributed.rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    if not alone:
+        distributed.destroy()
     raise SystemExit(code)
 
 # %% ../../nbs/51_cli.common.ipynb #063235b7
 def quiet_imports():
-    "Hide torch's warning that fastai uses `torch.jit.script`: the user of a command cannot mend it."
+    "Hide the warning that fastai uses `torch.jit.script`. The user of a command cannot mend it."
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # %% ../../nbs/51_cli.common.ipynb #de1cbc63
 def check_forced_backend():
-    "Raise `UsageError` where the backend that MAMBA2D_BACKEND forces cannot run here."
+    "Raise `UsageError` if the backend that MAMBA2D_BACKEND forces cannot run here."
     from mamba2d.scan.operator import _forced_backend, _require_backend
-    try: _require_backend(_forced_backend, "MAMBA2D_BACKEND")
-    except (ValueError, RuntimeError) as error: raise UsageError(str(error)) from error
+    try:
+        _require_backend(_forced_backend, "MAMBA2D_BACKEND")
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
 
 # %% ../../nbs/51_cli.common.ipynb #0aaad204
 def init_distributed(
     name: str | None,  # of a device; None: the GPU where there is one
 ):
-    "The processes that work together and the device of this one, as `Distributed`."
+    "Join the processes that work together. Raises `UsageError` if the device cannot be used."
     import torch
     from mamba2d.training.distributed import Distributed
     try:
-        if name is not None: torch.zeros(1, device=name)
+        if name is not None:
+            torch.zeros(1, device=name)
         return Distributed.init(name)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -95,16 +114,18 @@ def init_distributed(
 def load_weights_file(
     file: str | Path,
 ) -> dict:
-    "The content of a file of weights."
+    "Read a file of weights. Raises `UsageError` if it cannot be read."
     from mamba2d.models.weights import read_weights
-    try: return read_weights(file)
-    except (FileNotFoundError, ValueError) as error: raise UsageError(str(error)) from error
+    try:
+        return read_weights(file)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 # %% ../../nbs/51_cli.common.ipynb #c56ed06d
 def config_of(
     saved,  # content of a file of weights, or anything else
 ) -> dict:
-    "The configuration beside the weights; empty where there is none."
+    "Return the configuration beside the weights; it is empty if there is none."
     config = saved.get("config") if isinstance(saved, dict) else None
     return config if isinstance(config, dict) else {}
 
@@ -112,11 +133,13 @@ def config_of(
 def resolve_weights(
     weights: str,  # a run folder, a file, or DEFAULT
     size: str | None,  # of the network; None: as the weights say
-) -> tuple:  # content of the file (a name that is no file: the name), its configuration, size of the network
-    "Find the weights that an argument names, and the network that they are of."
+) -> tuple:  # content of the file (or the name, if it is no file), configuration, size of the network
+    "Find the weights that an argument names. Raises `UsageError` if their network is unclear."
     if weights == "DEFAULT" and size is None:
-        raise UsageError("argument --size: say which published weights DEFAULT means: n, t, s or t_v1")
-    if Path(weights).is_dir(): weights = str(Path(weights) / "weights.pth")
+        raise UsageError("argument --size: say which published weights DEFAULT means: "
+                         "n, t, s or t_v1")
+    if Path(weights).is_dir():
+        weights = str(Path(weights) / "weights.pth")
     saved = load_weights_file(weights) if Path(weights).is_file() or size is None else weights
     config = config_of(saved)
     known = config.get("size")
@@ -132,24 +155,40 @@ def build_model(
     size: str,  # n, t, s or t_v1
     **kwargs,  # of `mamba2d_n` and the others
 ):
-    "A published network. What does not fit is a `UsageError`."
+    "Build a network of a published size. Raises `UsageError` if its weights do not fit."
     from mamba2d.models.sizes import builders
-    try: return builders[size](**kwargs)
-    except (FileNotFoundError, ValueError, RuntimeError) as error: raise UsageError(str(error)) from error
+    try:
+        return builders[size](**kwargs)
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
 
 # %% ../../nbs/51_cli.common.ipynb #d5e68324
 def other_size_hint(args, size: str) -> str:
-    "What to add to an error about weights that do not fit, where --size was not given."
+    "Return what to add to an error about weights that do not fit, if --size was not given."
     return "" if args.size else f" (tried mamba2d_{size}; --size names another network)"
 
 # %% ../../nbs/51_cli.common.ipynb #2d088b8c
 def imagenet_classes(
     count: int,  # of classes
 ) -> list[str]:
-    "Names of ImageNet's classes as in torchvision; for another number of classes, their numbers."
+    "Return ImageNet's classes as torchvision names them; if `count` is another, numbers."
     from torchvision.models import ResNet18_Weights
     names = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
     return names if len(names) == count else [str(k) for k in range(count)]
+
+# %% ../../nbs/51_cli.common.ipynb #8a087f58
+def _report_corrupt(args, data, evaluate):
+    "Read every image and print which are corrupt. Returns what is wrong, by relative path."
+    from mamba2d.data.imagefolder import check_images, find_images
+    found = find_images(data, labels=args.labels, evaluate=evaluate)
+    reasons = check_images(found.files, args.workers)
+    corrupt = {os.path.relpath(name, found.root): reason for name, reason in reasons.items()}
+    print(f"{len(corrupt)} of {len(found.files)} images cannot be read and are left out")
+    for name, reason in list(corrupt.items())[:10]:
+        print(f"  {name}: {reason}")
+    if len(corrupt) > 10:
+        print("  ...")
+    return corrupt
 
 # %% ../../nbs/51_cli.common.ipynb #9c602847
 def find_corrupt(
@@ -158,21 +197,26 @@ def find_corrupt(
     overwrite: bool = False,  # the folder's list is of a run that is to be deleted
     evaluate: bool | list[str] = False,  # as in `find_images`
 ) -> dict[str, str]:  # path below the data's folder -> what is wrong
-    "Images to leave out, the same in every process and whenever the run resumes."
-    if not args.skip_corrupt or data == "digits": return {}
-    from mamba2d.data.imagefolder import check_images, find_images
+    "Find the images to leave out. They are the same in every process and whenever the run resumes."
+    if not args.skip_corrupt or data == "digits":
+        return {}
     from mamba2d.training.checkpoints import read_corrupt_images
+
     def find():
         saved = read_corrupt_images(out) if out and not overwrite else None
-        if saved is not None: return saved
-        found = find_images(data, labels=args.labels, evaluate=evaluate)
-        reasons = check_images(found.files, args.workers)
-        corrupt = {os.path.relpath(name, found.root): reason for name, reason in reasons.items()}
-        print(f"{len(corrupt)} of {len(found.files)} images cannot be read and are left out")
-        for name, reason in list(corrupt.items())[:10]: print(f"  {name}: {reason}")
-        if len(corrupt) > 10: print("  ...")
-        return corrupt
+        return _report_corrupt(args, data, evaluate) if saved is None else saved
+
     return distributed.gather(distributed.on_rank_zero(find))[0]
+
+# %% ../../nbs/51_cli.common.ipynb #6ca41e9b
+def _augmentation(recipe):
+    "Return the recipe's arguments of the augmentation; False without a recipe."
+    if recipe is None:
+        return False
+    operations = recipe.randaugment_ops if recipe.randaugment else 0
+    return dict(
+        min_scale=recipe.min_scale, randaugment=operations, magnitude=recipe.randaugment,
+        erasing=recipe.erasing)
 
 # %% ../../nbs/51_cli.common.ipynb #2f652920
 def load_data(
@@ -183,38 +227,44 @@ def load_data(
     corrupt: dict[str, str] | None = None,  # images to leave out
     evaluate: bool | list[str] = False,  # all images are validation images; a list: the network's classes
 ):
-    "fastai's `DataLoaders` of --data."
+    "Make fastai's `DataLoaders` of --data. Raises `UsageError` if there is no such data."
     from mamba2d.data.datasets import digits_dls
     from mamba2d.data.imagefolder import imagenet_dls
     seed = recipe.seed if recipe else 0
     options = dict(size=size, batch_size=batch_size, device=distributed.device, seed=seed)
-    if args.workers is not None: options["num_workers"] = args.workers
-    if data == "digits" and args.labels:
-        raise UsageError("argument --labels: scikit-learn's digits bring their classes; give --data FOLDER")
-    augment = bool(recipe) and dict(
-        min_scale=recipe.min_scale, randaugment=recipe.randaugment_ops if recipe.randaugment else 0,
-        magnitude=recipe.randaugment, erasing=recipe.erasing)
-    images = dict(labels=args.labels, corrupt=corrupt or {}, augment=augment, evaluate=evaluate)
-    try: return digits_dls(**options) if data == "digits" else imagenet_dls(data, **images, **options)
-    except (OSError, ValueError) as error: raise UsageError(str(error)) from error
+    if args.workers is not None:
+        options["num_workers"] = args.workers
+    try:
+        if data != "digits":
+            return imagenet_dls(data, labels=args.labels, corrupt=corrupt or {}, evaluate=evaluate,
+                                augment=_augmentation(recipe), **options)
+        if args.labels:
+            raise UsageError("argument --labels: scikit-learn's digits bring their classes; "
+                             "give --data FOLDER")
+        return digits_dls(**options)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 # %% ../../nbs/51_cli.common.ipynb #4c74acbd
 def print_table(
     rows: list[tuple[str, str]],
 ):
-    "Print two columns, aligned."
+    "Print the rows as two aligned columns."
     width = max(len(name) for name, _ in rows)
-    for name, value in rows: print(f"  {name:{width}}  {value}")
+    for name, value in rows:
+        print(f"  {name:{width}}  {value}")
 
 # %% ../../nbs/51_cli.common.ipynb #2b3003f6
 def result_rows(
     result: dict,  # as from `accuracies`
     classes: int,  # how many there are: of five or fewer, the top-5 accuracy says nothing
 ) -> list[tuple[str, str]]:
-    "Accuracies as rows of a table."
+    "Write accuracies as rows of a table."
     top5 = f"top-5 {100 * result['top5']:.2f} %, " if classes > 5 else ""
-    rows = [("validation accuracy", f"{100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.3f}")]
+    text = f"{100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.3f}"
+    rows = [("validation accuracy", text)]
     if "accuracy_without_scan" in result:
-        accuracy, loss = 100 * result["accuracy_without_scan"], result["loss_without_scan"]
-        rows.append(("with the scan's output set to zero", f"{accuracy:.2f} %, loss {loss:.3f}"))
+        accuracy = 100 * result["accuracy_without_scan"]
+        text = f"{accuracy:.2f} %, loss {result['loss_without_scan']:.3f}"
+        rows.append(("with the scan's output set to zero", text))
     return rows

@@ -6,6 +6,7 @@
 __all__ = ['doctor']
 
 # %% ../../nbs/55_cli.diagnosis.ipynb #323c1772
+import importlib
 import os
 
 import mamba2d
@@ -13,49 +14,67 @@ from .arguments import make_parser
 from .common import print_table, quiet_imports, run_command
 
 # %% ../../nbs/55_cli.diagnosis.ipynb #fa0cbb68
+def _version(name):
+    "Return the version of a package, or what to do about one that cannot be imported."
+    try:
+        return importlib.import_module(name).__version__
+    except ImportError as error:
+        package = "scikit-learn" if name == "sklearn" else name
+        return f"MISSING ({error}): pip install {package}"
+
 def _packages():
-    "Rows with the versions of the packages that mamba2d needs."
+    "Make rows of the versions of the packages that mamba2d needs."
     import platform
     import torch
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    rows = [("mamba2d", mamba2d.__version__), ("python", system),
-            ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")]
-    for name in ("torchvision", "fastai", "sklearn", "matplotlib"):
-        try: rows.append((name, __import__(name).__version__))
-        except ImportError as error:
-            package = "scikit-learn" if name == "sklearn" else name
-            rows.append((name, f"MISSING ({error}): pip install {package}"))
-    return rows
+    others = ("torchvision", "fastai", "sklearn", "matplotlib")
+    return [
+        ("mamba2d", mamba2d.__version__),
+        ("python", system),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        *((name, _version(name)) for name in others),
+    ]
 
 # %% ../../nbs/55_cli.diagnosis.ipynb #90a62f84
-def diagnosis() -> list[tuple[str, str]]:
-    "What this machine has, and which backend the scan gets, as rows of a table."
+def _kernel(status):
+    "Describe a kernel whose `status` says whether it can be used, and why or why not."
+    usable, reason = status()
+    kind = "compiled kernel" if usable else "plain PyTorch, slower"
+    return f"{kind}: {reason}"
+
+def _devices():
+    "Make rows of the GPUs, and of what the scan runs on."
     import torch
     from mamba2d.scan.cpu import cpu_kernel_status
     from mamba2d.scan.cuda import cuda_kernel_status
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus = gpus or ["Apple GPU"]
+    rows = [("GPU", ", ".join(gpus) or "none"), ("scan on the CPU", _kernel(cpu_kernel_status))]
+    if gpus:
+        rows.append(("scan on the GPU", _kernel(cuda_kernel_status)))
+    return rows
+
+# %% ../../nbs/55_cli.diagnosis.ipynb #785e12c5
+def diagnosis() -> list[tuple[str, str]]:
+    "Return what this machine has, and which backend the scan gets, as rows of a table."
     from mamba2d.scan.operator import available_backends
-    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    names = ", ".join(torch.cuda.get_device_name(k) for k in range(gpus))
-    rows = [*_packages(), ("GPU", names or ("Apple GPU" if mps else "none"))]
-    kernels = [("scan on the CPU", cpu_kernel_status)]
-    if gpus or mps: kernels.append(("scan on the GPU", cuda_kernel_status))
-    for place, status in kernels:
-        usable, reason = status()
-        rows.append((place, f"{'compiled kernel' if usable else 'plain PyTorch, slower'}: {reason}"))
-    rows.append(("backends of the scan", ", ".join(available_backends())))
+    available = available_backends()
+    rows = [*_packages(), *_devices(), ("backends of the scan", ", ".join(available))]
     forced = os.environ.get("MAMBA2D_BACKEND")
     if forced:
-        usable = forced in ("auto", *available_backends())
-        rows.append(("MAMBA2D_BACKEND", forced + ("" if usable else ": CANNOT RUN HERE, unset it")))
+        problem = "" if forced in ("auto", *available) else ": CANNOT RUN HERE, unset it"
+        rows.append(("MAMBA2D_BACKEND", f"{forced}{problem}"))
     return rows
 
 # %% ../../nbs/55_cli.diagnosis.ipynb #120aeb5b
 def _doctor(args):
+    "Print the table."
     quiet_imports()
     print_table(diagnosis())
 
 # %% ../../nbs/55_cli.diagnosis.ipynb #02b2f8d5
 def doctor(argv: list[str] | None = None):
-    "`mamba2d-doctor`."
+    "Run the command `mamba2d-doctor`."
     description = "Show what this machine has, which backend the scan gets, and why."
     run_command("mamba2d-doctor", _doctor, make_parser("mamba2d-doctor", description), argv)

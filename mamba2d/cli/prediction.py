@@ -17,34 +17,42 @@ from .common import (
 
 # %% ../../nbs/54_cli.prediction.ipynb #2a4b2944
 def _find_files(args):
-    "Image files that the arguments name; with --skip-corrupt without those that cannot be read."
+    "Return the image files that the arguments name, with --skip-corrupt only the readable ones."
     from mamba2d.data.imagefolder import check_images, list_images
-    try: files = list_images(args.images)
-    except (FileNotFoundError, ValueError) as error: raise UsageError(f"argument IMAGE: {error}") from error
-    if not args.skip_corrupt: return files
+    try:
+        files = list_images(args.images)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"argument IMAGE: {error}") from error
+    if not args.skip_corrupt:
+        return files
     corrupt = check_images(files, args.workers, progress=len(files) > 100)
-    for name, reason in corrupt.items(): print(f"{name}: left out, {reason}", file=sys.stderr)
+    for name, reason in corrupt.items():
+        print(f"{name}: left out, {reason}", file=sys.stderr)
     files = [name for name in files if name not in corrupt]
-    if not files: raise UsageError("argument IMAGE: none of the images can be read")
+    if not files:
+        raise UsageError("argument IMAGE: none of the images can be read")
     return files
 
 # %% ../../nbs/54_cli.prediction.ipynb #eeef2da4
 def _load_files(args, files, config, device):
-    "Batches of the images, prepared as for the weights."
+    "Load the images in batches, prepared as for the training of the weights."
     from mamba2d.data.datasets import digits_dls
     from mamba2d.data.imagefolder import images_dl
     size = args.image_size or config.get("image_size") or 224
-    after_batch = digits_dls(size=size).valid.after_batch if config.get("data") == "digits" else None
+    after_batch = None
+    if config.get("data") == "digits":
+        after_batch = digits_dls(size=size).valid.after_batch
     return images_dl(files, args.batch_size or 64, size, num_workers=args.workers, device=device,
                      after_batch=after_batch)
 
 # %% ../../nbs/54_cli.prediction.ipynb #ce526ff7
 def _predict_classes(model, loader, precision, count):
-    "For each image: numbers of the `count` most likely classes, and their probabilities."
+    "Return for each image the numbers of the `count` most likely classes, and their probabilities."
     import torch
-    rows, bf16 = [], precision == "bf16" and loader.device.type == "cuda"
+    rows = []
+    bf16 = precision == "bf16" and loader.device.type == "cuda"
     with torch.no_grad(), torch.autocast(loader.device.type, torch.bfloat16, enabled=bf16):
-        for images, in loader:
+        for (images,) in loader:
             logits = model(images.as_subclass(torch.Tensor)).float()
             probabilities, predictions = logits.softmax(-1).topk(count)
             rows += zip(predictions.tolist(), probabilities.tolist())
@@ -52,24 +60,35 @@ def _predict_classes(model, loader, precision, count):
 
 # %% ../../nbs/54_cli.prediction.ipynb #8aeb5156
 def _check_writable(file):
-    "Raise `UsageError` where a file cannot be written, before anything is computed."
+    "Raise `UsageError` if a file cannot be written."
     if file and (Path(file).is_dir() or not os.access(Path(file).resolve().parent, os.W_OK)):
         raise UsageError(f"argument --out: {file!r} cannot be written")
 
 def _write_csv(path, files, rows, classes):
-    "Write a row per image."
+    "Write a row per image. Raises `UsageError` if the file cannot be written."
     import csv
     from mamba2d.training.evaluation import prediction_cells, prediction_columns
     try:
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["image", *prediction_columns(len(rows[0][0]))])
-            for name, row in zip(files, rows): writer.writerow([name, *prediction_cells(classes, *row)])
-    except OSError as error: raise UsageError(f"argument --out: {error}") from error
+            for name, row in zip(files, rows):
+                writer.writerow([name, *prediction_cells(classes, *row)])
+    except OSError as error:
+        raise UsageError(f"argument --out: {error}") from error
+
+# %% ../../nbs/54_cli.prediction.ipynb #c6256a07
+def _print_predictions(files, rows, classes):
+    "Print the most likely classes of each image."
+    lines = []
+    for name, row in zip(files, rows):
+        best = [f"{classes[k]}: {100 * probability:.1f} %" for k, probability in zip(*row)]
+        lines.append((name, ", ".join(best)))
+    print_table(lines)
 
 # %% ../../nbs/54_cli.prediction.ipynb #ecf86ba2
 def _predict(args):
-    "Resolve, build, run."
+    "Resolve the arguments, load the images and the network, and predict."
     quiet_imports()
     check_forced_backend()
     from mamba2d.data.images import CorruptImageError
@@ -80,7 +99,8 @@ def _predict(args):
     model = build_model(size, weights=saved).eval()
     loader = _load_files(args, files, config, distributed.device)
     model.to(loader.device)
-    try: rows = _predict_classes(model, loader, args.precision, min(args.top, model.num_classes))
+    try:
+        rows = _predict_classes(model, loader, args.precision, min(args.top, model.num_classes))
     except CorruptImageError as error:
         message = f"mamba2d-predict: error: {error}; --skip-corrupt leaves such images out"
         end_process(distributed, 1, message, alone=True)
@@ -89,10 +109,9 @@ def _predict(args):
         _write_csv(args.out, files, rows, classes)
         print(f"wrote the predictions for {len(rows)} images into {args.out}")
     else:
-        best = [", ".join(f"{classes[k]}: {100 * p:.1f} %" for k, p in zip(*row)) for row in rows]
-        print_table([*zip(files, best)])
+        _print_predictions(files, rows, classes)
 
 # %% ../../nbs/54_cli.prediction.ipynb #a7a440f9
 def predict(argv: list[str] | None = None):
-    "`mamba2d-predict`."
+    "Run the command `mamba2d-predict`."
     run_command("mamba2d-predict", _predict, predict_parser(), argv)

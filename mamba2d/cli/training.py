@@ -9,6 +9,7 @@ __all__ = ['train']
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -17,13 +18,14 @@ from pathlib import Path
 
 from .arguments import train_parser
 from .common import (
-    UsageError, build_model, check_forced_backend, config_of, end_process, find_corrupt, init_distributed,
-    load_data, load_weights_file, other_size_hint, print_table, quiet_imports, result_rows, run_command)
+    UsageError, build_model, check_forced_backend, config_of, end_process, find_corrupt,
+    init_distributed, load_data, load_weights_file, other_size_hint, print_table, quiet_imports,
+    result_rows, run_command)
 
 # %% ../../nbs/52_cli.training.ipynb #0a38a27f
 @dataclasses.dataclass
 class _Training:
-    "What to train, on which images, how, and where."
+    "The arguments, resolved: what to train, on which images, how, and where."
     args: argparse.Namespace
     data: str  # "digits", or a folder
     weights: dict | str | None  # initial weights: content of a file, or a name
@@ -40,20 +42,28 @@ class _Training:
     corrupt: dict = dataclasses.field(default_factory=dict)  # images to leave out
 
     @property
-    def image_size(self) -> int: return self.recipe.image_size or (32 if self.data == "digits" else 224)
+    def image_size(self) -> int:
+        "Side of the images in pixels."
+        return self.recipe.image_size or (32 if self.data == "digits" else 224)
 
 # %% ../../nbs/52_cli.training.ipynb #a294c73e
 def _train(args):
-    "Resolve, build, run."
+    "Resolve the arguments, build the learner, and run the training."
     quiet_imports()
-    if args.check_data: return _check_data(args)
+    if args.check_data:
+        _check_data(args)
+        return
     data, weights = args.data or "digits", args.weights
-    if weights and Path(weights).is_file(): weights = load_weights_file(weights)
+    if weights and Path(weights).is_file():
+        weights = load_weights_file(weights)
     size = args.size or config_of(weights).get("size") or "n"
     name, recipe = _resolve_recipe(args, data, size)
-    if args.print_recipe: return print(f"# {name}\n{recipe.toml()}", end="")
+    if args.print_recipe:
+        print(f"# {name}\n{recipe.toml()}", end="")
+        return
     check_forced_backend()
-    dashboards, distributed = _resolve_dashboards(args), init_distributed(args.device)
+    dashboards = _resolve_dashboards(args)
+    distributed = init_distributed(args.device)
     out = _resolve_folder(args, data, size)
     training = _Training(args, data, weights, size, name, recipe, dashboards, distributed, out)
     with _locked_folder(out, distributed):
@@ -63,74 +73,98 @@ def _train(args):
 
 # %% ../../nbs/52_cli.training.ipynb #dc28db42
 def train(argv: list[str] | None = None):
-    "`mamba2d-train`."
+    "Run the command `mamba2d-train`."
     run_command("mamba2d-train", _train, train_parser(), argv)
 
 # %% ../../nbs/52_cli.training.ipynb #81304692
 def _check_data(args):
-    "Read every image once and report the corrupt ones. The exit code is 1 where there are any."
+    "Read every image once and report the corrupt ones. The exit code is 1 if there are any."
     from mamba2d.data.imagefolder import check_images, find_images
     if args.data in (None, "digits"):
-        raise UsageError("argument --check-data: the digits are part of scikit-learn; give --data FOLDER")
-    if int(os.environ.get("RANK", 0)): return  # rank zero reads them all
-    try: found = find_images(args.data, labels=args.labels)
-    except (FileNotFoundError, ValueError) as error: raise UsageError(str(error)) from error
+        raise UsageError("argument --check-data: the digits are part of scikit-learn; "
+                         "give --data FOLDER")
+    if int(os.environ.get("RANK", 0)):
+        return  # rank zero reads them all
+    try:
+        found = find_images(args.data, labels=args.labels)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
     counts = f"{len(found.train)} training and {len(found.valid)} validation images"
     print(f"{args.data}: {found.layout}; {counts} of {len(found.vocab)} classes", flush=True)
     corrupt = check_images(found.files, args.workers)
     print(f"{len(corrupt)} of {len(found.files)} images cannot be read")
-    for name, reason in corrupt.items(): print(f"  {name}: {reason}")
-    if corrupt: raise SystemExit(1)
+    for name, reason in corrupt.items():
+        print(f"  {name}: {reason}")
+    if corrupt:
+        raise SystemExit(1)
 
 # %% ../../nbs/52_cli.training.ipynb #a7c5f91d
-_recipe_options = ("epochs", "lr", "weight_decay", "effective_batch", "clip_grad", "seed", "precision",
-                   "compile", "image_size")
+_recipe_options = ("epochs", "lr", "weight_decay", "effective_batch", "clip_grad", "seed",
+                   "precision", "compile", "image_size")
 
 def _recipe_fields(args):
-    "Fields of the recipe that the options set."
-    fields = {name: getattr(args, name) for name in _recipe_options if getattr(args, name) is not None}
+    "Collect the fields of the recipe that the options set. Raises `UsageError` if two contradict."
+    given = {name: getattr(args, name) for name in _recipe_options}
+    fields = {name: value for name, value in given.items() if value is not None}
     for name, value in args.set:
         if name in fields and fields[name] != value:
             option = f"--{name.replace('_', '-')} {fields[name]!r}"
             raise UsageError(f"argument --set: {name}={value!r} contradicts {option}")
         fields[name] = value
-    if args.fast_dev_run: fields["epochs"] = 1
+    if args.fast_dev_run:
+        fields["epochs"] = 1
     return fields
+
+# %% ../../nbs/52_cli.training.ipynb #cf547bd9
+def _default_recipe(args, data, size):
+    "Return the name of the recipe for this data and network."
+    if data == "digits":
+        return "digits"
+    return "finetune" if args.weights else size
 
 # %% ../../nbs/52_cli.training.ipynb #2ced0ccd
 def _resolve_recipe(args, data, size):
-    "Name of the recipe, and the recipe with the fields that the options set."
+    """Return the name of the recipe, and the recipe with the fields that the options set.
+
+    Raises `UsageError` if there is no such recipe or field, or a value is out of range."""
     from mamba2d.training.recipe import Recipe, recipes
-    name = args.recipe or ("digits" if data == "digits" else "finetune" if args.weights else size)
-    fields, known = _recipe_fields(args), {field.name for field in dataclasses.fields(Recipe)}
-    if unknown := [field for field in fields if field not in known]:
-        accepted = ", ".join(sorted(known))
-        raise UsageError(f"argument --set: the recipe has no field {unknown[0]!r}; accepted: {accepted}")
-    try: return name, dataclasses.replace(recipes[name] if name in recipes else Recipe.load(name), **fields)
-    except (OSError, ValueError) as error: raise UsageError(f"recipe: {error}") from error
+    name = args.recipe or _default_recipe(args, data, size)
+    fields = _recipe_fields(args)
+    known = sorted(field.name for field in dataclasses.fields(Recipe))
+    unknown = [field for field in fields if field not in known]
+    if unknown:
+        raise UsageError(f"argument --set: the recipe has no field {unknown[0]!r}; "
+                         f"accepted: {', '.join(known)}")
+    try:
+        recipe = recipes[name] if name in recipes else Recipe.load(name)
+        return name, dataclasses.replace(recipe, **fields)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"recipe: {error}") from error
 
 # %% ../../nbs/52_cli.training.ipynb #3dd69ca0
 def _resolve_dashboards(args):
-    "The dashboards that the options ask for."
+    "Return the dashboards that the options ask for. Raises `UsageError` if one cannot be used."
     from mamba2d.training.runs import dashboards
     asked = [kind for kind in dashboards if getattr(args, kind)]
     for kind in asked:
-        try: __import__(kind)
+        try:
+            importlib.import_module(kind)
         except ImportError:
             message = f"the package {kind} is not installed: pip install {kind}"
             raise UsageError(f"argument --{kind}: {message}") from None
     if "wandb" in asked and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
         import wandb
         if not wandb.api.api_key:
-            raise UsageError("argument --wandb: there is no key for Weights & Biases; run wandb login, "
-                             "or set WANDB_MODE=offline")
+            raise UsageError("argument --wandb: there is no key for Weights & Biases; "
+                             "run wandb login, or set WANDB_MODE=offline")
     return [dashboards[kind] for kind in asked]
 
 # %% ../../nbs/52_cli.training.ipynb #4d776432
 def _resolve_folder(args, data, size):
-    "The run folder."
+    "Return the path of the run folder. Raises `UsageError` if it lies among the images."
     name = data if data == "digits" else Path(data).resolve().name
-    out = Path(args.out or f"runs/{'try-' if args.fast_dev_run else ''}{name}-{size}")
+    kind = "try-" if args.fast_dev_run else ""
+    out = Path(args.out or f"runs/{kind}{name}-{size}")
     if data != "digits" and Path(data).resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(f"argument --out: {str(out)!r} lies in --data {data!r}, among the images; "
                          "give another folder")
@@ -139,32 +173,41 @@ def _resolve_folder(args, data, size):
 # %% ../../nbs/52_cli.training.ipynb #471eb462
 @contextlib.contextmanager
 def _locked_folder(out, distributed):
-    "Context manager: make the run folder and lock it. Afterwards it is removed if it is new and empty."
+    "Make the run folder and lock it. At the end of the `with` block, remove it if it is new and empty."
     from mamba2d.training.checkpoints import IncompatibleRunError, RunLockedError
     from mamba2d.training.runs import lock_run
     new = [path for path in (out, *out.parents) if not path.exists()]
-    try: lock = distributed.on_rank_zero(lambda: lock_run(out))
-    except (RunLockedError, IncompatibleRunError) as error: raise UsageError(str(error)) from error
-    except OSError as error: raise UsageError(f"argument --out: {error}") from error
-    try: yield
+    try:
+        lock = distributed.on_rank_zero(lambda: lock_run(out))
+    except (RunLockedError, IncompatibleRunError) as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(f"argument --out: {error}") from error
+    try:
+        yield
     finally:
-        if lock: lock.release()
+        if lock:
+            lock.release()
         if lock and new and os.listdir(out) == [".lock"]:
             shutil.rmtree(out)
-            for path in new[1:]: path.rmdir()
+            for path in new[1:]:
+                path.rmdir()
 
 # %% ../../nbs/52_cli.training.ipynb #f6dba354
 def _saved_run(training):
-    """Whether the run folder holds a run, whether that run was a --fast-dev-run, and its images per step.
+    """Return whether the folder holds a run, whether it is a --fast-dev-run, and its images per step.
 
-    The second and third are only read where they matter."""
+    The second is read for a --fast-dev-run with --out, the third if the recipe leaves it open."""
     from mamba2d.training.checkpoints import checkpoint_files, load_checkpoint
     from mamba2d.training.runs import saved_effective_batch
     args, out = training.args, training.out
-    if args.overwrite or not checkpoint_files(out): return False, False, None
-    read = args.fast_dev_run and args.out  # a checkpoint is large
-    limited = bool(read) and load_checkpoint(out)[0]["identity"]["limit"] is not None
-    return True, limited, None if training.recipe.effective_batch else saved_effective_batch(out)
+    if args.overwrite or not checkpoint_files(out):
+        return False, False, None
+    limited = False
+    if args.fast_dev_run and args.out:
+        limited = load_checkpoint(out)[0]["identity"]["limit"] is not None
+    effective_batch = None if training.recipe.effective_batch else saved_effective_batch(out)
+    return True, limited, effective_batch
 
 # %% ../../nbs/52_cli.training.ipynb #849961c8
 def _resolve_resume(training):
@@ -172,58 +215,78 @@ def _resolve_resume(training):
     from mamba2d.training.checkpoints import IncompatibleRunError
     from mamba2d.training.recipe import recipes
     args, distributed = training.args, training.distributed
-    try: found, limited, saved = distributed.gather(distributed.on_rank_zero(lambda: _saved_run(training)))[0]
-    except IncompatibleRunError as error: raise UsageError(str(error)) from error
-    training.overwrite = args.overwrite or bool(args.fast_dev_run and (not args.out or limited))
+    try:
+        on_rank_zero = distributed.on_rank_zero(lambda: _saved_run(training))
+    except IncompatibleRunError as error:
+        raise UsageError(str(error)) from error
+    found, limited, saved = distributed.gather(on_rank_zero)[0]
+    starts_over = args.fast_dev_run and (not args.out or limited)
+    training.overwrite = args.overwrite or bool(starts_over)
     training.resumes = found and not training.overwrite
-    training.published = (training.recipe.effective_batch is not None and args.effective_batch is None
-                          and training.recipe_name in recipes)
+    as_published = training.recipe.effective_batch is not None and args.effective_batch is None
+    training.published = as_published and training.recipe_name in recipes
     training.batch_size = args.batch_size or (128 if training.published else 64)
-    if training.resumes and saved: _keep_effective_batch(training, saved)
-    wanted = training.recipe.effective_batch
-    if args.fast_dev_run and wanted:  # gradients are accumulated over two batches, so that this is tried too
-        few = min(wanted, 2 * training.batch_size * distributed.world)
-        training.recipe = dataclasses.replace(training.recipe, effective_batch=few)
+    if training.resumes and saved:
+        _keep_effective_batch(training, saved)
+    if args.fast_dev_run and training.recipe.effective_batch:
+        _shorten_steps(training)
 
 # %% ../../nbs/52_cli.training.ipynb #81d3fb54
 def _keep_effective_batch(training, saved):
-    "Keep the run's number of images per step. Without --batch-size, take the largest batch that divides it."
+    "Keep the run's images per step. Without --batch-size, take the largest batch that divides them."
     training.recipe = dataclasses.replace(training.recipe, effective_batch=saved)
-    if training.args.batch_size is not None: return
+    if training.args.batch_size is not None:
+        return
+    world = training.distributed.world
     most = min(training.batch_size, saved)
-    fitting = (b for b in range(most, 0, -1) if saved % (b * training.distributed.world) == 0)
-    training.batch_size = next(fitting, training.batch_size)
+    fitting = [size for size in range(most, 0, -1) if saved % (size * world) == 0]
+    if fitting:
+        training.batch_size = fitting[0]
+
+# %% ../../nbs/52_cli.training.ipynb #39daf8d6
+def _shorten_steps(training):
+    "Let a step accumulate two batches at most."
+    two = 2 * training.batch_size * training.distributed.world
+    few = min(training.recipe.effective_batch, two)
+    training.recipe = dataclasses.replace(training.recipe, effective_batch=few)
 
 # %% ../../nbs/52_cli.training.ipynb #af2cc5fb
+def _load(training):
+    "Make the `DataLoaders` of the training."
+    return load_data(training.args, training.data, training.distributed, size=training.image_size,
+                     batch_size=training.batch_size, recipe=training.recipe,
+                     corrupt=training.corrupt)
+
 def _build_loaders(training):
-    "The images to leave out, and `DataLoaders`. Without --batch-size, a small dataset gets smaller batches."
+    "Find the images to leave out, and make `DataLoaders`; a small dataset gets smaller batches."
     args, distributed = training.args, training.distributed
     try:
         training.corrupt = find_corrupt(args, training.data, distributed, out=training.out,
                                         overwrite=training.overwrite)
-    except (FileNotFoundError, ValueError) as error: raise UsageError(str(error)) from error
-    load = lambda: load_data(args, training.data, distributed, size=training.image_size,
-                             batch_size=training.batch_size, recipe=training.recipe, corrupt=training.corrupt)
-    dls = load()
-    if args.batch_size is None and not training.recipe.effective_batch:
-        most = dls.train.n // distributed.world // 2 * 2  # even, so that MixUp can make pairs
-        if 2 <= most < training.batch_size:
-            training.batch_size = most
-            return load()
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    dls = _load(training)
+    if args.batch_size is not None or training.recipe.effective_batch:
+        return dls
+    most = dls.train.n // distributed.world // 2 * 2  # even, so that MixUp can make pairs
+    if 2 <= most < training.batch_size:
+        training.batch_size = most
+        return _load(training)
     return dls
 
 # %% ../../nbs/52_cli.training.ipynb #b481e0e5
 def _build_network(training, classes):
-    "The network, with its initial weights unless the run resumes. Weights for other classes get a new head."
+    "Build the network, with its initial weights unless the run resumes."
     from mamba2d.models.weights import load_published
-    options = {"num_classes": len(classes)}
-    for field in ("drop_path", "head_dropout"):
-        if getattr(training.recipe, field) is not None: options[field] = getattr(training.recipe, field)
+    fields = {name: getattr(training.recipe, name) for name in ("drop_path", "head_dropout")}
+    options = {name: value for name, value in fields.items() if value is not None}
+    options["num_classes"] = len(classes)
     weights = None if training.resumes else training.weights
     known = config_of(weights).get("classes")
-    backbone_only = known and known != classes and len(known) == len(classes)  # as many classes, but others
+    backbone_only = known and known != classes and len(known) == len(classes)
     try:
-        if not backbone_only: return build_model(training.size, weights=weights, **options)
+        if not backbone_only:
+            return build_model(training.size, weights=weights, **options)
         return load_published(build_model(training.size, **options), weights, backbone_only=True)
     except (UsageError, ValueError, RuntimeError) as error:
         hint = other_size_hint(training.args, training.size) if weights else ""
@@ -231,9 +294,10 @@ def _build_network(training, classes):
 
 # %% ../../nbs/52_cli.training.ipynb #7bc7bc3c
 def _shard(training, dls):
-    "Give each process its shard of the images. Raises `UsageError` where batches and steps do not fit."
+    "Give each process its shard of the images. Raises `UsageError` if the batches do not fit."
     from mamba2d.training.distributed import shard_loaders
-    try: shard_loaders(dls, training.recipe, training.distributed)
+    try:
+        shard_loaders(dls, training.recipe, training.distributed)
     except ValueError as error:
         message = re.sub(r"^([a-z]+)_([a-z]+)", r"argument --\1-\2:", str(error))
         if training.published and training.recipe.effective_batch > dls.train.n:
@@ -243,32 +307,36 @@ def _shard(training, dls):
 
 # %% ../../nbs/52_cli.training.ipynb #b9e70270
 def _origin(training, classes):
-    "Where the weights come from, in words."
+    "Say in words where the weights come from."
     name = training.args.weights
     if training.resumes:
-        return "; resumes from the checkpoint" + (f", so {name} is not read again" if name else "")
-    if not training.weights: return ""
+        ignored = f", so {name} is not read again" if name else ""
+        return f"; resumes from the checkpoint{ignored}"
+    if not training.weights:
+        return ""
     known = config_of(training.weights).get("classes")
+    if not known:
+        return f"; starts from {name}"
     head = "head included" if known == classes else "with a new head for other classes"
-    return f"; starts from {name}" + (f", {head}" if known else "")
+    return f"; starts from {name}, {head}"
 
 # %% ../../nbs/52_cli.training.ipynb #9032f078
 def _summary(training, learn):
-    "One line that says what is trained, on what, and how."
-    dls, world = learn.dls, training.distributed.world
+    "Say in one line what is trained, on what, and how."
+    dls, world, epochs = learn.dls, training.distributed.world, training.recipe.epochs
     parameters = sum(p.numel() for p in learn.model.parameters())
+    plural = "s" if epochs > 1 else ""
     processes = f" in {world} processes" if world > 1 else ""
-    epochs = f"{training.recipe.epochs} epoch{'s' * (training.recipe.epochs > 1)}"
+    origin = _origin(training, [str(c) for c in dls.vocab])
     return (f"training mamba2d_{training.size} ({parameters:,} parameters) "
             f"on {training.data} ({dls.layout}): {len(dls.train_ds)} training "
             f"and {len(dls.valid_ds)} validation images, {dls.c} classes; "
-            f"recipe {training.recipe_name}, {epochs}, "
-            f"batch size {training.batch_size} on {dls.device}{processes}"
-            + _origin(training, [str(c) for c in dls.vocab]))
+            f"recipe {training.recipe_name}, {epochs} epoch{plural}, "
+            f"batch size {training.batch_size} on {dls.device}{processes}{origin}")
 
 # %% ../../nbs/52_cli.training.ipynb #50ff3543
 def _build(training):
-    "The learner."
+    "Build the learner of data, network and recipe."
     from fastai.torch_core import set_seed
     from mamba2d.training.learner import mamba2d_learner
     set_seed(training.recipe.seed, reproducible=True)
@@ -276,23 +344,26 @@ def _build(training):
     model = _build_network(training, [str(c) for c in dls.vocab])
     learn = mamba2d_learner(dls, model, training.recipe)
     _shard(training, dls)
-    if training.distributed.rank == 0: print(_summary(training, learn), flush=True)
+    if training.distributed.rank == 0:
+        print(_summary(training, learn), flush=True)
     return learn
 
 # %% ../../nbs/52_cli.training.ipynb #2737dad8
 def _weights_config(training, dls):
-    "What is needed to build the network again and to find its data, as plain values."
+    "Return what is needed to build the network again and to find its data, as plain values."
     args, digits = training.args, training.data == "digits"
     config = {"size": training.size, "num_classes": dls.c, "image_size": training.image_size,
               "classes": [str(c) for c in dls.vocab],
               "data": training.data if digits else str(Path(training.data).resolve())}
-    if args.labels: config["labels"] = str(Path(args.labels).resolve())
-    if training.corrupt: config["corrupt"] = sorted(training.corrupt)
+    if args.labels:
+        config["labels"] = str(Path(args.labels).resolve())
+    if training.corrupt:
+        config["corrupt"] = sorted(training.corrupt)
     return config
 
 # %% ../../nbs/52_cli.training.ipynb #382963ab
 def _fit(training, learn):
-    "Train in the run folder; returns the result."
+    "Train in the run folder, and return the result."
     from mamba2d.training.checkpoints import write_atomically
     from mamba2d.training.runs import train_run
     args, distributed, dls = training.args, training.distributed, learn.dls
@@ -300,33 +371,52 @@ def _fit(training, learn):
         text = json.dumps(training.corrupt, indent=1).encode()
         path = training.out / "corrupt.json"
         distributed.on_rank_zero(lambda: write_atomically(path, lambda file: file.write(text)))
-    settings = {"layout": dls.layout, "corrupt": len(dls.corrupt), "batch_size": training.batch_size,
-                "weights": args.weights}
+    settings = {
+        "layout": dls.layout,
+        "corrupt": len(dls.corrupt),
+        "batch_size": training.batch_size,
+        "weights": args.weights,
+    }
     with learn.no_bar(), learn.no_logging():
         return train_run(
-            learn, training.out, _weights_config(training, dls), settings, overwrite=training.overwrite,
-            distributed=distributed, checkpoint_minutes=args.checkpoint_minutes, limit=args.fast_dev_run,
-            max_nonfinite_steps=args.max_nonfinite_steps, weights=args.weights,
-            dashboards=training.dashboards, show_progress=True, locked=True)
+            learn, training.out, _weights_config(training, dls), settings,
+            overwrite=training.overwrite,
+            distributed=distributed,
+            checkpoint_minutes=args.checkpoint_minutes,
+            limit=args.fast_dev_run,
+            max_nonfinite_steps=args.max_nonfinite_steps,
+            weights=args.weights,
+            dashboards=training.dashboards,
+            show_progress=True,
+            locked=True,
+        )
 
 # %% ../../nbs/52_cli.training.ipynb #aa3ee23e
 def _run(training, learn):
-    "Train, and print the result or why there is none."
+    "Train, and print the result or why there is none. An error ends the process."
     from mamba2d.data.images import CorruptImageError
     from mamba2d.training.checkpoints import IncompatibleRunError
     from mamba2d.training.runs import StopRequestedError
     distributed, out = training.distributed, training.out
-    try: result = _fit(training, learn)
-    except IncompatibleRunError as error: raise UsageError(str(error)) from error
-    except StopRequestedError as stop: end_process(distributed, stop.exit_code, f"mamba2d-train: {stop}")
-    except FloatingPointError as error: end_process(distributed, 1, f"mamba2d-train: error: {error}")
+    try:
+        result = _fit(training, learn)
+    except IncompatibleRunError as error:
+        raise UsageError(str(error)) from error
+    except StopRequestedError as stop:
+        end_process(distributed, stop.exit_code, f"mamba2d-train: {stop}")
+    except FloatingPointError as error:
+        end_process(distributed, 1, f"mamba2d-train: error: {error}")
     except CorruptImageError as error:
         message = f"mamba2d-train: error: {error}; --skip-corrupt leaves such images out"
         end_process(distributed, 1, message, alone=True)
-    except OSError as error: end_process(distributed, 1, f"mamba2d-train: error: {error}", alone=True)
+    except OSError as error:
+        end_process(distributed, 1, f"mamba2d-train: error: {error}", alone=True)
     if distributed.rank == 0:
-        files = ", ".join(sorted(path.name for path in out.iterdir() if not path.name.startswith(".")))
+        files = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         print("the run is complete" if result.get("complete") else "")
-        print_table([*result_rows(result, learn.dls.c), ("training time", f"{result['seconds']:.0f} s"),
-                     ("run folder", f"{out}: {files}")])
+        print_table([
+            *result_rows(result, learn.dls.c),
+            ("training time", f"{result['seconds']:.0f} s"),
+            ("run folder", f"{out}: {', '.join(files)}"),
+        ])
     distributed.destroy()

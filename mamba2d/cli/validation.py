@@ -7,98 +7,145 @@ __all__ = ['validate']
 
 # %% ../../nbs/53_cli.validation.ipynb #d7704557
 from pathlib import Path
+from typing import NamedTuple
 
 from .arguments import validate_parser
 from .common import (
-    UsageError, build_model, check_forced_backend, end_process, find_corrupt, init_distributed, load_data,
-    print_table, quiet_imports, resolve_weights, result_rows, run_command)
+    UsageError, build_model, check_forced_backend, end_process, find_corrupt, init_distributed,
+    load_data, print_table, quiet_imports, resolve_weights, result_rows, run_command)
 
 # %% ../../nbs/53_cli.validation.ipynb #d7897977
-def _load_images(args, config, distributed):
-    "`DataLoaders`, the name of the data, whether the images are those that the run held out, and their side."
-    data = args.data or config.get("data", "digits")
-    own = data == "digits" or Path(data).resolve() == Path(config.get("data", "digits"))
-    evaluate = not own and (config.get("classes") or True)
-    if not args.data: args.labels = args.labels or config.get("labels")
-    # runs of older versions call the images that they left out broken
+def _left_out(args, config, data, *, distributed, evaluate):
+    "Return the images to leave out, as the run did or as --skip-corrupt finds them."
+    # runs of older versions call these images broken
     known = None if args.data else config.get("corrupt", config.get("broken"))
-    size = args.image_size or config.get("image_size") or (32 if data == "digits" else 224)
+    if known:
+        return dict.fromkeys(known, "left out by the run")
     try:
-        if known: corrupt = dict.fromkeys(known, "left out by the run")
-        else: corrupt = find_corrupt(args, data, distributed, evaluate=evaluate)
-    except (OSError, ValueError) as error: raise UsageError(str(error)) from error
-    dls = load_data(args, data, distributed, size=size, batch_size=args.batch_size or 64, corrupt=corrupt,
-                    evaluate=evaluate)
+        return find_corrupt(args, data, distributed, evaluate=evaluate)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+# %% ../../nbs/53_cli.validation.ipynb #069e117f
+class _Images(NamedTuple):
+    "The images to evaluate."
+    dls: "DataLoaders"
+    data: str  # "digits", or a folder
+    held_out: bool  # they are the validation images of the data, not all of its images
+    size: int  # pixels
+
+def _load_images(args, config, distributed):
+    "Load the images to evaluate. Raises `UsageError` if the weights know other classes."
+    data = args.data or config.get("data", "digits")
+    held_out = data == "digits" or Path(data).resolve() == Path(config.get("data", "digits"))
+    evaluate = not held_out and (config.get("classes") or True)
+    if not args.data:
+        args.labels = args.labels or config.get("labels")
+    size = args.image_size or config.get("image_size") or (32 if data == "digits" else 224)
+    corrupt = _left_out(args, config, data, distributed=distributed, evaluate=evaluate)
+    dls = load_data(args, data, distributed, size=size, batch_size=args.batch_size or 64,
+                    corrupt=corrupt, evaluate=evaluate)
     _check_classes(data, config.get("classes"), [str(c) for c in dls.vocab])
-    return dls, data, own, size
+    return _Images(dls, data, held_out, size)
 
 # %% ../../nbs/53_cli.validation.ipynb #eecd52c8
 def _check_classes(data, known, given):
-    "Raise `UsageError` where the weights know other classes than the data has."
+    "Raise `UsageError` if the weights know other classes than the data has."
     from mamba2d.training.checkpoints import different_classes
-    if not known or known == given: return
+    if not known or known == given:
+        return
     only = different_classes(known, given, "of the weights", "of the data")
     raise UsageError(f"argument --data: {data!r} has other classes than the weights "
                      f"({len(given)} and {len(known)}{only})")
 
 # %% ../../nbs/53_cli.validation.ipynb #c35d772e
 def _evaluate(args, model, loader, distributed):
-    "The evaluation of the network, and its accuracies, also without the scan if that is asked for."
+    "Evaluate the network, with --without-scan twice. Returns the evaluation and the accuracies."
     from mamba2d.data.images import CorruptImageError
     from mamba2d.training.evaluation import ablate_scan, evaluate
-    try: found = evaluate(model, loader, distributed, args.precision)
+    try:
+        found = evaluate(model, loader, distributed=distributed, precision=args.precision)
     except CorruptImageError as error:
         message = f"mamba2d-validate: error: {error}; --skip-corrupt leaves such images out"
         end_process(distributed, 1, message, alone=True)
     result = {"accuracy": found.top(1), "top5": found.top(5), "loss": found.loss}
     if args.without_scan:
-        with ablate_scan(model): ablated = evaluate(model, loader, distributed, args.precision)
+        with ablate_scan(model):
+            ablated = evaluate(model, loader, distributed=distributed, precision=args.precision)
         result |= {"accuracy_without_scan": ablated.top(1), "loss_without_scan": ablated.loss}
     return found, result
 
 # %% ../../nbs/53_cli.validation.ipynb #68f8385b
 def _lowest_accuracies(found, vocab):
-    "The five classes with the lowest accuracy, in words."
+    "Name the five classes with the lowest accuracy."
     images, correct = (column.tolist() for column in found.per_class(len(vocab)))
     accuracy = {str(name): right / n for name, n, right in zip(vocab, images, correct) if n}
     lowest = sorted(accuracy.items(), key=lambda item: item[1])[:5]
     return ", ".join(f"{name}: {100 * value:.0f} %" for name, value in lowest)
 
+# %% ../../nbs/53_cli.validation.ipynb #bc6d8118
+def _report(found, result, images):
+    "Print what was evaluated, and the accuracies."
+    vocab = images.dls.vocab
+    kind = "validation images" if images.held_out else "images"
+    count = f"{len(found.targets)} {kind}, {images.size} pixels"
+    print_table([
+        ("data", f"{images.data} ({images.dls.layout}), {count}"),
+        *result_rows(result, images.dls.c),
+        ("images per second", f"{len(found.targets) / found.seconds:.0f}"),
+        ("lowest class accuracies", _lowest_accuracies(found, vocab)),
+    ])
+
+# %% ../../nbs/53_cli.validation.ipynb #eddb7dae
+def _write(folder, found, images, distributed):
+    "Write predictions, table of classes and top losses into the folder."
+    from mamba2d.training.runs import write_evaluation
+    try:
+        write_evaluation(folder, found, images.dls.valid, images.dls.vocab)
+    except OSError as error:
+        end_process(distributed, 1, f"mamba2d-validate: error: {error}", alone=True)
+    print(f"wrote predictions.csv, classes.csv and top_losses.png into {folder}")
+
+# %% ../../nbs/53_cli.validation.ipynb #2a13812d
+def _weights_argument(args):
+    "Return the weights that the arguments name. Raises `UsageError` unless it is one file."
+    if args.file and args.weights:
+        raise UsageError(f"argument --weights: FILE {args.file!r} is given as well; "
+                         "give one of them")
+    weights = args.file or args.weights
+    if weights is None:
+        raise UsageError("the following arguments are required: FILE, or --weights")
+    return weights
+
+def _make_folder(folder, distributed):
+    "Make the folder of --out. Raises `UsageError` if it cannot be made."
+    try:
+        distributed.on_rank_zero(lambda: Path(folder).mkdir(parents=True, exist_ok=True))
+    except OSError as error:
+        raise UsageError(f"argument --out: {error}") from error
+
 # %% ../../nbs/53_cli.validation.ipynb #ef2ce667
 def _validate(args):
-    "Resolve, build, run."
+    "Resolve the arguments, load the images and the network, and evaluate."
     quiet_imports()
     check_forced_backend()
-    from mamba2d.training.runs import write_evaluation
-    if args.file and args.weights:
-        raise UsageError(f"argument --weights: FILE {args.file!r} is given as well; give one of them")
-    weights = args.file or args.weights
-    if weights is None: raise UsageError("the following arguments are required: FILE, or --weights")
-    saved, config, size = resolve_weights(weights, args.size)
+    saved, config, size = resolve_weights(_weights_argument(args), args.size)
     distributed = init_distributed(args.device)
-    try:
-        if args.out: distributed.on_rank_zero(lambda: Path(args.out).mkdir(parents=True, exist_ok=True))
-    except OSError as error: raise UsageError(f"argument --out: {error}") from error
-    dls, data, own, image_size = _load_images(args, config, distributed)
-    model = build_model(size, weights=saved).to(dls.device)
-    if model.num_classes != dls.c:
-        raise UsageError(f"argument --data: {data!r} has {dls.c} classes, "
+    if args.out:
+        _make_folder(args.out, distributed)
+    images = _load_images(args, config, distributed)
+    model = build_model(size, weights=saved).to(images.dls.device)
+    if model.num_classes != images.dls.c:
+        raise UsageError(f"argument --data: {images.data!r} has {images.dls.c} classes, "
                          f"the weights are for {model.num_classes}")
-    found, result = _evaluate(args, model, dls.valid, distributed)
+    found, result = _evaluate(args, model, images.dls.valid, distributed)
     if distributed.rank == 0:
-        images = f"{len(found.targets)}{' validation' if own else ''} images"
-        print_table([("data", f"{data} ({dls.layout}), {images}, {image_size} pixels"),
-                     *result_rows(result, dls.c),
-                     ("images per second", f"{len(found.targets) / found.seconds:.0f}"),
-                     ("lowest class accuracies", _lowest_accuracies(found, dls.vocab))])
+        _report(found, result, images)
         if args.out:
-            try: write_evaluation(args.out, found, dls.valid, dls.vocab)
-            except OSError as error:
-                end_process(distributed, 1, f"mamba2d-validate: error: {error}", alone=True)
-            print(f"wrote predictions.csv, classes.csv and top_losses.png into {args.out}")
+            _write(args.out, found, images, distributed)
     distributed.destroy()
 
 # %% ../../nbs/53_cli.validation.ipynb #f5c461b8
 def validate(argv: list[str] | None = None):
-    "`mamba2d-validate`."
+    "Run the command `mamba2d-validate`."
     run_command("mamba2d-validate", _validate, validate_parser(), argv)

@@ -217,14 +217,15 @@ def _list_flat(folder, files, classes, places, given):
 _train_names = "train", "training", "trainingset"  # in small letters
 _valid_names = "val", "valid", "validation", "validationset", "test"
 
-# %% ../../nbs/24_data.imagefolder.ipynb #0ab9821e
+# %% ../../nbs/24_data.imagefolder.ipynb #0a6a4b00
 def _holds_images(folder):
     return any(_is_image_name(entry.name) for entry in os.scandir(folder))
 
 def _is_class(name, root):
     """Whether a folder with the name of a part is a class.
 
-    It is one if it holds images itself, and so does a folder beside it that is no part: `test1` may be one."""
+    It is one if it holds images itself, and so does a folder beside it that is no part. A part may be
+    called `test1`."""
     if _folders(root / name) or not _holds_images(root / name):
         return False
     beside = _folders(root).items()

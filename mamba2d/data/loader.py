@@ -28,39 +28,6 @@ from .images import CorruptImageError
 from .random import check_integer, epoch_order, keyed_random
 from .transforms import ChannelsLast, ImageTransform
 
-# %% ../../nbs/23_data.loader.ipynb #dfa604de
-_ending = {signal.SIGTERM, signal.SIGINT}
-
-@contextlib.contextmanager
-def _signals_wait():
-    """Context manager: a signal that would end this process is handled when the block is left.
-
-    A worker that is started inside never sees it."""
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-# %% ../../nbs/23_data.loader.ipynb #76831e73
-def _heed_parent():
-    "End this worker when its parent sends SIGTERM, as multiprocessing does at exit; ignore others."
-    while True:
-        came = signal.sigwaitinfo(_ending)
-        if came.si_signo == signal.SIGTERM and came.si_pid == os.getppid():
-            os._exit(0)
-
-# %% ../../nbs/23_data.loader.ipynb #cbd89cbf
-def start_worker(number=None):
-    "Set up a worker: it neither cleans up what its parent left behind nor handles its signals."
-    gc.freeze()  # such as the iterator of an epoch that was cut short
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
-        threading.Thread(target=_heed_parent, daemon=True).start()
-
 # %% ../../nbs/23_data.loader.ipynb #d53d2869
 class KeyedDL(TfmdDL):
     "A fastai `DataLoader` whose order and random transforms depend on seed, epoch and image only."
@@ -207,6 +174,39 @@ def position(
 ) -> int:
     "Return where in the epoch's order, which all processes share, the micro-batch begins."
     return (batch * self.world + self.rank) * self.bs
+
+# %% ../../nbs/23_data.loader.ipynb #dfa604de
+_ending = {signal.SIGTERM, signal.SIGINT}
+
+@contextlib.contextmanager
+def _signals_wait():
+    """Context manager: a signal that would end this process is handled when the block is left.
+
+    A worker that is started inside never sees it."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+# %% ../../nbs/23_data.loader.ipynb #76831e73
+def _heed_parent():
+    "End this worker when its parent sends SIGTERM, as multiprocessing does at exit; ignore others."
+    while True:
+        came = signal.sigwaitinfo(_ending)
+        if came.si_signo == signal.SIGTERM and came.si_pid == os.getppid():
+            os._exit(0)
+
+# %% ../../nbs/23_data.loader.ipynb #cbd89cbf
+def start_worker(number=None):
+    "Set up a worker: it neither cleans up what its parent left behind nor handles its signals."
+    gc.freeze()  # such as the iterator of an epoch that was cut short
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
+        threading.Thread(target=_heed_parent, daemon=True).start()
 
 # %% ../../nbs/23_data.loader.ipynb #3f7bf7a1
 @patch

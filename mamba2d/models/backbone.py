@@ -7,11 +7,12 @@ __all__ = ['Downsample', 'Stage', 'Classifier', 'Mamba2D']
 
 # %% ../../nbs/11_models.backbone.ipynb #be56bbb7
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
+from typing import NamedTuple
 
 from torch import nn, Tensor
 
 from .blocks import Attention, Block, M2DMixer, mixers as mixer_types
+from ..scan.checks import check_fraction, check_integer, is_integer
 
 # %% ../../nbs/11_models.backbone.ipynb #7480d7c0
 class Downsample(nn.Module):
@@ -20,6 +21,7 @@ class Downsample(nn.Module):
         self,
         in_channels: int,
         dim: int,
+        *,
         kernel_size: int = 3,
         stride: int = 2,
         padding: int = 1,
@@ -32,7 +34,8 @@ class Downsample(nn.Module):
         self.post_norm = nn.LayerNorm(dim) if post_norm else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, in_channels) -> (B, h, w, dim)
-        if self.pre_norm is not None: x = self.pre_norm(x)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
         x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x if self.post_norm is None else self.post_norm(x)
 
@@ -53,52 +56,94 @@ class Classifier(nn.Module):
     def __init__(self, dim: int, num_classes: int, dropout: float = 0.):
         super().__init__()
         self.norm, self.fc1, self.act = nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU()
-        self.hidden_norm, self.dropout, self.fc2 = nn.LayerNorm(4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, num_classes)
+        self.hidden_norm, self.dropout = nn.LayerNorm(4 * dim), nn.Dropout(dropout)
+        self.fc2 = nn.Linear(4 * dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, dim) -> (B, num_classes)
-        return self.fc2(self.dropout(self.hidden_norm(self.act(self.fc1(self.norm(x.mean((1, 2))))))))
+        hidden = self.act(self.fc1(self.norm(x.mean((1, 2)))))
+        return self.fc2(self.dropout(self.hidden_norm(hidden)))
+
+# %% ../../nbs/11_models.backbone.ipynb #41f70117
+class _MixerOptions(NamedTuple):
+    "The options of `Mamba2D` that concern its mixers."
+    local_path: bool
+    scans: int
+    expansion: int
+    states: int
+    alternate_corners: bool
+    rotary: bool
+    shared_input_matrix: bool
+
+    def make(self, kind, dim, block):
+        "The mixer of that kind for the block of that number in its stage."
+        if kind == "m2d":
+            return M2DMixer(dim, expansion=self.expansion, states=self.states, local_path=self.local_path,
+                            scans=self.scans, reverse=self.alternate_corners and block % 2 == 1,
+                            shared_input_matrix=self.shared_input_matrix)
+        if kind == "attention":
+            return Attention(dim, rotary=self.rotary)
+        return mixer_types[kind](dim)
+
+# %% ../../nbs/11_models.backbone.ipynb #bf02ed1d
+def _drop_path_rates(last, blocks):
+    "The drop-path rate of each block."
+    return [last * k / max(1, blocks - 1) for k in range(blocks)]
 
 # %% ../../nbs/11_models.backbone.ipynb #773342dc
-def _is_integer(value): return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
-
-def _check_numbers(integers, rates):
-    "Raise a `ValueError` that names the argument: `integers` and `rates` are dictionaries of arguments."
-    for name, value in integers.items():
-        if not _is_integer(value): raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    for name, value in rates.items():
-        if not isinstance(value, Real) or not 0 <= value <= 1: raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
-
-# %% ../../nbs/11_models.backbone.ipynb #6b89c1ba
-def _stagewise(depths, dims, mixers, residual_scale):
-    "The arguments as tuples with an entry per stage; raise a `ValueError` that names the argument that has none."
-    if isinstance(residual_scale, bool) and isinstance(dims, Iterable): residual_scale = [residual_scale] * len(tuple(dims))
+def _stage_tuples(depths, dims, mixers, residual_scale):
+    "The arguments as tuples of equal length; raise a `ValueError` that names the argument that is none."
+    if isinstance(residual_scale, bool) and isinstance(dims, Iterable):
+        residual_scale = [residual_scale] * len(tuple(dims))
     named = dict(depths=depths, dims=dims, mixers=mixers, residual_scale=residual_scale)
     for name, values in named.items():
-        if isinstance(values, str) or not isinstance(values, Iterable): raise ValueError(f"{name} must have one entry per stage, got {values!r}")
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ValueError(f"{name} must have one entry per stage, got {values!r}")
         named[name] = tuple(values)
     depths, dims, mixers, scaled = named.values()
     if not depths or not len(depths) == len(dims) == len(mixers):
-        raise ValueError(f"depths, dims and mixers must have one entry per stage, got {len(depths)}, {len(dims)} and {len(mixers)}")
-    if len(scaled) != len(dims): raise ValueError(f"residual_scale must be a bool or one per stage, got {scaled}")
+        lengths = f"{len(depths)}, {len(dims)} and {len(mixers)}"
+        raise ValueError(f"depths, dims and mixers must have one entry per stage, got {lengths}")
+    if len(scaled) != len(dims):
+        raise ValueError(f"residual_scale must be a bool or one per stage, got {scaled}")
+    return depths, dims, mixers, scaled
+
+# %% ../../nbs/11_models.backbone.ipynb #6b89c1ba
+def _check_stages(depths, dims, mixers):
+    "Raise a `ValueError` for sizes that are no integers, unknown mixers, and dims that attention cannot divide."
     for name, values in (("depths", depths), ("dims", dims)):
-        if not all(map(_is_integer, values)): raise ValueError(f"{name} must be integers of at least 1, got {values}")
+        if not all(is_integer(value, 1) for value in values):
+            raise ValueError(f"{name} must be integers of at least 1, got {values}")
     for name, dim in zip(mixers, dims):
-        if name not in mixer_types: raise ValueError(f"mixers must be among {', '.join(map(repr, mixer_types))}, got {name!r}")
-        if name == "attention" and dim % 32: raise ValueError(f"dims must be multiples of 32 in stages of attention, got {dims}")
-    return tuple(map(int, depths)), tuple(map(int, dims)), mixers, scaled
+        if name not in mixer_types:
+            raise ValueError(f"mixers must be among {', '.join(map(repr, mixer_types))}, got {name!r}")
+        if name == "attention" and dim % 32:
+            raise ValueError(f"dims must be multiples of 32 in stages of attention, got {dims}")
+
+# %% ../../nbs/11_models.backbone.ipynb #aaeb7984
+def _check_images(images, channels, least):
+    "Raise an error unless images are floats (B, channels, H, W) with sides of at least `least` pixels."
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a tensor of floats, got {given}")
+    if images.dim() != 4 or images.shape[1] != channels:
+        raise ValueError(f"images must have shape (B, {channels}, H, W), got {tuple(images.shape)}")
+    height, width = images.shape[2:]
+    if min(height, width) < least:
+        raise ValueError(f"images must be at least {least} pixels high and wide for the stem, got {height}×{width}")
 
 # %% ../../nbs/11_models.backbone.ipynb #7b794474
 class Mamba2D(nn.Module):
-    """The Mamba2D image classifier and backbone (arXiv 2412.16146; the arguments' defaults are those of the published version 2).
+    """The Mamba2D image classifier and backbone (arXiv 2412.16146).
 
-    Raises `ValueError` naming the argument for a size that cannot be built, and for images that are too small or have other channels, `TypeError` for images that are no floats."""
+    The defaults are those of the published version 2. Raises `ValueError` naming the argument for a size that cannot
+    be built, and for images that are too small or have other channels, `TypeError` for images that are no floats."""
     min_size = 3  # pixels: the smallest side that the stem's 7×7 convolution with padding 2 can take
 
     def __init__(
         self,
         depths: Sequence[int] = (3, 3, 9, 3),  # blocks of each stage
         dims: Sequence[int] = (64, 128, 320, 512),  # channels of each stage
-        mixers: Sequence[str] = ("m2d", "m2d", "attention", "attention"),  # "m2d", "attention" or "conv" for each stage
+        mixers: Sequence[str] = ("m2d", "m2d", "attention", "attention"),  # "m2d", "attention" or "conv"
         num_classes: int = 1000,
         in_channels: int = 3,
         *,
@@ -116,46 +161,51 @@ class Mamba2D(nn.Module):
         stage_norm: bool = True,  # LayerNorm at the end of each stage
     ):
         super().__init__()
-        _check_numbers(dict(num_classes=num_classes, in_channels=in_channels, expansion=expansion, states=states), dict(drop_path=drop_path, head_dropout=head_dropout))
-        depths, dims, mixers, scaled = _stagewise(depths, dims, mixers, residual_scale)
-        self.depths, self.dims, self.in_channels, self.num_classes = depths, dims, in_channels, num_classes
-        rates = iter(drop_path * k / max(1, sum(depths) - 1) for k in range(sum(depths)))
-        stages = []
-        for k, (depth, dim, kind) in enumerate(zip(depths, dims, mixers)):
-            if k == 0: downsample = Downsample(in_channels, dim, kernel_size=7, stride=4, padding=2, post_norm=True)
-            else: downsample = Downsample(dims[k - 1], dim, pre_norm=downsample_norm)
-            blocks = []
-            for j in range(depth):
-                if kind == "m2d":
-                    mixer = M2DMixer(dim, expansion, states, local_path, scans, reverse=alternate_corners and j % 2 == 1,
-                                     shared_input_matrix=shared_input_matrix)
-                elif kind == "attention": mixer = Attention(dim, rotary=rotary)
-                else: mixer = mixer_types[kind](dim)
-                blocks.append(Block(dim, mixer, next(rates), scaled[k]))
-            stages.append(Stage(downsample, blocks, nn.LayerNorm(dim) if stage_norm else None))
-        self.stages = nn.ModuleList(stages)
-        self.head = Classifier(dims[-1], num_classes, head_dropout)
+        _check_sizes(num_classes=num_classes, in_channels=in_channels, expansion=expansion, states=states)
+        check_fraction("drop_path", drop_path)
+        check_fraction("head_dropout", head_dropout)
+        depths, dims, mixers, scaled = _stage_tuples(depths, dims, mixers, residual_scale)
+        _check_stages(depths, dims, mixers)
+        self.depths, self.dims = tuple(map(int, depths)), tuple(map(int, dims))
+        self.in_channels, self.num_classes = in_channels, num_classes
+        options = _MixerOptions(local_path, scans, expansion, states, alternate_corners, rotary, shared_input_matrix)
+        rates = iter(_drop_path_rates(drop_path, sum(self.depths)))
+        self.stages = nn.ModuleList()
+        for k, (depth, dim, kind) in enumerate(zip(self.depths, self.dims, mixers)):
+            downsample = Downsample(self.dims[k - 1], dim, pre_norm=downsample_norm) if k else _stem(in_channels, dim)
+            blocks = [Block(dim, options.make(kind, dim, j), next(rates), scaled[k]) for j in range(depth)]
+            self.stages.append(Stage(downsample, blocks, nn.LayerNorm(dim) if stage_norm else None))
+        self.head = Classifier(self.dims[-1], num_classes, head_dropout)
 
     def check_images(self, images: Tensor):
-        "Raise a `TypeError` unless images are a tensor of floats, a `ValueError` unless they are (B, in_channels, H, W) with sides the network can take."
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            raise TypeError(f"images must be a tensor of floats, got {images.dtype if isinstance(images, Tensor) else type(images).__name__}")
-        if images.dim() != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(f"images must have shape (B, {self.in_channels}, H, W), got {tuple(images.shape)}")
-        if min(images.shape[2:]) < self.min_size:
-            raise ValueError(f"images must be at least {self.min_size} pixels high and wide for the stem, got "
-                             f"{images.shape[2]}×{images.shape[3]}")
+        "Raise `TypeError` unless images are floats, `ValueError` unless they have a shape that the network takes."
+        _check_images(images, self.in_channels, self.min_size)
 
     def stage_outputs(self, images: Tensor) -> list[Tensor]:  # (B, in_channels, H, W) -> (B, h, w, dim) of each stage
         "Channels-last outputs of all stages."
-        self.check_images(images)
-        outputs = [images.permute(0, 2, 3, 1)]
-        for stage in self.stages: outputs.append(stage(outputs[-1]))
-        return outputs[1:]
+        return _stage_outputs(self, images)
 
-    def forward_features(self, images: Tensor) -> list[Tensor]:  # (B, in_channels, H, W) -> (B, dim, h, w) of each stage
+    def forward_features(self, images: Tensor) -> list[Tensor]:  # (B, in_channels, H, W) -> (B, dim, h, w) of each
         "The feature pyramid: maps at strides 4, 8, 16 and 32, for detection, segmentation and looking."
         return [x.permute(0, 3, 1, 2) for x in self.stage_outputs(images)]
 
     def forward(self, images: Tensor) -> Tensor:  # (B, in_channels, H, W) -> (B, num_classes)
         return self.head(self.stage_outputs(images)[-1])
+
+# %% ../../nbs/11_models.backbone.ipynb #2f826c5c
+def _check_sizes(**sizes):
+    "Raise a `ValueError` that names the first size that is no integer of at least 1."
+    for name, value in sizes.items():
+        check_integer(name, value, 1)
+
+def _stem(in_channels, dim):
+    "The stem: a 7×7 convolution of stride 4, and LayerNorm."
+    return Downsample(in_channels, dim, kernel_size=7, stride=4, padding=2, post_norm=True)
+
+def _stage_outputs(model, images):
+    "The outputs of all stages, one after the other."
+    model.check_images(images)
+    outputs = [images.permute(0, 2, 3, 1)]
+    for stage in model.stages:
+        outputs.append(stage(outputs[-1]))
+    return outputs[1:]

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 from torchvision.ops import StochasticDepth
 
+from ..scan.checks import check_fraction
 from ..scan.operator import selective_scan_2d
 
 # %% ../../nbs/10_models.blocks.ipynb #2db5a55a
 class ScanInputs(NamedTuple):
-    "What a mixer feeds its scan, in the order of `selective_scan_2d`'s arguments; the step sizes are after bias and softplus."
+    "What a mixer feeds its scan, in the order of `selective_scan_2d`'s arguments; Δ after bias and softplus."
     x: Tensor  # (B, H, W, E)
     delta_t: Tensor  # (B, H, W, E)
     delta_l: Tensor  # (B, H, W, E)
@@ -29,9 +30,15 @@ class ScanInputs(NamedTuple):
     C: Tensor  # (B, H, W, N)
     D: Tensor  # (E,)
 
+# %% ../../nbs/10_models.blocks.ipynb #b7980a16
+def _inverse_softplus(value):
+    return value + torch.log(-torch.expm1(-value))
+
 # %% ../../nbs/10_models.blocks.ipynb #a43ac5c7
 class SelectiveScan(nn.Module):
-    "A 2D selective scan with its parameters: Δ, B and C from the input, A and D learned (paper, section 3; initial values as in Mamba)."
+    """A 2D selective scan with its parameters: Δ, B and C from the input, A and D learned.
+
+    Paper, section 3; initial values as in Mamba."""
     delta_min, delta_max, delta_floor = 1e-3, 1e-1, 1e-4  # range of the initial step sizes
 
     def __init__(
@@ -46,20 +53,22 @@ class SelectiveScan(nn.Module):
         self.reverse, self.shared_input_matrix = reverse, shared_input_matrix
         self.splits = [rank, rank, *[states] * (2 if shared_input_matrix else 3)]
         self.x_proj = nn.Linear(channels, sum(self.splits), bias=shared_input_matrix)
-        self.delta_proj_t, self.delta_proj_l = nn.Linear(rank, channels), nn.Linear(rank, channels)
+        self.delta_proj_t = nn.Linear(rank, channels)
+        self.delta_proj_l = nn.Linear(rank, channels)
         log_rates = torch.arange(1, states + 1, dtype=torch.float32).log().repeat(channels, 1)
-        self.A_log_t, self.A_log_l = nn.Parameter(log_rates.clone()), nn.Parameter(log_rates.clone())
+        self.A_log_t = nn.Parameter(log_rates.clone())
+        self.A_log_l = nn.Parameter(log_rates.clone())
         self.D = nn.Parameter(torch.ones(channels))
         self.reset_delta_proj()
 
     @torch.no_grad()
     def reset_delta_proj(self):
-        "Weights uniform in ±R^-1/2; biases, shared by both directions, such that softplus(bias) is log-uniform in [1e-3, 1e-1]."
+        "Weights uniform in ±R^-1/2; biases, shared by both directions, with softplus(bias) log-uniform in [1e-3, 1e-1]."
         low, high = math.log(self.delta_min), math.log(self.delta_max)
         delta = torch.empty_like(self.D).uniform_(low, high).exp().clamp_min(self.delta_floor)
         for proj in (self.delta_proj_t, self.delta_proj_l):
             nn.init.uniform_(proj.weight, -proj.in_features ** -0.5, proj.in_features ** -0.5)
-            proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # inverse of softplus
+            proj.bias.copy_(_inverse_softplus(delta))
 
     def project(self, x):
         "Raw step sizes (without bias and softplus), state matrices, B and C for the input x (B, H, W, E)."
@@ -71,29 +80,35 @@ class SelectiveScan(nn.Module):
     def inputs(self, x: Tensor) -> ScanInputs:  # x (B, H, W, E)
         "Everything the scan of x depends on."
         delta_t, delta_l, *matrices = self.project(x)
-        return ScanInputs(x, F.softplus(delta_t + self.delta_proj_t.bias), F.softplus(delta_l + self.delta_proj_l.bias), *matrices, self.D)
+        delta_t = F.softplus(delta_t + self.delta_proj_t.bias)
+        delta_l = F.softplus(delta_l + self.delta_proj_l.bias)
+        return ScanInputs(x, delta_t, delta_l, *matrices, self.D)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, E) -> (B, H, W, E)
-        return selective_scan_2d(x, *self.project(x), self.D, delta_bias_t=self.delta_proj_t.bias, delta_bias_l=self.delta_proj_l.bias,
-                                 delta_softplus=True, reverse=self.reverse)
+        return selective_scan_2d(x, *self.project(x), self.D, delta_bias_t=self.delta_proj_t.bias,
+                                 delta_bias_l=self.delta_proj_l.bias, delta_softplus=True, reverse=self.reverse)
 
-    def extra_repr(self): return f"from the {'bottom-right' if self.reverse else 'top-left'} corner"
+    def extra_repr(self):
+        return f"from the {'bottom-right' if self.reverse else 'top-left'} corner"
 
 # %% ../../nbs/10_models.blocks.ipynb #4929de88
 class StarReLU(nn.Module):
     "scale · relu(x)² + bias, with one learned scale and one learned bias (arXiv 2210.13452, eq. 2)."
     def __init__(self):
         super().__init__()
-        self.scale, self.bias = nn.Parameter(torch.tensor([0.8944])), nn.Parameter(torch.tensor([-0.4472]))
+        self.scale = nn.Parameter(torch.tensor([0.8944]))
+        self.bias = nn.Parameter(torch.tensor([-0.4472]))
 
-    def forward(self, x): return self.scale * F.relu(x).square() + self.bias
+    def forward(self, x):
+        return self.scale * F.relu(x).square() + self.bias
 
 # %% ../../nbs/10_models.blocks.ipynb #84c31f64
 class SeparableConv(nn.Module):
     "Pointwise ×2, StarReLU, depthwise, StarReLU, pointwise, on (B, H, W, C)."
     def __init__(self, dim: int, expansion: int = 2, kernel_size: int = 3):
         super().__init__()
-        if kernel_size % 2 == 0: raise ValueError(f"kernel_size must be odd, or the map would change its size, got {kernel_size}")
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, or the map would change its size, got {kernel_size}")
         inner = expansion * dim
         self.widen, self.narrow = nn.Linear(dim, inner, bias=False), nn.Linear(inner, dim, bias=False)
         self.depthwise = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=False)
@@ -106,10 +121,13 @@ class SeparableConv(nn.Module):
 
 # %% ../../nbs/10_models.blocks.ipynb #dcb04eb4
 class M2DMixer(nn.Module):
-    "In-projection, GELU, scan, GELU, out-projection, plus a local path of the same input (paper, section 3; published version 2)."
+    """In-projection, GELU, scan, GELU, out-projection, plus a local path of the same input.
+
+    Paper, section 3; published version 2. Raises `ValueError` for another number of scans than 1 or 2."""
     def __init__(
         self,
         dim: int,  # D, channels in and out
+        *,
         expansion: int = 1,  # E = expansion · dim
         states: int = 16,  # N
         local_path: bool = True,  # add the separable convolution
@@ -118,11 +136,13 @@ class M2DMixer(nn.Module):
         shared_input_matrix: bool = False,  # version 1: one B for both directions
     ):
         super().__init__()
-        if scans not in (1, 2): raise ValueError(f"scans must be 1 or 2, got {scans}")
+        if scans not in (1, 2):
+            raise ValueError(f"scans must be 1 or 2, got {scans}")
         inner, rank = expansion * dim, math.ceil(dim / 16)
         self.in_proj, self.out_proj = nn.Linear(dim, inner), nn.Linear(inner, dim)
         corners = [reverse] if scans == 1 else [False, True]
-        self.scans = nn.ModuleList(SelectiveScan(inner, rank, states, corner, shared_input_matrix) for corner in corners)
+        self.scans = nn.ModuleList(
+            SelectiveScan(inner, rank, states, corner, shared_input_matrix) for corner in corners)
         self.local_norm = nn.LayerNorm(dim) if local_path else None
         self.local_path = SeparableConv(dim) if local_path else None
 
@@ -135,30 +155,36 @@ class M2DMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, D) -> (B, H, W, D)
         inner = F.gelu(self.in_proj(x))
-        y = self.scans[0](inner) if len(self.scans) == 1 else (self.scans[0](inner) + self.scans[1](inner)) / 2
+        y = self.scans[0](inner)
+        if len(self.scans) == 2:
+            y = (y + self.scans[1](inner)) / 2
         y = self.out_proj(F.gelu(y))
         return y if self.local_path is None else y + self.local_path(self.local_norm(x))
 
 # %% ../../nbs/10_models.blocks.ipynb #f85155b4
 def _rotary_table(
-    height: int, width: int,
+    height: int,
+    width: int,
     head_dim: int,  # channels per head, a multiple of 4
     base: float = 10000.,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:  # cosine and sine, each (height·width, head_dim // 2), for pairs of neighbouring channels
     "Angles of the 2D rotary embedding: the first half of the pairs turns with the row, the second with the column."
-    if head_dim % 4: raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
+    if head_dim % 4:
+        raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
     pairs = head_dim // 4
     speed = base ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
     rows = torch.arange(height, device=device, dtype=torch.float32)[:, None, None] * speed
     cols = torch.arange(width, device=device, dtype=torch.float32)[:, None] * speed
-    angles = torch.cat([rows.expand(height, width, pairs), cols.expand(height, width, pairs)], -1).flatten(0, 1)
+    maps = [rows.expand(height, width, pairs), cols.expand(height, width, pairs)]
+    angles = torch.cat(maps, -1).flatten(0, 1)
     return angles.cos(), angles.sin()
 
 # %% ../../nbs/10_models.blocks.ipynb #cc9ca414
 def _rotate(
     x: Tensor,  # (..., positions, head_dim)
-    cosine: Tensor, sine: Tensor,  # (positions, head_dim // 2), from `_rotary_table`
+    cosine: Tensor,  # (positions, head_dim // 2), from `_rotary_table`
+    sine: Tensor,  # the same
 ) -> Tensor:
     "Turn each pair of neighbouring channels by the angle of its position."
     even, odd = x[..., 0::2], x[..., 1::2]
@@ -166,7 +192,9 @@ def _rotate(
 
 # %% ../../nbs/10_models.blocks.ipynb #c986ad12
 class Attention(nn.Module):
-    "Multi-head attention over all pixels of a map, with rotary positions and normalised queries and keys unless told otherwise."
+    """Multi-head attention over all pixels of a map, with rotary positions and normalised queries and keys.
+
+    Raises `ValueError` for channels that do not divide into heads."""
     def __init__(
         self,
         dim: int,  # channels, a multiple of `head_dim`
@@ -174,35 +202,37 @@ class Attention(nn.Module):
         rotary: bool = True,  # False: plain attention, as in version 1 (no positions, no query and key norm)
     ):
         super().__init__()
-        if dim % head_dim: raise ValueError(f"dim must be a multiple of head_dim = {head_dim} for attention, got {dim}")
-        if head_dim % 4: raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
+        if dim % head_dim:
+            raise ValueError(f"dim must be a multiple of head_dim = {head_dim} for attention, got {dim}")
+        if head_dim % 4:
+            raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
         self.head_dim, self.rotary = head_dim, rotary
         self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.q_norm, self.k_norm = (nn.LayerNorm(head_dim), nn.LayerNorm(head_dim)) if rotary else (None, None)
+        self.q_norm = nn.LayerNorm(head_dim) if rotary else None
+        self.k_norm = nn.LayerNorm(head_dim) if rotary else None
+
+    def place(self, t, norm, angles):
+        "Queries or keys, rotated by their position and normalised."
+        return norm(_rotate(t, *angles).to(norm.weight.dtype)).to(t.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1:3]
         heads = self.qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))   # (B, H·W, 3, heads, head_dim)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
-            cosine, sine = _rotary_table(height, width, self.head_dim, device=x.device)
-            # the rotation is computed in float32 (or finer), attention in the dtype of its input
-            q, k = [norm(_rotate(t, cosine, sine).to(norm.weight.dtype)).to(v.dtype) for t, norm in ((q, self.q_norm), (k, self.k_norm))]
+            angles = _rotary_table(height, width, self.head_dim, device=x.device)
+            q, k = self.place(q, self.q_norm, angles), self.place(k, self.k_norm, angles)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
 
 # %% ../../nbs/10_models.blocks.ipynb #d8a26b8e
-mixers = {
-    "m2d": M2DMixer,
-    "attention": Attention,
-    "conv": SeparableConv,  # the local path alone: a control without any scan
-}
-
 class MLP(nn.Sequential):
     "Linear, GELU, Linear."
     def __init__(self, dim: int, ratio: int = 4):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim)
+        self.fc1 = nn.Linear(dim, ratio * dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(ratio * dim, dim)
 
 # %% ../../nbs/10_models.blocks.ipynb #f26d7ff2
 class Block(nn.Module):
@@ -215,12 +245,20 @@ class Block(nn.Module):
         residual_scale: bool = True,  # learn s; False: s = 1
     ):
         super().__init__()
-        self.norm1, self.mixer, self.norm2, self.mlp = nn.LayerNorm(dim), mixer, nn.LayerNorm(dim), MLP(dim)
-        if not 0 <= drop_path <= 1: raise ValueError(f"drop_path must be between 0 and 1, got {drop_path}")
+        check_fraction("drop_path", drop_path)
+        self.norm1, self.mixer = nn.LayerNorm(dim), mixer
+        self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim)
         self.drop_path = StochasticDepth(drop_path, "row")
-        self.scale1, self.scale2 = [nn.Parameter(torch.ones(dim)) if residual_scale else None for _ in range(2)]
+        self.scale1 = nn.Parameter(torch.ones(dim)) if residual_scale else None
+        self.scale2 = nn.Parameter(torch.ones(dim)) if residual_scale else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, dim) -> (B, H, W, dim)
-        for scale, norm, branch in ((self.scale1, self.norm1, self.mixer), (self.scale2, self.norm2, self.mlp)):
-            x = (x if scale is None else scale * x) + self.drop_path(branch(norm(x)))
-        return x
+        x = (x if self.scale1 is None else self.scale1 * x) + self.drop_path(self.mixer(self.norm1(x)))
+        return (x if self.scale2 is None else self.scale2 * x) + self.drop_path(self.mlp(self.norm2(x)))
+
+# %% ../../nbs/10_models.blocks.ipynb #f7c5b328
+mixers = {
+    "m2d": M2DMixer,
+    "attention": Attention,
+    "conv": SeparableConv,  # the local path alone: a control without any scan
+}

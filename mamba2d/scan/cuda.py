@@ -456,17 +456,17 @@ def _is_aligned(pointers, tensors):
     return all(t is None or t.element_size() == 8 or pointer % (4 * t.element_size()) == 0
                for pointer, t in zip(pointers, tensors))
 
-# %% ../../nbs/04_scan.cuda.ipynb #d24748b4
-def _plan_key(*tensors):
+# %% ../../nbs/04_scan.cuda.ipynb #a425d399
+def _plan_key(inputs, like_x):
     """(addresses of the tensors, all that a plan depends on) of the eleven inputs and the output or its gradient.
 
     A plan depends on shapes, strides and dtypes, and on whether the addresses are multiples of four elements."""
-    x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l, like_x = tensors
+    x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l = inputs
     pointers = a, b, c, d, e, f, g, h, i, j, k, m = (
         x.data_ptr(), delta_t.data_ptr(), delta_l.data_ptr(), A_t.data_ptr(), A_l.data_ptr(),
         B_t.data_ptr(), B_l.data_ptr(), C.data_ptr(), 0 if D is None else D.data_ptr(),
         0 if bias_t is None else bias_t.data_ptr(), 0 if bias_l is None else bias_l.data_ptr(), like_x.data_ptr())
-    aligned = not (a | b | c | d | e | f | g | h | i | j | k | m) & 15 or _is_aligned(pointers, tensors)
+    aligned = not (a | b | c | d | e | f | g | h | i | j | k | m) & 15 or _is_aligned(pointers, (*inputs, like_x))
     return pointers, (
         x.shape, A_t.shape, aligned,
         x.is_contiguous() or x.stride(), delta_t.is_contiguous() or delta_t.stride(),
@@ -512,18 +512,19 @@ def _allocate_room(plan, x, stream):
     return room, flags, flags + plan.counters
 
 # %% ../../nbs/04_scan.cuda.ipynb #e302d39b
-def cuda_forward(*arguments):
-    """The operator `mamba2d::scan_forward` on CUDA: y, h and saved, the latter two empty unless asked for.
-
-    The arguments are the eleven tensors, then delta_softplus, reverse, return_states and for_backward."""
-    x = arguments[0]
+def cuda_forward(
+    x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l,  # the eleven tensors
+    delta_softplus, reverse, return_states, for_backward,
+):
+    "The operator `mamba2d::scan_forward` on CUDA: y, h and saved, the latter two empty unless asked for."
+    inputs = x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l
+    options = delta_softplus, reverse, return_states, for_backward
     device = x.device.index
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return cuda_forward(*arguments)
-    inputs, options = arguments[:11], arguments[11:]
+            return cuda_forward(*inputs, *options)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    pointers, layout = _plan_key(*inputs, y)
+    pointers, layout = _plan_key(inputs, y)
     key = layout, device, options
     plan = _plans.get(key)
     if plan is None:
@@ -536,7 +537,7 @@ def cuda_forward(*arguments):
     if plan.grid:
         stream = _stream(device)
         room, flags, carry = _allocate_room(plan, x, stream) if plan.scratch else (None, 0, 0)
-        pointers = *pointers, h.data_ptr(), saved.data_ptr(), carry, flags
+        pointers += h.data_ptr(), saved.data_ptr(), carry, flags
         if plan.offsets:
             pointers = map(add, pointers, plan.offsets)
         plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*pointers) + plan.tail)
@@ -606,7 +607,7 @@ def cuda_backward(grad_y, *arguments):
         with torch.cuda.device(device):
             return cuda_backward(grad_y, *arguments)
     inputs, saved, options = arguments[:11], arguments[11], arguments[12:]
-    pointers, layout = _plan_key(*inputs, grad_y)
+    pointers, layout = _plan_key(inputs, grad_y)
     key = layout, device, options
     plan = _plans.get(key)
     if plan is None:

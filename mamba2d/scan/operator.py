@@ -8,6 +8,7 @@ __all__ = ['available_backends', 'scan_backend', 'selective_scan_2d']
 # %% ../../nbs/05_scan.operator.ipynb #d9a67ad4
 import os
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,22 +19,25 @@ from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-from .cpu import cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_unsupported_reason
-from .cuda import cuda_backward, cuda_forward, cuda_kernel_status, cuda_saved_shape, cuda_unsupported_reason
+from mamba2d.scan.cpu import (
+    cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_unsupported_reason,
+)
+from mamba2d.scan.cuda import (
+    cuda_backward, cuda_forward, cuda_kernel_status, cuda_saved_shape, cuda_unsupported_reason,
+)
 from mamba2d.scan.reference import (
-    backward_by_diagonals, check_arguments, compute_dtype, forward_by_diagonals, ScanTensors, selective_scan_2d_ref,
+    backward_by_diagonals, check_arguments, compute_dtype, forward_by_diagonals, ScanTensors,
+    selective_scan_2d_ref,
 )
 
 # %% ../../nbs/05_scan.operator.ipynb #bb7060bc
-_backend_names = ("cpu", "cuda", "reference")
-
 class ScanKernels(NamedTuple):
-    "A compiled implementation of the operators below, registered by name in `_kernels`."
-    forward: object  # called like the operator `mamba2d::scan_forward` without its last argument
-    backward: object  # called like `mamba2d::scan_backward` without its last argument
-    saved_shape: object  # (x, A_t, dtype of the arithmetic) -> shape of the float32 tensor that the forward pass keeps for the backward pass
-    unsupported_reason: object  # (x, A_t) -> None if it can run this problem, else the reason as text
-    status: object = lambda: (True, "")  # () -> whether it can run on this machine at all, and the reason as text; may build it
+    "A compiled implementation of the operators below."
+    forward: Callable[..., tuple[Tensor, ...]]  # called like `scan_forward` without its last argument
+    backward: Callable[..., tuple[Tensor, ...]]  # called like `scan_backward` without its last argument
+    saved_shape: Callable[[Tensor, Tensor, torch.dtype], tuple]  # (x, A_t, dtype) -> shape of `saved` in float32
+    unsupported_reason: Callable[[Tensor, Tensor], str | None]  # (x, A_t) -> why it cannot compute this scan
+    status: Callable[[], tuple[bool, str]]  # whether it can run on this machine, and why not; may build it
 
 # %% ../../nbs/05_scan.operator.ipynb #3aa49c23
 _kernels: dict[str, ScanKernels] = {
@@ -41,11 +45,7 @@ _kernels: dict[str, ScanKernels] = {
     "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_unsupported_reason, cuda_kernel_status),
 }
 
-_default_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
-
-_forced_backend = _default_backend
-
-_forcing = ()  # the `scan_backend`s that are entered
+_backend_names = (*_kernels, "reference")
 
 # %% ../../nbs/05_scan.operator.ipynb #fb477a50
 def _backend_status(name):
@@ -56,30 +56,55 @@ def available_backends() -> tuple[str, ...]:
     "Names of the backends that can run on this machine, the fastest first; \"reference\" is always there."
     return tuple(name for name in ("cuda", "cpu", "reference") if _backend_status(name)[0])
 
-# %% ../../nbs/05_scan.operator.ipynb #48a1f4c3
-def _require_backend(name, source="backend"):
-    "Raise if `name`, which comes from `source`, is not a backend of this machine."
-    if name == "auto": return
-    if name not in _backend_names: raise ValueError(f"{source} must be one of auto, {', '.join(_backend_names)}, got {name!r}")
-    usable, reason = _backend_status(name)
-    if not usable:
-        raise RuntimeError(f"{source} {name!r} cannot run here: {reason}. Available: {', '.join(available_backends())}; "
-                           "mamba2d-doctor says what to install.")
-
 # %% ../../nbs/05_scan.operator.ipynb #ace1cae1
 @lru_cache(maxsize=None)
 def _warn_once(name, reason):
     "Say once in a process that the reference runs instead of the kernel `name`."
-    warnings.warn(f"the {name} kernel cannot be used: {reason}. Scans run on plain PyTorch, which is much slower and takes more memory; "
-                  "mamba2d-doctor says what to install.", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"the {name} kernel cannot be used: {reason}. Scans run on plain PyTorch, which is much slower "
+                  "and takes more memory; mamba2d-doctor says what to install.", RuntimeWarning, stacklevel=4)
+
+# %% ../../nbs/05_scan.operator.ipynb #40117b58
+def _best_kernels(x, A_t):
+    "The `ScanKernels` for the device of x, None where the reference has to run."
+    name = "cuda" if x.is_cuda else x.device.type  # to ask for the type takes longer
+    kernels = _kernels.get(name)
+    if kernels is None or kernels.unsupported_reason(x, A_t):
+        return None
+    usable, reason = kernels.status()
+    if usable:
+        return kernels
+    _warn_once(name, reason)
+    return None
+
+# %% ../../nbs/05_scan.operator.ipynb #48a1f4c3
+def _require_backend(name, source="backend"):
+    "Raise if `name`, which comes from `source`, is not a backend of this machine."
+    if name == "auto":
+        return
+    if name not in _backend_names:
+        raise ValueError(f"{source} must be one of auto, {', '.join(_backend_names)}, got {name!r}")
+    usable, reason = _backend_status(name)
+    if not usable:
+        available = ", ".join(available_backends())
+        raise RuntimeError(f"{source} {name!r} cannot run here: {reason}. Available: {available}; "
+                           "mamba2d-doctor says what to install.")
+
+# %% ../../nbs/05_scan.operator.ipynb #fa49d49f
+_default_backend = os.environ.get("MAMBA2D_BACKEND") or "auto"
+
+_forced_backend = _default_backend
+
+_forcing = ()  # the `scan_backend`s that are entered
 
 # %% ../../nbs/05_scan.operator.ipynb #087bc59c
 class scan_backend:
-    """Context manager: every scan inside runs on the named backend: "cpu", "cuda", "reference", or "auto" for the best there is.
+    """Context manager: every scan inside runs on the named backend, or on the best there is.
 
-    It holds for the whole process, other threads included; of several that are entered, the latest holds.
-    Raises `ValueError` for an unknown name and `RuntimeError` for a backend that cannot run on this machine, on entering."""
-    def __init__(self, name: str): self.name = name
+    The names are "cpu", "cuda", "reference" and "auto". It holds for the whole process, other threads included; of
+    several that are entered, the latest holds. Raises `ValueError` for an unknown name and `RuntimeError` for a
+    backend that cannot run on this machine, on entering."""
+    def __init__(self, name: str):
+        self.name = name
 
     def __enter__(self):
         global _forced_backend, _forcing
@@ -95,73 +120,81 @@ class scan_backend:
 # %% ../../nbs/05_scan.operator.ipynb #499cf6b2
 def _kernels_for(backend, x, A_t):
     "The `ScanKernels` that compute this problem, None for the reference; raises if a forced backend cannot."
-    if backend == "reference": return None
-    if backend != "auto": _require_backend(backend, "MAMBA2D_BACKEND" if backend == _default_backend else "backend")
-    name = backend if backend != "auto" else "cuda" if x.is_cuda else x.device.type  # the text takes longer
-    kernels = _kernels.get(name)
-    if kernels is None: return None
-    reason = kernels.unsupported_reason(x, A_t)
     if backend == "auto":
-        if reason: return None
-        usable, reason = kernels.status()
-        if usable: return kernels
-        _warn_once(name, reason)
+        return _best_kernels(x, A_t)
+    if backend == "reference":
         return None
-    if reason: raise RuntimeError(f"backend {backend!r} cannot compute this scan: {reason}")
+    _require_backend(backend, "MAMBA2D_BACKEND" if backend == _default_backend else "backend")
+    kernels = _kernels[backend]
+    reason = kernels.unsupported_reason(x, A_t)
+    if reason:
+        raise RuntimeError(f"backend {backend!r} cannot compute this scan: {reason}")
     return kernels
 
 # %% ../../nbs/05_scan.operator.ipynb #45ee2800
-if "_library" in globals(): _library._destroy()  # the cell or the module runs again: define its operators again
+if "_library" in globals():  # the cell or the module runs again: define its operators again
+    _library._destroy()
 
-_namespace = "mamba2d" if __name__ == "mamba2d.scan.operator" else "mamba2d_notebook"  # a notebook may import the library beside its own cells
+# a notebook may import the library beside its own cells
+_namespace = "mamba2d" if __name__ == "mamba2d.scan.operator" else "mamba2d_notebook"
 
 _library = torch.library.Library(_namespace, "DEF")
 
-_inputs = ("Tensor x, Tensor delta_t, Tensor delta_l, Tensor A_t, Tensor A_l, Tensor B_t, Tensor B_l, Tensor C, Tensor? D, "
-           "Tensor? delta_bias_t, Tensor? delta_bias_l")
+# %% ../../nbs/05_scan.operator.ipynb #701dfd5b
+_inputs = ("Tensor x, Tensor delta_t, Tensor delta_l, Tensor A_t, Tensor A_l, Tensor B_t, Tensor B_l, Tensor C, "
+           "Tensor? D, Tensor? delta_bias_t, Tensor? delta_bias_l")
 
-for _schema in (
+_library.define(
     f"scan_forward({_inputs}, bool delta_softplus, bool reverse, bool return_states, bool for_backward, str backend)"
-    " -> (Tensor y, Tensor h, Tensor saved)",
+    " -> (Tensor y, Tensor h, Tensor saved)")
+
+_library.define(
     f"scan_backward(Tensor grad_y, {_inputs}, Tensor saved, bool delta_softplus, bool reverse, str backend)"
-    f" -> ({', '.join(['Tensor'] * 11)})",
-): _library.define(_schema)
+    f" -> ({', '.join(['Tensor'] * 11)})")
 
 # %% ../../nbs/05_scan.operator.ipynb #2363af99
-def _scan_forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states,
-                  for_backward, backend):
-    kernels = _kernels_for(backend, x, A_t)
+def _scan_forward(*arguments):
+    "Compute `scan_forward` on the backend that its last argument names."
+    kernels = _kernels_for(arguments[15], arguments[0], arguments[3])
     if kernels:
-        return kernels.forward(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states, for_backward)
-    tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+        return kernels.forward(*arguments[:15])
+    tensors = ScanTensors(*arguments[:11])
+    delta_softplus, reverse, return_states = arguments[11:14]
     y, h = forward_by_diagonals(tensors, delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
-    if not return_states: h = x.new_empty(0, dtype=compute_dtype(*tensors))
-    return y.contiguous(), h.contiguous(), x.new_empty(0, dtype=torch.float32)
+    if not return_states:
+        h = y.new_empty(0, dtype=compute_dtype(*tensors))
+    return y.contiguous(), h.contiguous(), y.new_empty(0, dtype=torch.float32)
 
 # %% ../../nbs/05_scan.operator.ipynb #d1091e0b
-def _scan_forward_fake(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, delta_softplus, reverse, return_states,
-                       for_backward, backend):
+def _scan_forward_fake(*arguments):
+    "Empty outputs of `scan_forward`."
+    tensors = ScanTensors(*arguments[:11])
+    return_states, for_backward, backend = arguments[13:]
+    x, A_t, dtype = tensors.x, tensors.A_t, compute_dtype(*tensors)
     kernels = _kernels_for(backend, x, A_t)
-    states = compute_dtype(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    return (x.new_empty(x.shape), x.new_empty((*x.shape, A_t.shape[1]) if return_states else (0,), dtype=states),
-            x.new_empty(kernels.saved_shape(x, A_t, states) if kernels and for_backward else (0,), dtype=torch.float32))
+    states_shape = (*x.shape, A_t.shape[1]) if return_states else (0,)
+    saved_shape = kernels.saved_shape(x, A_t, dtype) if kernels and for_backward else (0,)
+    return (x.new_empty(x.shape), x.new_empty(states_shape, dtype=dtype),
+            x.new_empty(saved_shape, dtype=torch.float32))
 
 # %% ../../nbs/05_scan.operator.ipynb #9f6643b2
-def _scan_backward(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse,
-                   backend):
-    inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    kernels = _kernels_for(backend, x, A_t)
-    if kernels: return kernels.backward(grad_y, *inputs, saved, delta_softplus, reverse)
-    grads = backward_by_diagonals(grad_y, ScanTensors(*inputs), delta_softplus=delta_softplus, reverse=reverse)
-    return tuple(x.new_empty(0) if g is None else g.contiguous() for g in grads)
+def _scan_backward(grad_y, *arguments):
+    "Compute `scan_backward` on the backend that its last argument names."
+    kernels = _kernels_for(arguments[14], arguments[0], arguments[3])
+    if kernels:
+        return kernels.backward(grad_y, *arguments[:14])
+    tensors = ScanTensors(*arguments[:11])
+    _, delta_softplus, reverse = arguments[11:14]
+    grads = backward_by_diagonals(grad_y, tensors, delta_softplus=delta_softplus, reverse=reverse)
+    return tuple(grad_y.new_empty(0) if g is None else g.contiguous() for g in grads)
 
-def _scan_backward_fake(grad_y, x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, saved, delta_softplus, reverse,
-                        backend):
-    inputs = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+def _scan_backward_fake(grad_y, *arguments):
+    "Empty outputs of `scan_backward`."
+    return tuple(grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in arguments[:11])
 
 # %% ../../nbs/05_scan.operator.ipynb #97a88ec7
-for _name, _real, _fake in (("scan_forward", _scan_forward, _scan_forward_fake), ("scan_backward", _scan_backward, _scan_backward_fake)):
+for _name, _real, _fake in (("scan_forward", _scan_forward, _scan_forward_fake),
+                            ("scan_backward", _scan_backward, _scan_backward_fake)):
     _library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
 
@@ -175,16 +208,21 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 def _autograd_backward(ctx, grad_y, grad_h, grad_saved):
+    "The gradient of each argument of `scan_forward`, None where none is wanted."
+    if grad_y is None:
+        return (None,) * 16
     inputs = ctx.saved_tensors
-    if grad_y is None: return (None,) * 16
     grads = scan_operators.scan_backward(grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
-    return (*[g if wanted and t is not None else None for g, t, wanted in zip(grads, inputs, ctx.needs_input_grad)], None, None, None, None, None)
+    wanted = [g if needed and t is not None else None for g, t, needed in zip(grads, inputs, ctx.needs_input_grad)]
+    return (*wanted, None, None, None, None, None)
 
 def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("selective_scan_2d has no second derivative; selective_scan_2d_ref can be differentiated twice")
+    raise NotImplementedError("selective_scan_2d has no second derivative; "
+                              "selective_scan_2d_ref can be differentiated twice")
 
 # %% ../../nbs/05_scan.operator.ipynb #c5dcd479
-torch.library.register_autograd(f"{_namespace}::scan_forward", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    f"{_namespace}::scan_forward", _autograd_backward, setup_context=_setup_context, lib=_library)
 
 torch.library.register_autograd(f"{_namespace}::scan_backward", _no_second_derivative, lib=_library)
 
@@ -210,18 +248,19 @@ def selective_scan_2d(
     delta_softplus: bool = False,  # the step sizes are softplus(delta + bias)
     reverse: bool = False,  # scan from the bottom-right corner instead of the top-left one
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
-) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 (float64 if any input is), without gradient
-    """The 2D selective scan on the best backend there is for `x`, or the one that `scan_backend` forces (arXiv 2412.16146, section 3).
+) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
+    """The 2D selective scan on the best backend there is for `x`, or the one that `scan_backend` forces.
 
-    The dtypes may differ, as autocast makes them; arithmetic is float32, or float64 if any input is. Raises `TypeError` or `ValueError`
-    naming the argument that does not fit, `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second
-    derivative. Derivatives by `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`, whatever is forced."""
-    inputs = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
-    check_arguments(inputs)
-    # derivatives for which the operator has no rules: it has those of the ordinary backward pass
+    The scan is that of arXiv 2412.16146, section 3. The dtypes may differ, as autocast makes them; arithmetic is
+    float32, or float64 if any input is. Raises `TypeError` or `ValueError` naming the argument that does not fit,
+    `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second derivative. Derivatives by
+    `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`, whatever is forced."""
+    tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    check_arguments(tensors)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active() and _differentiates_functions():
-        return selective_scan_2d_ref(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
+        return selective_scan_2d_ref(*tensors[:9], delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
                                      delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
-    for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, h, _ = scan_operators.scan_forward(*inputs, delta_softplus, reverse, return_states, for_backward, _forced_backend)
+    for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, h, _ = scan_operators.scan_forward(
+        *tensors, delta_softplus, reverse, return_states, for_backward, _forced_backend)
     return (y, h.detach()) if return_states else y

@@ -532,7 +532,7 @@ def train_run(
     out: str | Path,  # the run folder
     config: dict,  # what is needed to build the network again, as plain values
     settings: dict | None = None,  # more to write down: where the data came from, ...
-    overwrite: bool = False,  # start anew; an earlier run in the folder is removed
+    overwrite: bool = False,  # start over; an earlier run in the folder is removed
     distributed: Distributed | None = None,
     checkpoint_minutes: float | None = None,  # between checkpoints in an epoch; None: only after each epoch
     limit: int | None = None,  # steps of an epoch, and batches of a validation, at most
