@@ -1,8 +1,9 @@
 """The barriers inside a block of the CUDA kernels order all accesses to shared memory, whoever is faster.
 
-compute-sanitizer's racecheck cannot follow named barriers of two warps (see `nbs/04_scan.cuda`, "Races"). Here the
-rows of the backward pass and the warps of the forward pass are programs: sequences of ("read" or "write", place) and
-("barrier", number), in the order of the kernels. Vector clocks find the accesses that no barrier orders.
+compute-sanitizer's racecheck cannot follow named barriers of two warps (see `nbs/04_scan.cuda`, "Races"). Here
+the rows of the backward pass and the warps of the forward pass are programs: sequences of ("read" or "write",
+place) and ("barrier", number), in the order of the kernels. Vector clocks find the accesses that no barrier
+orders.
 """
 from collections import defaultdict
 
@@ -84,7 +85,9 @@ class VectorClocks:
         if kind == "write":
             for q, clock in self.reads[place].items():
                 before[q] = max(clock, before.get(q, 0))
-        self.races += [(kind, place, p, q) for q, clock in before.items() if q != p and self.clocks[p][q] < clock]
+        for q, clock in before.items():
+            if q != p and self.clocks[p][q] < clock:
+                self.races.append((kind, place, p, q))
         if kind == "write":
             self.writes[place], self.reads[place] = (p, self.clocks[p][p]), {}
         else:

@@ -109,7 +109,7 @@ def _stage_tuples(depths, dims, mixers, residual_scale):
 
 # %% ../../nbs/11_models.backbone.ipynb #6b89c1ba
 def _check_stages(depths, dims, mixers):
-    "Raise a `ValueError` for sizes that are no integers, unknown mixers, and dims that attention cannot divide."
+    "Raise a `ValueError` for a depth, dim or mixer that cannot be built."
     for name, values in (("depths", depths), ("dims", dims)):
         if not all(is_integer(value, 1) for value in values):
             raise ValueError(f"{name} must be integers of at least 1, got {values}")
@@ -129,14 +129,15 @@ def _check_images(images, channels, least):
         raise ValueError(f"images must have shape (B, {channels}, H, W), got {tuple(images.shape)}")
     height, width = images.shape[2:]
     if min(height, width) < least:
-        raise ValueError(f"images must be at least {least} pixels high and wide for the stem, got {height}×{width}")
+        raise ValueError(f"images must be at least {least} pixels high and wide for the stem, "
+                         f"got {height}×{width}")
 
 # %% ../../nbs/11_models.backbone.ipynb #7b794474
 class Mamba2D(nn.Module):
     """The Mamba2D image classifier and backbone (arXiv 2412.16146).
 
-    The defaults are those of the published version 2. Raises `ValueError` naming the argument for a size that cannot
-    be built, and for images that are too small or have other channels, `TypeError` for images that are no floats."""
+    The defaults are those of version 2. Raises `ValueError` naming an argument that cannot be built, or for
+    images that are too small or have other channels, and `TypeError` for images that are no floats."""
     min_size = 3  # pixels: the smallest side that the stem's 7×7 convolution with padding 2 can take
 
     def __init__(
@@ -162,30 +163,31 @@ class Mamba2D(nn.Module):
     ):
         super().__init__()
         _check_sizes(num_classes=num_classes, in_channels=in_channels, expansion=expansion, states=states)
-        check_fraction("drop_path", drop_path)
-        check_fraction("head_dropout", head_dropout)
+        _check_rates(drop_path=drop_path, head_dropout=head_dropout)
         depths, dims, mixers, scaled = _stage_tuples(depths, dims, mixers, residual_scale)
         _check_stages(depths, dims, mixers)
         self.depths, self.dims = tuple(map(int, depths)), tuple(map(int, dims))
         self.in_channels, self.num_classes = in_channels, num_classes
-        options = _MixerOptions(local_path, scans, expansion, states, alternate_corners, rotary, shared_input_matrix)
+        options = _MixerOptions(local_path, scans, expansion, states, alternate_corners, rotary,
+                                shared_input_matrix)
         rates = iter(_drop_path_rates(drop_path, sum(self.depths)))
         self.stages = nn.ModuleList()
         for k, (depth, dim, kind) in enumerate(zip(self.depths, self.dims, mixers)):
-            downsample = Downsample(self.dims[k - 1], dim, pre_norm=downsample_norm) if k else _stem(in_channels, dim)
+            before = self.dims[k - 1] if k > 0 else in_channels
+            downsample = _downsample(k, before, dim, downsample_norm)
             blocks = [Block(dim, options.make(kind, dim, j), next(rates), scaled[k]) for j in range(depth)]
             self.stages.append(Stage(downsample, blocks, nn.LayerNorm(dim) if stage_norm else None))
         self.head = Classifier(self.dims[-1], num_classes, head_dropout)
 
     def check_images(self, images: Tensor):
-        "Raise `TypeError` unless images are floats, `ValueError` unless they have a shape that the network takes."
+        "Raise `TypeError` or `ValueError` unless the network can take these images."
         _check_images(images, self.in_channels, self.min_size)
 
-    def stage_outputs(self, images: Tensor) -> list[Tensor]:  # (B, in_channels, H, W) -> (B, h, w, dim) of each stage
+    def stage_outputs(self, images: Tensor) -> list[Tensor]:  # (B, C, H, W) -> (B, h, w, dim) of each stage
         "Channels-last outputs of all stages."
         return _stage_outputs(self, images)
 
-    def forward_features(self, images: Tensor) -> list[Tensor]:  # (B, in_channels, H, W) -> (B, dim, h, w) of each
+    def forward_features(self, images: Tensor) -> list[Tensor]:  # (B, C, H, W) -> (B, dim, h, w) of each
         "The feature pyramid: maps at strides 4, 8, 16 and 32, for detection, segmentation and looking."
         return [x.permute(0, 3, 1, 2) for x in self.stage_outputs(images)]
 
@@ -198,9 +200,16 @@ def _check_sizes(**sizes):
     for name, value in sizes.items():
         check_integer(name, value, 1)
 
-def _stem(in_channels, dim):
-    "The stem: a 7×7 convolution of stride 4, and LayerNorm."
-    return Downsample(in_channels, dim, kernel_size=7, stride=4, padding=2, post_norm=True)
+def _check_rates(**rates):
+    "Raise a `ValueError` that names the first rate that is no number between 0 and 1."
+    for name, value in rates.items():
+        check_fraction(name, value)
+
+def _downsample(stage, before, dim, pre_norm):
+    "The convolution at the start of a stage; that of the first is the stem."
+    if stage == 0:
+        return Downsample(before, dim, kernel_size=7, stride=4, padding=2, post_norm=True)
+    return Downsample(before, dim, pre_norm=pre_norm)
 
 def _stage_outputs(model, images):
     "The outputs of all stages, one after the other."

@@ -63,7 +63,9 @@ class SelectiveScan(nn.Module):
 
     @torch.no_grad()
     def reset_delta_proj(self):
-        "Weights uniform in ±R^-1/2; biases, shared by both directions, with softplus(bias) log-uniform in [1e-3, 1e-1]."
+        """Weights uniform in ±R^-1/2, biases shared by both directions.
+
+        Of these, softplus(bias) is log-uniform in [1e-3, 1e-1]."""
         low, high = math.log(self.delta_min), math.log(self.delta_max)
         delta = torch.empty_like(self.D).uniform_(low, high).exp().clamp_min(self.delta_floor)
         for proj in (self.delta_proj_t, self.delta_proj_l):
@@ -86,7 +88,8 @@ class SelectiveScan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, E) -> (B, H, W, E)
         return selective_scan_2d(x, *self.project(x), self.D, delta_bias_t=self.delta_proj_t.bias,
-                                 delta_bias_l=self.delta_proj_l.bias, delta_softplus=True, reverse=self.reverse)
+                                 delta_bias_l=self.delta_proj_l.bias, delta_softplus=True,
+                                 reverse=self.reverse)
 
     def extra_repr(self):
         return f"from the {'bottom-right' if self.reverse else 'top-left'} corner"
@@ -111,7 +114,8 @@ class SeparableConv(nn.Module):
             raise ValueError(f"kernel_size must be odd, or the map would change its size, got {kernel_size}")
         inner = expansion * dim
         self.widen, self.narrow = nn.Linear(dim, inner, bias=False), nn.Linear(inner, dim, bias=False)
-        self.depthwise = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, bias=False)
+        self.depthwise = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner,
+                                   bias=False)
         self.act1, self.act2 = StarReLU(), StarReLU()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
@@ -168,8 +172,11 @@ def _rotary_table(
     head_dim: int,  # channels per head, a multiple of 4
     base: float = 10000.,
     device: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:  # cosine and sine, each (height·width, head_dim // 2), for pairs of neighbouring channels
-    "Angles of the 2D rotary embedding: the first half of the pairs turns with the row, the second with the column."
+) -> tuple[Tensor,
+           Tensor]:  # cosine and sine, each (height·width, head_dim // 2), for pairs of neighbouring channels
+    """Angles of the 2D rotary embedding.
+
+    The first half of the pairs turns with the row, the second with the column."""
     if head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
     pairs = head_dim // 4
@@ -217,7 +224,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1:3]
-        heads = self.qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))   # (B, H·W, 3, heads, head_dim)
+        # (B, H·W, 3, heads, head_dim)
+        heads = self.qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
             angles = _rotary_table(height, width, self.head_dim, device=x.device)

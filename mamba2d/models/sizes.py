@@ -24,11 +24,17 @@ _releases = "https://github.com/cocoalex00/Mamba2D/releases/download"
 
 def _published_weights(url, num_params, top1):
     "An entry of a weights enum: ImageNet-1K at 224 pixels."
-    transforms = partial(ImageClassification, crop_size=224, resize_size=224, interpolation=InterpolationMode.BICUBIC)
-    return Weights(url=f"{_releases}/{url}", transforms=transforms, meta={
-        "num_params": num_params, "min_size": (Mamba2D.min_size, Mamba2D.min_size), "num_classes": 1000,
-        "recipe": "https://arxiv.org/abs/2412.16146", "_metrics": {"ImageNet-1K": {"acc@1": top1}},
-        "_docs": "Weights published by the authors of the paper; the accuracy is the published one."})
+    interpolation = InterpolationMode.BICUBIC
+    transforms = partial(ImageClassification, crop_size=224, resize_size=224, interpolation=interpolation)
+    meta = {
+        "num_params": num_params,
+        "min_size": (Mamba2D.min_size, Mamba2D.min_size),
+        "num_classes": 1000,
+        "recipe": "https://arxiv.org/abs/2412.16146",
+        "_metrics": {"ImageNet-1K": {"acc@1": top1}},
+        "_docs": "Weights published by the authors of the paper; the accuracy is the published one.",
+    }
+    return Weights(url=f"{_releases}/{url}", transforms=transforms, meta=meta)
 
 # %% ../../nbs/13_models.sizes.ipynb #460cb8ef
 class Mamba2D_N_Weights(WeightsEnum):
@@ -52,50 +58,78 @@ class Mamba2D_T_V1_Weights(WeightsEnum):
     IMAGENET1K_V1 = _published_weights("v1.0.0/M2D-T.ckpt", 26_687_880, 82.4)
     DEFAULT = IMAGENET1K_V1
 
+# %% ../../nbs/13_models.sizes.ipynb #382ac354
+def _download(entry):
+    """The content of an entry of a weights enum, downloaded once.
+
+    Raises `RuntimeError` or `ValueError`, which say what to do."""
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(entry.url).name
+    try:
+        return entry.get_state_dict(progress=True, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if not kept.is_file():
+            reason = getattr(error, "reason", error)
+            raise RuntimeError(f"weights could not be downloaded from {entry.url} to {str(kept)!r} "
+                               f"({reason}); download the file by hand and give its path as weights"
+                               ) from error
+    try:
+        return read_weights(kept)
+    except ValueError as problem:
+        raise ValueError(f"{problem}\nIt came from {entry.url}; once it is deleted, "
+                         "it will be downloaded again.") from problem
+
 # %% ../../nbs/13_models.sizes.ipynb #2656a4d9
 def _find_weights(weights, enum):
     "Resolve what a builder was given as weights to a state dict of tensors, or None."
-    if weights is None: return None
-    if isinstance(weights, str) and weights in enum.__members__: weights = enum[weights]
+    if weights is None:
+        return None
+    if isinstance(weights, str) and weights in enum.__members__:
+        weights = enum[weights]
     if isinstance(weights, WeightsEnum):
-        if not isinstance(weights, enum): raise ValueError(f"weights must be one of {enum.__name__}, got {weights}")
-        entry, kept = weights, Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        try: weights = entry.get_state_dict(progress=True, map_location="cpu", weights_only=True)
-        except Exception as error:
-            if not kept.is_file():
-                raise RuntimeError(f"weights could not be downloaded from {entry.url} to {str(kept)!r} ({getattr(error, 'reason', error)}); "
-                                   "download the file by hand and give its path as weights") from error
-            try: weights = read_weights(kept)  # for the error that says what to do
-            except ValueError as problem: raise ValueError(f"{problem}\nIt came from {entry.url}; once it is deleted, it will be downloaded again.") from problem
+        if not isinstance(weights, enum):
+            raise ValueError(f"weights must be one of {enum.__name__}, got {weights}")
+        weights = _download(weights)
     elif isinstance(weights, (str, Path)):
         if not Path(weights).is_file():
-            raise FileNotFoundError(f"weights: there is no file {str(weights)!r}, nor is it one of {', '.join(enum.__members__)}")
+            names = ", ".join(enum.__members__)
+            raise FileNotFoundError(f"weights: there is no file {str(weights)!r}, nor is it one of {names}")
         weights = read_weights(weights)
     elif not isinstance(weights, Mapping):
-        raise TypeError(f"weights must be an entry of {enum.__name__}, a path or a state dict, got {type(weights).__name__}")
+        given = type(weights).__name__
+        raise TypeError(f"weights must be an entry of {enum.__name__}, a path or a state dict, got {given}")
     return tensors_in(weights)
 
 # %% ../../nbs/13_models.sizes.ipynb #8f2728fe
 def _mamba2d(enum, weights, num_classes, in_channels, config):
     "Build a model; with weights for another number of classes, keep their backbone and make a new head."
     tensors = _find_weights(weights, enum)
-    given = None if tensors is None or "head.fc2.bias" not in tensors else tensors["head.fc2.bias"].numel()
-    if num_classes is None: num_classes = given or 1000
+    classes_of_weights = None
+    if tensors is not None and "head.fc2.bias" in tensors:
+        classes_of_weights = tensors["head.fc2.bias"].numel()
+    if num_classes is None:
+        num_classes = classes_of_weights or 1000
     model = Mamba2D(num_classes=num_classes, in_channels=in_channels, **config)
-    return model if tensors is None else load_published(model, tensors, backbone_only=given != model.num_classes)
+    if tensors is None:
+        return model
+    return load_published(model, tensors, backbone_only=classes_of_weights != model.num_classes)
 
 # %% ../../nbs/13_models.sizes.ipynb #f7912d40
 def mamba2d_n(
-    weights: Mamba2D_N_Weights | str | Path | Mapping | None = None,  # enum entry or its name, a path, or a state dict (published names or ours)
-    num_classes: int | None = None,  # None: as many as the weights have, 1000 without weights; another number gets a new head
+    weights: Mamba2D_N_Weights | str | Path | Mapping | None = None,
+    # enum entry or its name, a path, or a state dict
+    num_classes: int | None = None,  # None: as the weights have, else 1000; another number gets a new head
     in_channels: int = 3,
     drop_path: float = 0.,
     head_dropout: float = 0.,
     **kwargs,  # further arguments of `Mamba2D`
 ) -> Mamba2D:
-    "M2D-N, 7.2 M parameters. Raises `ValueError` where weights do not fit, `FileNotFoundError`, and `RuntimeError` for a failed download."
-    config = dict(depths=(3, 3, 9, 3), dims=(32, 64, 160, 256), drop_path=drop_path, head_dropout=head_dropout) | kwargs
-    return _mamba2d(Mamba2D_N_Weights, weights, num_classes, in_channels, config)
+    """M2D-N, 7.2 M parameters. A state dict may have the published names or ours.
+
+    Raises `ValueError` where weights do not fit, `FileNotFoundError`, and `RuntimeError` for a failed
+    download."""
+    config = dict(depths=(3, 3, 9, 3), dims=(32, 64, 160, 256), drop_path=drop_path,
+                  head_dropout=head_dropout)
+    return _mamba2d(Mamba2D_N_Weights, weights, num_classes, in_channels, config | kwargs)
 
 # %% ../../nbs/13_models.sizes.ipynb #662a108f
 def mamba2d_t(
@@ -107,8 +141,9 @@ def mamba2d_t(
     **kwargs,
 ) -> Mamba2D:
     "M2D-T, 26.5 M parameters. Arguments and errors as for `mamba2d_n`."
-    config = dict(depths=(3, 3, 9, 3), dims=(64, 128, 320, 512), drop_path=drop_path, head_dropout=head_dropout) | kwargs
-    return _mamba2d(Mamba2D_T_Weights, weights, num_classes, in_channels, config)
+    config = dict(depths=(3, 3, 9, 3), dims=(64, 128, 320, 512), drop_path=drop_path,
+                  head_dropout=head_dropout)
+    return _mamba2d(Mamba2D_T_Weights, weights, num_classes, in_channels, config | kwargs)
 
 # %% ../../nbs/13_models.sizes.ipynb #97fb975a
 def mamba2d_s(
@@ -120,10 +155,15 @@ def mamba2d_s(
     **kwargs,
 ) -> Mamba2D:
     "M2D-S, 50.3 M parameters. Arguments and errors as for `mamba2d_n`."
-    config = dict(depths=(3, 12, 14, 3), dims=(96, 192, 384, 576), drop_path=drop_path, head_dropout=head_dropout) | kwargs
-    return _mamba2d(Mamba2D_S_Weights, weights, num_classes, in_channels, config)
+    config = dict(depths=(3, 12, 14, 3), dims=(96, 192, 384, 576), drop_path=drop_path,
+                  head_dropout=head_dropout)
+    return _mamba2d(Mamba2D_S_Weights, weights, num_classes, in_channels, config | kwargs)
 
 # %% ../../nbs/13_models.sizes.ipynb #4cb2a791
+_version_1 = dict(expansion=2, shared_input_matrix=True, rotary=False, alternate_corners=False,
+                  downsample_norm=True,
+                  stage_norm=False, residual_scale=(False, False, True, True))
+
 def mamba2d_t_v1(
     weights: Mamba2D_T_V1_Weights | str | Path | Mapping | None = None,  # as for `mamba2d_n`
     num_classes: int | None = None,
@@ -132,13 +172,12 @@ def mamba2d_t_v1(
     head_dropout: float = 0.15,
     **kwargs,
 ) -> Mamba2D:
-    """Version 1 of M2D-T, 26.7 M parameters: expansion 2, one B for both directions, plain attention, every block from the top-left.
+    """Version 1 of M2D-T, 26.7 M parameters.
 
     Arguments and errors as for `mamba2d_n`."""
-    config = dict(depths=(3, 3, 9, 3), dims=(64, 128, 320, 512), drop_path=drop_path, head_dropout=head_dropout, expansion=2,
-                  shared_input_matrix=True, rotary=False, alternate_corners=False, downsample_norm=True, stage_norm=False,
-                  residual_scale=(False, False, True, True)) | kwargs
-    return _mamba2d(Mamba2D_T_V1_Weights, weights, num_classes, in_channels, config)
+    config = dict(depths=(3, 3, 9, 3), dims=(64, 128, 320, 512), drop_path=drop_path,
+                  head_dropout=head_dropout)
+    return _mamba2d(Mamba2D_T_V1_Weights, weights, num_classes, in_channels, config | _version_1 | kwargs)
 
 # %% ../../nbs/13_models.sizes.ipynb #bb493197
 builders = {"n": mamba2d_n, "t": mamba2d_t, "s": mamba2d_s, "t_v1": mamba2d_t_v1}

@@ -44,87 +44,141 @@ _published_rules = [(re.compile(ours), published) for ours, published in (
 )]
 
 # %% ../../nbs/12_models.weights.ipynb #6073a94e
+def _published_name(model, name):
+    "The published name of one of our parameters."
+    stage_norm = re.match(r"stages\.(\d+)\.norm\.", name)
+    if stage_norm:
+        stage = int(stage_norm[1])
+        name = f"backbone.stages.{stage}.{model.depths[stage]}.{name[stage_norm.end():]}"
+    for ours, published in _published_rules:
+        name = ours.sub(published, name)
+    return name
+
 def published_names(model: Mamba2D) -> dict[str, str]:
     "The published name of each entry of `model.state_dict()`."
-    names = {}
-    for name in model.state_dict():
-        published = re.sub(r"^stages\.(\d+)\.norm\.", lambda m: f"backbone.stages.{m[1]}.{model.depths[int(m[1])]}.", name)
-        for rule, replacement in _published_rules: published = rule.sub(replacement, published)
-        names[name] = published
-    return names
+    return {name: _published_name(model, name) for name in model.state_dict()}
 
+# %% ../../nbs/12_models.weights.ipynb #508097cd
 def published_state_dict(model: Mamba2D) -> dict[str, Tensor]:
     "The model's weights under the published names, for use with the published code."
     state = model.state_dict()
     return {published: state[name] for name, published in published_names(model).items()}
 
+# %% ../../nbs/12_models.weights.ipynb #1aee7661
+def _read_safetensors(path):
+    "The tensors of a safetensors file, and the config in its metadata."
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return {"model": tensors, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
+
+def _read_torch(path):
+    "What `torch.save` wrote."
+    with warnings.catch_warnings():
+        # torch's, of other pickles than its own: the error that follows says it
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
 # %% ../../nbs/12_models.weights.ipynb #a541d78c
-_weights_files = "a file of torch.save (a state dict, a Lightning checkpoint, weights or a checkpoint of mamba2d-train) or a .safetensors file"
+_weights_files = ("a file of torch.save (a state dict, a Lightning checkpoint, weights or a checkpoint of "
+                  "mamba2d-train) or a .safetensors file")
+
+_torch_starts = (b"PK", b"\x80\x02")  # first bytes of what torch.save writes, now and before version 1.6
+
+def _holds_code(path, error):
+    "The message for a file that needs more than tensors and plain values."
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    found = f" ({wanted[1]})" if wanted else ""
+    return (
+        f"weights: {str(path)!r} holds more than tensors and plain values{found}, "
+        "and loading that can run code. If you trust where it comes from, convert it once:\n"
+        f"  checkpoint = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
+        "  torch.save(checkpoint['state_dict'], 'converted.pth')"
+        "  # of a whole network: checkpoint.state_dict()\n"
+        "and load converted.pth.")
+
+# %% ../../nbs/12_models.weights.ipynb #52d9faff
+def _why_unreadable(path, error):
+    "The message for a file whose reading ended in `error`."
+    with path.open("rb") as file:
+        is_torch_file = file.read(2) in _torch_starts
+    if isinstance(error, pickle.UnpicklingError) and is_torch_file:
+        return _holds_code(path, error)
+    is_safetensors = path.suffix.lower() == ".safetensors"
+    kind = "no safetensors file" if is_safetensors else "was not written by torch.save"
+    if isinstance(error, json.JSONDecodeError):
+        problem = f"has a config in its metadata that is not JSON ({error})"
+    elif not is_safetensors and not is_torch_file:
+        problem = kind
+    else:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        problem = f"is damaged or {kind} ({reason})"
+    return f"weights: {str(path)!r} {problem}; accepted: {_weights_files}"
 
 # %% ../../nbs/12_models.weights.ipynb #42a575a1
 def read_weights(
-    path: str | Path,  # written by torch.save: a state dict, a Lightning checkpoint, weights or a checkpoint of `mamba2d-train`; or a .safetensors file
+    path: str | Path,
+    # a state dict, a Lightning checkpoint, what `mamba2d-train` wrote, or a .safetensors file
 ) -> dict:
-    "What is in a file of weights, on the CPU. Raises `FileNotFoundError`, or `ValueError` for a file that is no such thing or holds code."
+    """What is in a file of weights, on the CPU.
+
+    Raises `FileNotFoundError`, or `ValueError` for a file that is no such thing or holds code."""
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
-    safe = path.suffix.lower() == ".safetensors"
-    kind = "no safetensors file" if safe else "was not written by torch.save"
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
+    read = _read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch
     try:
-        if safe:
-            with safetensors.safe_open(path, "pt") as file:
-                content = {"model": {name: file.get_tensor(name) for name in file.keys()}, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's, of other pickles than its own: what follows says it
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of every kind, where the bytes are anything
-        with path.open("rb") as file: start = file.read(2)
-        if isinstance(error, pickle.UnpicklingError) and start in (b"PK", b"\x80\x02"):
-            wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-            raise ValueError(
-                f"weights: {str(path)!r} holds more than tensors and plain values{f' ({wanted[1]})' if wanted else ''}, and loading that can run code. "
-                "If you trust where it comes from, convert it once:\n"
-                f"  checkpoint = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
-                "  torch.save(checkpoint['state_dict'], 'converted.pth')  # of a whole network: checkpoint.state_dict()\n"
-                "and load converted.pth.") from error
-        if isinstance(error, json.JSONDecodeError): problem = f"has a config in its metadata that is not JSON ({error})"
-        elif not safe and start not in (b"PK", b"\x80\x02"): problem = kind
-        else: problem = f"is damaged or {kind} ({' '.join(str(error).split())[:200] or type(error).__name__})"
-        raise ValueError(f"weights: {str(path)!r} {problem}; accepted: {_weights_files}") from error
-    if not isinstance(content, dict): raise ValueError(f"weights: {str(path)!r} holds a {type(content).__name__} and no weights by name; accepted: {_weights_files}")
-    if not isinstance(config := content.get("config", {}), (dict, type(None))):
-        raise ValueError(f"weights: {str(path)!r} has a config that is a {type(config).__name__} and no dictionary; accepted: {_weights_files}")
+        content = read(path)
+    except Exception as error:
+        raise ValueError(_why_unreadable(path, error)) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"weights: {str(path)!r} holds a {type(content).__name__} and no weights by name; "
+                         f"accepted: {_weights_files}")
+    config = content.get("config", {})
+    if not isinstance(config, (dict, type(None))):
+        kind = type(config).__name__
+        raise ValueError(f"weights: {str(path)!r} has a config that is a {kind} and no dictionary; "
+                         f"accepted: {_weights_files}")
     return content
 
 # %% ../../nbs/12_models.weights.ipynb #3d19dc13
 def tensors_in(source):
-    """The mapping from names to tensors in a loaded file: itself, a Lightning checkpoint's `state_dict`, our `model`, or a
-    run's EMA weights, which come first (under "average" in checkpoints of earlier versions)."""
+    "The mapping from names to tensors in a loaded file; raises `ValueError` where there is none."
     for key in ("ema", "average", "weights", "state_dict", "model"):
-        if isinstance(source, Mapping) and isinstance(source.get(key), Mapping): source = source[key]
-    if not isinstance(source, Mapping) or not source or not all(isinstance(v, Tensor) for v in source.values()):
-        raise ValueError("weights: expected a state dict (names to tensors), alone or under 'state_dict' or 'model'; got "
-                         f"{type(source).__name__}" + (f" with keys {list(source)[:5]}" if isinstance(source, Mapping) else ""))
-    return source
+        if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
+            source = source[key]
+    if isinstance(source, Mapping) and source and all(isinstance(v, Tensor) for v in source.values()):
+        return source
+    given = type(source).__name__
+    if isinstance(source, Mapping):
+        given += f" with keys {list(source)[:5]}"
+    raise ValueError("weights: expected a state dict (names to tensors), alone or under 'state_dict' or "
+                     f"'model'; got {given}")
 
 # %% ../../nbs/12_models.weights.ipynb #d5f709fc
 def _in_our_names(model, tensors):
     "The same tensors under our names, if they come under the published ones."
-    published = published_names(model)
-    if sum(name in tensors for name in published.values()) > sum(name in tensors for name in published):
-        ours = {theirs: name for name, theirs in published.items()}
+    ours = {theirs: name for name, theirs in published_names(model).items()}
+    if sum(name in tensors for name in ours) > sum(name in tensors for name in ours.values()):
         return {ours.get(name, name): value for name, value in tensors.items()}
     return dict(tensors)
 
 # %% ../../nbs/12_models.weights.ipynb #df80bb75
 def _differences(expected, tensors, limit=3):
     "What is missing, unexpected or with a size mismatch, as lines of text."
-    kinds = {"missing": [n for n in expected if n not in tensors], "unexpected": [n for n in tensors if n not in expected],
-             "with a size mismatch": [f"{n} is {tuple(tensors[n].shape)}, the model's is {tuple(v.shape)}"
-                                  for n, v in expected.items() if n in tensors and tensors[n].shape != v.shape],
-             "without floating-point values": [f"{n} is {v.dtype} on {v.device}" for n, v in tensors.items() if v.is_meta or not v.is_floating_point()]}
-    return [f"  {len(found)} {kind}: {', '.join(found[:limit])}{', …' if len(found) > limit else ''}" for kind, found in kinds.items() if found]
+    mismatched = [f"{name} is {tuple(tensors[name].shape)}, the model's is {tuple(value.shape)}"
+                  for name,
+                  value in expected.items() if name in tensors and tensors[name].shape != value.shape]
+    no_floats = [f"{name} is {value.dtype} on {value.device}"
+                 for name, value in tensors.items() if value.is_meta or not value.is_floating_point()]
+    kinds = {"missing": [name for name in expected if name not in tensors],
+             "unexpected": [name for name in tensors if name not in expected],
+             "with a size mismatch": mismatched, "without floating-point values": no_floats}
+    lines = []
+    for kind, found in kinds.items():
+        if found:
+            more = ", …" if len(found) > limit else ""
+            lines.append(f"  {len(found)} {kind}: {', '.join(found[:limit])}{more}")
+    return lines
 
 # %% ../../nbs/12_models.weights.ipynb #54de378c
 def load_published(
@@ -134,13 +188,15 @@ def load_published(
 ) -> Mamba2D:  # the same model
     """Load weights into `model`, strictly.
 
-    Raises `ValueError` listing the first names that are missing, unexpected or have a size mismatch (our names, where they
-    could be translated); the model is then unchanged."""
-    tensors = _in_our_names(model, tensors_in(read_weights(source) if isinstance(source, (str, Path)) else source))
-    expected = model.state_dict()
+    Raises `ValueError` listing the first names that are missing, unexpected or have a size mismatch (our
+    names, where they could be translated); the model is then unchanged."""
+    content = read_weights(source) if isinstance(source, (str, Path)) else source
+    tensors, expected = _in_our_names(model, tensors_in(content)), model.state_dict()
     if backbone_only:
-        expected, tensors = [{n: v for n, v in d.items() if not n.startswith("head.")} for d in (expected, tensors)]
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+        expected = {name: value for name, value in expected.items() if not name.startswith("head.")}
     differences = _differences(expected, tensors)
-    if differences: raise ValueError("weights do not fit this model:\n" + "\n".join(differences))
+    if differences:
+        raise ValueError("weights do not fit this model:\n" + "\n".join(differences))
     model.load_state_dict(tensors, strict=not backbone_only)
     return model

@@ -29,13 +29,16 @@ class KernelError(RuntimeError):
 
 # %% ../../nbs/01_scan.build.ipynb #974b7189
 def source_folder() -> Path:
-    "The folder `csrc`, which holds the sources in `cpu` and `cuda`. Raises `KernelError` if they are missing."
+    """The folder `csrc`, which holds the sources in `cpu` and `cuda`.
+
+    Raises `KernelError` if they are missing."""
     package = Path(find_spec("mamba2d").origin).resolve().parent
     inside, beside = package / "csrc", package.parent / "csrc"
     for folder in (inside, beside):
         if (folder / "cpu" / "scan.h").exists():
             return folder
-    raise KernelError(f"the sources of the kernels are missing: neither {inside} nor {beside} has a cpu/scan.h")
+    raise KernelError("the sources of the kernels are missing: "
+                      f"neither {inside} nor {beside} has a cpu/scan.h")
 
 # %% ../../nbs/01_scan.build.ipynb #b8f95d9d
 def cache_folder() -> Path:
@@ -118,7 +121,8 @@ def find_compiler():
     if command := _words("CXX"):
         if shutil.which(command[0]):
             return command
-        raise KernelError(f"the C++ compiler {command[0]!r} that the environment variable CXX names was not found")
+        raise KernelError(f"the C++ compiler {command[0]!r} "
+                          "that the environment variable CXX names was not found")
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]

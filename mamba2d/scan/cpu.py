@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .build import compile_flags, find_compiler, find_ninja, build_once, KernelError, source_folder
+from mamba2d.scan.build import (
+    build_once, compile_flags, find_compiler, find_ninja, KernelError, source_folder,
+)
 from .reference import compute_dtype, ScanTensors
 
 try:
@@ -78,7 +80,9 @@ def _build_cpu_library(folder, sources, flags):
 
 # %% ../../nbs/02_scan.cpu.ipynb #9450efa6
 def build_cpu_library() -> Path:
-    "The compiled CPU kernel, built if it is not in the cache yet. Raises `KernelError` saying what is missing."
+    """The compiled CPU kernel, built if it is not in the cache yet.
+
+    Raises `KernelError` saying what is missing."""
     if fcntl is None:
         raise KernelError("the CPU kernel is built on Linux and macOS only; on Windows, WSL has it")
     sources = _read_cpu_sources()
@@ -139,7 +143,9 @@ def _cpu_library():
 # %% ../../nbs/02_scan.cpu.ipynb #5b59ac6a
 @lru_cache(maxsize=None)
 def _layout(states):
-    "(bytes of a vector, most rows of a tile, most columns of a tile, states computed together) of the CPU kernel."
+    """How the CPU kernel lays out its tiles.
+
+    Gives (bytes of a vector, most rows of a tile, most columns of a tile, states computed together)."""
     out = (ctypes.c_int64 * 4)()
     _cpu_library().mamba2d_cpu_layout(states, out)
     return tuple(out)
@@ -151,7 +157,8 @@ def cpu_kernel_status() -> tuple[bool, str]:  # whether the CPU kernel can be us
     if isinstance(library, str):
         return False, library
     bits = 8 * _layout(1)[0]
-    return True, f"compiled for {platform.machine()} with {bits}-bit vectors, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return True, f"compiled for {platform.machine()} with {bits}-bit vectors, {threads} threads"
 
 # %% ../../nbs/02_scan.cpu.ipynb #747215c8
 _type_codes = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -182,8 +189,8 @@ def _launch(inputs, outputs, *, delta_softplus, reverse, backward):
         raise RuntimeError(f"the compiled scan does not understand its caller (status {status})")
 
 # %% ../../nbs/02_scan.cpu.ipynb #c70e1426
-def cpu_saved_shape(x: Tensor, A_t: Tensor, dtype: torch.dtype) -> tuple[int]:  # of the float32 tensor `saved`
-    """How many numbers the forward pass keeps for the backward pass, for arithmetic in `dtype`.
+def cpu_saved_shape(x: Tensor, A_t: Tensor, dtype: torch.dtype) -> tuple[int]:
+    """How many numbers (of float32) the forward pass keeps for the backward pass, for arithmetic in `dtype`.
 
     They are the states at the borders of the tiles."""
     batch, height, width, channels = x.shape
@@ -212,7 +219,7 @@ def cpu_forward(*arguments):
 
 # %% ../../nbs/02_scan.cpu.ipynb #df8c4766
 def cpu_backward(grad_y, *arguments):
-    """The operator `mamba2d::scan_backward` on the CPU: the gradients of the inputs, empty for an input that is None.
+    """The operator `mamba2d::scan_backward` on the CPU: the gradients of the inputs, empty for None.
 
     The arguments are the gradient of y, the eleven tensors, `saved`, delta_softplus and reverse."""
     inputs = ScanTensors(*arguments[:11])

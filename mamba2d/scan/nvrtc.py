@@ -146,7 +146,9 @@ def _target(capability):
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #5ff24d2b
 def _cached_code(stem, key, compile):
-    "What `compile` makes, from the cache folder if it is there and whole; None where that folder cannot be used."
+    """What `compile` makes, from the cache folder if it is there and whole.
+
+    None where that folder cannot be used."""
     def build(folder):
         code = compile()
         (folder / "code").write_bytes(hashlib.sha256(code).digest() + code)
@@ -226,12 +228,15 @@ def _primary_context(index):
     "The primary context of the device of that index; the process holds it from then on, as torch does."
     device, context = ctypes.c_int(), ctypes.c_void_p()
     check_driver(cuda_driver().cuDeviceGet(ctypes.byref(device), index), "finding the device")
-    check_driver(cuda_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "finding the device's context")
+    check_driver(cuda_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+                 "finding the device's context")
     return context
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #647eb87e
 def make_context_current(index):
-    "Make the primary context of a device current in this thread if the thread has no context; raises `KernelError`."
+    """Make the primary context of a device current in this thread if the thread has no context.
+
+    Raises `KernelError`."""
     current = ctypes.c_void_p()
     check_driver(cuda_driver().cuCtxGetCurrent(ctypes.byref(current)), "finding the current context")
     if not current.value:

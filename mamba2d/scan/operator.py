@@ -35,14 +35,16 @@ class ScanKernels(NamedTuple):
     "A compiled implementation of the operators below."
     forward: Callable[..., tuple[Tensor, ...]]  # called like `scan_forward` without its last argument
     backward: Callable[..., tuple[Tensor, ...]]  # called like `scan_backward` without its last argument
-    saved_shape: Callable[[Tensor, Tensor, torch.dtype], tuple]  # (x, A_t, dtype) -> shape of `saved` in float32
+    # (x, A_t, dtype) -> shape of `saved` in float32
+    saved_shape: Callable[[Tensor, Tensor, torch.dtype], tuple]
     unsupported_reason: Callable[[Tensor, Tensor], str | None]  # (x, A_t) -> why it cannot compute this scan
     status: Callable[[], tuple[bool, str]]  # whether it can run on this machine, and why not; may build it
 
 # %% ../../nbs/05_scan.operator.ipynb #3aa49c23
 _kernels: dict[str, ScanKernels] = {
     "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status),
-    "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_unsupported_reason, cuda_kernel_status),
+    "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_unsupported_reason,
+                        cuda_kernel_status),
 }
 
 _backend_names = (*_kernels, "reference")
@@ -60,8 +62,9 @@ def available_backends() -> tuple[str, ...]:
 @lru_cache(maxsize=None)
 def _warn_once(name, reason):
     "Say once in a process that the reference runs instead of the kernel `name`."
-    warnings.warn(f"the {name} kernel cannot be used: {reason}. Scans run on plain PyTorch, which is much slower "
-                  "and takes more memory; mamba2d-doctor says what to install.", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"the {name} kernel cannot be used: {reason}. Scans run on plain PyTorch, which is much "
+                  "slower and takes more memory; mamba2d-doctor says what to install.",
+                  RuntimeWarning, stacklevel=4)
 
 # %% ../../nbs/05_scan.operator.ipynb #40117b58
 def _best_kernels(x, A_t):
@@ -100,9 +103,9 @@ _forcing = ()  # the `scan_backend`s that are entered
 class scan_backend:
     """Context manager: every scan inside runs on the named backend, or on the best there is.
 
-    The names are "cpu", "cuda", "reference" and "auto". It holds for the whole process, other threads included; of
-    several that are entered, the latest holds. Raises `ValueError` for an unknown name and `RuntimeError` for a
-    backend that cannot run on this machine, on entering."""
+    The names are "cpu", "cuda", "reference" and "auto". It holds for the whole process, other threads
+    included; of several that are entered, the latest holds. Raises `ValueError` for an unknown name and
+    `RuntimeError` for a backend that cannot run on this machine, on entering."""
     def __init__(self, name: str):
         self.name = name
 
@@ -133,7 +136,7 @@ def _kernels_for(backend, x, A_t):
 
 # %% ../../nbs/05_scan.operator.ipynb #45ee2800
 if "_library" in globals():  # the cell or the module runs again: define its operators again
-    _library._destroy()
+    globals()["_library"]._destroy()
 
 # a notebook may import the library beside its own cells
 _namespace = "mamba2d" if __name__ == "mamba2d.scan.operator" else "mamba2d_notebook"
@@ -141,11 +144,12 @@ _namespace = "mamba2d" if __name__ == "mamba2d.scan.operator" else "mamba2d_note
 _library = torch.library.Library(_namespace, "DEF")
 
 # %% ../../nbs/05_scan.operator.ipynb #701dfd5b
-_inputs = ("Tensor x, Tensor delta_t, Tensor delta_l, Tensor A_t, Tensor A_l, Tensor B_t, Tensor B_l, Tensor C, "
-           "Tensor? D, Tensor? delta_bias_t, Tensor? delta_bias_l")
+_inputs = ("Tensor x, Tensor delta_t, Tensor delta_l, Tensor A_t, Tensor A_l, Tensor B_t, Tensor B_l, "
+           "Tensor C, Tensor? D, Tensor? delta_bias_t, Tensor? delta_bias_l")
 
 _library.define(
-    f"scan_forward({_inputs}, bool delta_softplus, bool reverse, bool return_states, bool for_backward, str backend)"
+    f"scan_forward({_inputs}, bool delta_softplus, bool reverse, bool return_states, bool for_backward, "
+    "str backend)"
     " -> (Tensor y, Tensor h, Tensor saved)")
 
 _library.define(
@@ -160,7 +164,8 @@ def _scan_forward(*arguments):
         return kernels.forward(*arguments[:15])
     tensors = ScanTensors(*arguments[:11])
     delta_softplus, reverse, return_states = arguments[11:14]
-    y, h = forward_by_diagonals(tensors, delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
+    y, h = forward_by_diagonals(tensors, delta_softplus=delta_softplus, reverse=reverse,
+                                return_states=return_states)
     if not return_states:
         h = y.new_empty(0, dtype=compute_dtype(*tensors))
     return y.contiguous(), h.contiguous(), y.new_empty(0, dtype=torch.float32)
@@ -213,7 +218,8 @@ def _autograd_backward(ctx, grad_y, grad_h, grad_saved):
         return (None,) * 16
     inputs = ctx.saved_tensors
     grads = scan_operators.scan_backward(grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
-    wanted = [g if needed and t is not None else None for g, t, needed in zip(grads, inputs, ctx.needs_input_grad)]
+    wanted = [g if needed and t is not None else None for g, t,
+              needed in zip(grads, inputs, ctx.needs_input_grad)]
     return (*wanted, None, None, None, None, None)
 
 def _no_second_derivative(ctx, *grads):
@@ -229,7 +235,8 @@ torch.library.register_autograd(f"{_namespace}::scan_backward", _no_second_deriv
 # %% ../../nbs/05_scan.operator.ipynb #becf9017
 def _differentiates_functions():
     "Whether one of the transformations of `torch.func` that are at work takes a derivative."
-    return any(interpreter.key() in (TransformType.Grad, TransformType.Jvp) for interpreter in retrieve_all_functorch_interpreters())
+    return any(interpreter.key() in (TransformType.Grad, TransformType.Jvp)
+               for interpreter in retrieve_all_functorch_interpreters())
 
 # %% ../../nbs/05_scan.operator.ipynb #e682237d
 def selective_scan_2d(
@@ -251,15 +258,17 @@ def selective_scan_2d(
 ) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan on the best backend there is for `x`, or the one that `scan_backend` forces.
 
-    The scan is that of arXiv 2412.16146, section 3. The dtypes may differ, as autocast makes them; arithmetic is
-    float32, or float64 if any input is. Raises `TypeError` or `ValueError` naming the argument that does not fit,
-    `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second derivative. Derivatives by
-    `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`, whatever is forced."""
+    The scan is that of arXiv 2412.16146, section 3. The dtypes may differ, as autocast makes them; arithmetic
+    is float32, or float64 if any input is. Raises `TypeError` or `ValueError` naming the argument that does
+    not fit, `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second derivative.
+    Derivatives by `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`,
+    whatever is forced."""
     tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     check_arguments(tensors)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active() and _differentiates_functions():
         return selective_scan_2d_ref(*tensors[:9], delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
-                                     delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
+                                     delta_softplus=delta_softplus, reverse=reverse,
+                                     return_states=return_states)
     for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, h, _ = scan_operators.scan_forward(
         *tensors, delta_softplus, reverse, return_states, for_backward, _forced_backend)

@@ -67,7 +67,9 @@ class _Wavefront(NamedTuple):
 
 # %% ../../nbs/00_scan.reference.ipynb #9afcfd01
 def _diagonals(height, width):
-    "(start, stop, offset) of each diagonal: its slice of the order, and its first row minus the previous one's."
+    """(start, stop, offset) of each diagonal.
+
+    These are its slice of the order, and its first row minus the previous one's."""
     diagonals = []
     start = previous_first = 0
     for d in range(height + width - 1):
@@ -106,7 +108,9 @@ def _is_traced():
             or _are_functorch_transforms_active())
 
 def _wavefront(*key):
-    "The wavefront of (height, width, reverse, device, dtype), from the cache where ordinary tensors are made."
+    """The wavefront of (height, width, reverse, device, dtype).
+
+    It comes from the cache where ordinary tensors are made."""
     return _make_wavefront(*key) if _is_traced() else _cached_wavefront(*key)
 
 # %% ../../nbs/00_scan.reference.ipynb #e7d7d607
@@ -126,7 +130,9 @@ def _step_size(delta, bias, softplus):
 _float_dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def _arguments_fit(tensors):
-    "Whether all tensors fit each other. This runs at every call, so it asks each of them as little as it can."
+    """Whether all tensors fit each other.
+
+    This runs at every call, so it asks each of them as little as it can."""
     x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l = tensors
     wide, matrix, device, floats = x.shape, A_t.shape, x.device, _float_dtypes
     if len(wide) != 4 or len(matrix) != 2:
@@ -141,8 +147,10 @@ def _arguments_fit(tensors):
             and B_l.shape == narrow and B_l.dtype in floats and B_l.device == device
             and C.shape == narrow and C.dtype in floats and C.device == device
             and (D is None or D.shape == line and D.dtype in floats and D.device == device)
-            and (bias_t is None or bias_t.shape == line and bias_t.dtype in floats and bias_t.device == device)
-            and (bias_l is None or bias_l.shape == line and bias_l.dtype in floats and bias_l.device == device)
+            and (bias_t is None or bias_t.shape == line and bias_t.dtype in floats
+                 and bias_t.device == device)
+            and (bias_l is None or bias_l.shape == line and bias_l.dtype in floats
+                 and bias_l.device == device)
             and wide[1] > 0 and wide[2] > 0 and wide[3] > 0 and matrix[1] > 0)
 
 # %% ../../nbs/00_scan.reference.ipynb #89d221b6
@@ -221,7 +229,7 @@ def selective_scan_2d_naive(
     reverse: bool = False,  # scan from the bottom-right corner instead of the top-left one
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
 ) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
-    """The 2D selective scan as a loop over pixels: the definition, which every faster version is measured against.
+    """The 2D selective scan as a loop over pixels: the definition of all faster versions.
 
     Raises `TypeError` or `ValueError` naming the argument that does not fit."""
     tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
@@ -345,7 +353,8 @@ def selective_scan_2d_ref(
     Raises `TypeError` or `ValueError` naming the argument that does not fit."""
     tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     check_arguments(tensors)
-    y, h = forward_by_diagonals(tensors, delta_softplus=delta_softplus, reverse=reverse, return_states=return_states)
+    y, h = forward_by_diagonals(tensors, delta_softplus=delta_softplus, reverse=reverse,
+                                return_states=return_states)
     return (y, h.detach()) if return_states else y
 
 # %% ../../nbs/00_scan.reference.ipynb #ef4d440a
@@ -369,7 +378,9 @@ class _Draw:
         return -(rates + 0.1 * self.normal(channels, states)).exp()
 
     def bias(self, channels, before_softplus):
-        "A bias of the step sizes. Without softplus it is positive: a negative step size would make the states grow."
+        """A bias of the step sizes.
+
+        Without softplus it is positive: a negative step size would make the states grow."""
         return 0.3 * self.normal(channels) if before_softplus else 0.01 * self.normal(channels).abs()
 
 # %% ../../nbs/00_scan.reference.ipynb #b36d3af9
@@ -390,7 +401,9 @@ def random_problem(
     delta_softplus: bool = True,  # draw the deltas as they are before softplus
     requires_grad: bool = True,
 ) -> dict:  # keyword arguments of `selective_scan_2d`, drawn in float64 and rounded to `dtype`
-    "Draw the arguments of a scan, as the published network would feed it: A = -(1..N), Δ log-uniform in `delta_range`."
+    """Draw the arguments of a scan, as the published network would feed it.
+
+    A is near -(1..N), Δ log-uniform in `delta_range`."""
     b, h, w, e, n = shape
     draw = _Draw(seed)
     problem = dict(
@@ -443,7 +456,9 @@ def random_cases(count, seed=0):
 
 # %% ../../nbs/00_scan.reference.ipynb #51b0fa5c
 def check_against_naive(scan, count, tolerance):
-    "Worst error of output, states and gradients of `scan` over `count` random problems; fails above `tolerance`."
+    """Worst error of output, states and gradients of `scan` over `count` random problems.
+
+    Raises `AssertionError` above `tolerance`."""
     worst = {}
     for shape, problem, options in random_cases(count):
         (y, h), expected = gradients(selective_scan_2d_naive, problem, return_states=True, **options)
@@ -457,7 +472,9 @@ def check_against_naive(scan, count, tolerance):
 
 # %% ../../nbs/00_scan.reference.ipynb #04ca2537
 def _direction_backward(direction, grads, s, *, d, x, neighbour, grad_x):
-    "Write the gradients of one direction on the diagonal `s`, add to those of x, return that of the neighbour."
+    """Write the gradients of one direction on the diagonal `s`.
+
+    Adds to those of x, and returns that of the neighbour."""
     delta = direction.delta[:, s, :, None]
     gate = _gate(direction, s)
     through_gate = d * gate * neighbour

@@ -49,6 +49,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     loader,  # of images and classes; a KeyedDL is sharded over the processes, so that each image counts once
+    *,
     distributed: Distributed | None = None,
     precision: str = "fp32",  # "bf16": autocast, on GPUs
     limit: int | None = None,  # batches at most
@@ -93,6 +94,7 @@ def ablate_scan(model: nn.Module):
 # %% ../../nbs/33_training.evaluation.ipynb #d21802bc
 def accuracies(
     learn: Learner,
+    *,
     distributed: Distributed | None = None,
     limit: int | None = None,  # batches at most
     evaluation: Evaluation | None = None,  # with the scan, where that is there already
@@ -100,9 +102,9 @@ def accuracies(
 ) -> dict[str, float]:  # loss, accuracy, top5, loss_without_scan, accuracy_without_scan
     "Validation loss and accuracy, and both with the scan's output set to zero."
     precision = getattr(learn, "recipe", Recipe()).precision
-    arguments = (learn.model, learn.dls.valid, distributed, precision, limit, stop)
-    whole = evaluate(*arguments) if evaluation is None else evaluation
-    with ablate_scan(learn.model): ablated = evaluate(*arguments)
+    options = dict(distributed=distributed, precision=precision, limit=limit, stop=stop)
+    whole = evaluate(learn.model, learn.dls.valid, **options) if evaluation is None else evaluation
+    with ablate_scan(learn.model): ablated = evaluate(learn.model, learn.dls.valid, **options)
     return {"loss": whole.loss, "accuracy": whole.top(1), "top5": whole.top(5),
             "loss_without_scan": ablated.loss, "accuracy_without_scan": ablated.top(1)}
 

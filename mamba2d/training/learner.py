@@ -191,6 +191,7 @@ class FollowRecipeCallback(Callback):
         recipe,
         distributed,
         accumulate,  # batches per step, from `shard_loaders`
+        *,
         resume=None,  # what `state` returned in another fit
         limit=None,  # steps of an epoch, and batches of a validation, at most
         max_nonfinite_steps=0,  # steps with a loss or gradient that is not finite to skip, at most
@@ -331,7 +332,7 @@ def _memory_budget():
     It does not keep their results then (60_bench). The compiler looks at this at the first batch."""
     return torch._functorch.config.patch(activation_memory_budget=0.95)
 
-# %% ../../nbs/32_training.learner.ipynb #9c063e23
+# %% ../../nbs/32_training.learner.ipynb #a4ea37e6
 @patch
 def fit_recipe(
     self: Learner,
@@ -361,7 +362,9 @@ def fit_recipe(
         if isinstance(self.dls.train, KeyedDL): self.dls.train.seed = recipe.seed
         else: self.dls.train.rng = random.Random(recipe.seed)  # fastai's own loaders draw their order from it
         prepare = PrepareModelCallback(recipe, distributed, resume, limit)
-        follow = FollowRecipeCallback(recipe, distributed, accumulate, resume, limit, max_nonfinite_steps)
+        follow = FollowRecipeCallback(
+            recipe, distributed, accumulate, resume=resume, limit=limit,
+            max_nonfinite_steps=max_nonfinite_steps)
         precision = [MixedPrecision(AMPMode.BF16)] if recipe.precision == "bf16" and on_gpu else []
         cbs = [prepare, follow, RecordEpochsCallback(follow), *precision, *cbs]
         recorder = vars(self.recorder)  # fastai would warn of an assignment, as the learner has a smooth_loss

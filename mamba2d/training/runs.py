@@ -101,6 +101,7 @@ def plot_predictions(
     loader,  # of the images
     result: Evaluation,  # of that loader
     classes,  # their names
+    *,
     rows: int = 5, columns: int = 8,
     figure: Figure | None = None,
 ) -> Figure:
@@ -464,14 +465,15 @@ def _check_batches(out, dls, recipe, distributed):
         fitting = _fitting(recipe, dls.train, distributed)
         raise IncompatibleRunError(f"run folder {str(out)!r} holds a run with {fitting} ({error})") from error
 
-# %% ../../nbs/35_training.runs.ipynb #c7a76ddd
+# %% ../../nbs/35_training.runs.ipynb #fcfa7256
 def _evaluate_run(learn, keep, distributed, limit):
     "The evaluation of the trained network, and the result of the run."
     stop = lambda: keep.asked_to_stop is not None
     keep.answer = "ending the evaluation"
-    shown = evaluate(learn.model, learn.dls.valid, distributed, learn.recipe.precision, limit, stop)
+    options = dict(distributed=distributed, limit=limit, stop=stop)
+    shown = evaluate(learn.model, learn.dls.valid, precision=learn.recipe.precision, **options)
     seconds = round(sum(row["seconds"] for row in learn.reached.history), 1)
-    result = {"seconds": seconds, **accuracies(learn, distributed, limit, shown, stop)}
+    result = {"seconds": seconds, **accuracies(learn, evaluation=shown, **options)}
     if distributed.sum(stop())[0]:
         raise StopRequestedError("stopped after the last step, while the network was evaluated; "
                                  "the same command evaluates it again")
@@ -532,6 +534,7 @@ def train_run(
     out: str | Path,  # the run folder
     config: dict,  # what is needed to build the network again, as plain values
     settings: dict | None = None,  # more to write down: where the data came from, ...
+    *,
     overwrite: bool = False,  # start over; an earlier run in the folder is removed
     distributed: Distributed | None = None,
     checkpoint_minutes: float | None = None,  # between checkpoints in an epoch; None: only after each epoch

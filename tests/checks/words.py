@@ -45,6 +45,7 @@ allowed = [
     ("tests/emulated_cuda.py", ".*", "replaces functions of the kernels by name"),
     ("tests/test_survival.py", r"pictures?", "writes a checkpoint of the first format"),
     ("nbs/34_training.checkpoints.ipynb", r"pictures?", "converts checkpoints of the first format"),
+    ("mamba2d/training/checkpoints.py", r"pictures?", "converts checkpoints of the first format"),
     ("README.md", r"", "is written from nbs/index.ipynb"),
 ]
 
