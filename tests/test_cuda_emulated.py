@@ -33,8 +33,10 @@ def error(found, expected): return ((found.double() - expected).norm() / expecte
 @pytest.mark.parametrize("shape, dtype, options", [
     ((1, 18, 17, 24, 16), bf16, {}),  # sums on the tensor cores, copies in the background, three tiles, three strips, two channel groups
     ((1, 18, 17, 24, 16), bf16, dict(reverse=True)),
+    ((1, 18, 17, 24, 16), bf16, dict(reverse=True, chained=True)),  # channel groups that wait for each other
     ((1, 9, 12, 16, 16), bf16, dict(strided=True, reverse=True, optional=False)),
     ((2, 9, 10, 20, 16), f32, dict(reverse=True, states=True)),
+    ((2, 9, 10, 20, 16), f32, dict(chained=True)),
     ((1, 10, 9, 5, 3), f64, dict(softplus=False, reverse=True)),
     ((1, 1, 9, 6, 20), fp16, {}),
     ((1, 17, 1, 33, 16), bf16, dict(reverse=True)),
@@ -43,6 +45,7 @@ def error(found, expected): return ((found.double() - expected).norm() / expecte
 ])
 def test_kernels_equal_the_reference(emulated, monkeypatch, shape, dtype, options):
     softplus, reverse, states = options.get("softplus", True), options.get("reverse", False), options.get("states", False)
+    if options.get("chained"): monkeypatch.setattr(cuda, "_apart_pixels", 0)
     if "processors" in options: monkeypatch.setattr(cuda, "_card", lambda index: (90, 232448, options["processors"]))
     problem = random_problem(shape, dtype=dtype, strided=options.get("strided", False), optional=options.get("optional", True),
                              delta_softplus=softplus, requires_grad=False)

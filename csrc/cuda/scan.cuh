@@ -11,7 +11,7 @@
 //   OFFSET                 type of an offset within one image: int, or long long where int is too short
 //   SAME_E, SAME_N         1: x and everything of its shape (1: B_t, B_l and C) have the same strides, so that one offset serves all
 //   SAVED_T                element type of the states that are kept for the backward pass
-//   LOCKSTEP               1: warps that hand states to each other meet at __syncthreads, all at once. Slower, with the same reads and
+//   LOCKSTEP               1: warps that hand states to each other meet at __syncthreads, all at once (no `announce`, no `receive`). Slower, with the same reads and
 //                          writes: for compute-sanitizer's racecheck, which cannot follow barriers of neighbours (tests/barriers.cu)
 //   ...                    see the kernels for the rest
 //
@@ -156,7 +156,8 @@ struct Inputs {
 };
 struct Layout {
   Strides sx, sdt, sdl, sbt, sbl, sc;
-  int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols, spare;
+  int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols;
+  int apart;  // backward: 1: each channel group keeps its own sums of B_t, B_l and C, which scan_backward_sum adds up
   DEVICE_METHOD const Strides& delta_t_strides() const { return SAME_E ? sx : sdt; }
   DEVICE_METHOD const Strides& delta_l_strides() const { return SAME_E ? sx : sdl; }
   DEVICE_METHOD const Strides& B_l_strides() const { return SAME_N ? sbt : sbl; }
@@ -182,6 +183,37 @@ DEVICE int anew(int v) {
 // Meet the neighbouring warp: `warp` and `warp - 1` of a block use barrier `warp`.
 DEVICE void meet(int warp) {
   if (!LOCKSTEP) asm volatile("bar.sync %0, 64;" : : "r"(warp) : "memory");
+}
+
+// What one warp tells another, once for each place of a message in shared memory: the reader waits for the writer, the writer for nobody.
+// Each message flips the parity of its gate. Cards without such barriers let both warps meet at barrier `warp`.
+typedef unsigned long long Gate;
+DEVICE void prepare(Gate* gate) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" : : "r"(u32(__cvta_generic_to_shared(gate))) : "memory");
+#endif
+}
+DEVICE void announce(Gate* gate, int warp, int lane) {
+#if __CUDA_ARCH__ >= 800
+  if (LOCKSTEP) return;
+  __syncwarp();
+  if (lane == 0) asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" : : "r"(u32(__cvta_generic_to_shared(gate))) : "memory");
+#else
+  meet(warp);
+#endif
+}
+DEVICE void receive(Gate* gate, int warp, int parity) {
+#if __CUDA_ARCH__ >= 900
+  if (LOCKSTEP) return;
+  asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+               : : "r"(u32(__cvta_generic_to_shared(gate))), "r"(parity) : "memory");
+#elif __CUDA_ARCH__ >= 800
+  if (LOCKSTEP) return;
+  asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+               : : "r"(u32(__cvta_generic_to_shared(gate))), "r"(parity) : "memory");
+#else
+  meet(warp);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------- between blocks

@@ -4,12 +4,16 @@
 // A block holds CG channels with all their states and a strip of STRIP rows, one warp a row. It takes the strip in tiles of SPAN
 // columns, from the right to the left. In each tile it first recomputes the states from those the forward pass has saved above and to
 // the left of the tile, keeping them in shared memory, and then runs the adjoint from the bottom-right corner; in both sweeps a row is
-// one column behind its neighbour, and two neighbouring rows meet at a barrier of their own for each column. What the adjoint sends to
+// behind its neighbour: for each column it announces to the next row what it has written for it (`announce`, `receive`). What the adjoint sends to
 // the left stays in registers; what it sends up takes the place of the state in shared memory (no longer needed then), or goes to the
 // strip above through a row of states in memory, in place.
 //
 // The gradients of B and C are sums over all channels of a pixel. Where the channels are spread over several blocks, these add to one
-// array in the order of their groups, each block waiting for the one before, so that a sum never depends on who comes first.
+// array in the order of their groups, each block waiting for the one before, so that a sum never depends on who comes first. Where
+// images are small (`apart`) each group has an array of its own, and the second launch adds them.
+//
+// On the tensor cores (MMA) rows 0 and 7, for which the others wait, are spared: of the states above, row j copies column j for row 0; of
+// what the strip below sends, rows 0 to 3 copy two columns each for row 7; the last row tells the strip above when row 0 has sent a tile.
 //
 // Macros beside those of scan.cuh:
 //   STRIP, SPAN      rows and columns of a tile
@@ -37,7 +41,8 @@ struct BackwardArguments : Inputs, BackwardTensors, Layout {
   Strides sg, se, sn;  // of the gradient of y; of the gradients with E and with N channels
 };
 
-constexpr int PIXELS = STRIP * SPAN, THREADS = STRIP * 32, ROW = (SPAN + 1) * TILE;
+constexpr int LEFT = MMA ? 0 : 1;  // places of a row before its first column, for the states to the left of the tile
+constexpr int PIXELS = STRIP * SPAN, THREADS = STRIP * 32, ROW = (SPAN + LEFT) * TILE;
 static_assert(CG <= 32, "a lane writes the gradients of one channel");
 
 // Room of a row for the sums over states (one run of entries a channel), and then for those over channels (one run for each of B_t, B_l
@@ -50,13 +55,23 @@ typedef bf16 matrix_t;
 #else
 typedef real matrix_t;
 #endif
+// Channel c of lane group eg. On the tensor cores the channels of a lane are neighbours, so that it writes their gradients at once.
+constexpr int LANE_STEP = MMA ? CH : 1, CHANNEL_STEP = MMA ? 1 : EG;
+DEVICE int input_slot(int ch) { return MMA ? ch % CH * EG + ch / CH : channel_slot(ch); }
+DEVICE int lane_input(int eg, int c) { return MMA ? c * EG + eg : lane_slot(eg, c); }
+
 struct Space {
-  real h[(STRIP + 1) * ROW];  // row 0: the states above the tile; row r + 1: row r; each begins with the state to the left of the tile
+  // Row 0: the states above the tile (MMA: as they are kept, of this tile and of the next); row r + 1: row r, which begins with the state
+  // to the left of the tile (not if MMA); MMA: the last row is what the strip below sends.
+  real h[(STRIP + 1 + MMA) * ROW];
   Quad inputs[PIXELS * CG];           // delta_t, delta_l, x, gradient of y
   alignas(16) matrix_t matrices[PIXELS * 3 * NP];  // B_t, B_l, C
   alignas(16) real constants[3][CG];               // biases and skip of the block's channels
+  Gate gates[(STRIP + 1) * SPAN];                  // of the messages between row r - 1 and row r at each column
+  Gate tile_sent, spare;                           // row 0 has sent all of a tile to the strip above
 #if MMA
   alignas(16) bf16 weights[PIXELS * 3 * CG];  // c_t delta_t x, c_l delta_l x, gradient of y, in the order of `weight_place`
+  alignas(16) saved_t left[STRIP * TILE];     // the states to the left of the tile
 #else
   alignas(16) real sums[STRIP][ROW_SUMS];
 #endif
@@ -72,7 +87,8 @@ DEVICE States load_matrix(const matrix_t* p) {
 #endif
   return s;
 }
-static_assert(sizeof(Space) >= sizeof(real) * STRIP * (2 * TILE + 3 * CG), "the sums over a strip use the same memory");
+constexpr int SUM_LANES = MMA ? NG : 1, SUM_CHANNELS = MMA ? CH : 1;  // lanes that hold a part of the sums of a channel, channels of such a lane
+static_assert(sizeof(Space) >= sizeof(real) * STRIP * (2 * TILE + 3 * CG * SUM_LANES), "the sums over a strip use the same memory");
 
 template <typename A, typename B> constexpr bool same_type = false;
 template <typename A> constexpr bool same_type<A, A> = true;
@@ -83,7 +99,7 @@ template <typename A> constexpr bool same_type<A, A> = true;
 // matter as long as the other factor has the same). Sums over states multiply that matrix by B_t and B_l, or by ones, in alternate
 // columns, so that every lane of a group gets both sums. Sums over channels multiply its transpose by the weights of the channels.
 static_assert(CH <= 2 && NS == 4 && NG == 4 && sizeof(real) == 4, "the tile of the tensor cores");
-DEVICE int weight_place(int ch) { return CH == 1 ? ch : (ch & 7) / 2 * 4 + (ch >> 3) * 2 + (ch & 1); }
+DEVICE int weight_place(int ch) { return CH == 1 ? ch : ch / 4 * 4 + (ch & 1) * 2 + (ch >> 1 & 1); }
 DEVICE u32 pack_bf16(float low, float high) {
   u32 v;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
@@ -98,8 +114,14 @@ DEVICE Pack<u32, 2> load_weights(const bf16* p, int ng) {
 }
 DEVICE Fragment pack_fragment(const float (&m)[CH][4]) {
   Fragment f;
-  f.v[0] = pack_bf16(m[0][0], m[0][1]), f.v[1] = CH == 2 ? pack_bf16(m[CH - 1][0], m[CH - 1][1]) : 0u;
-  f.v[2] = pack_bf16(m[0][2], m[0][3]), f.v[3] = CH == 2 ? pack_bf16(m[CH - 1][2], m[CH - 1][3]) : 0u;
+  f.v[0] = pack_bf16(m[0][0], m[0][2]), f.v[1] = CH == 2 ? pack_bf16(m[CH - 1][0], m[CH - 1][2]) : 0u;
+  f.v[2] = pack_bf16(m[0][1], m[0][3]), f.v[3] = CH == 2 ? pack_bf16(m[CH - 1][1], m[CH - 1][3]) : 0u;
+  return f;
+}
+DEVICE Fragment pack_fragment_of(const States (&m)[CH]) {
+  Fragment f;
+  f.v[0] = pack_bf16(m[0].v[0], m[0].v[2]), f.v[1] = CH == 2 ? pack_bf16(m[CH - 1].v[0], m[CH - 1].v[2]) : 0u;
+  f.v[2] = pack_bf16(m[0].v[1], m[0].v[3]), f.v[3] = CH == 2 ? pack_bf16(m[CH - 1].v[1], m[CH - 1].v[3]) : 0u;
   return f;
 }
 DEVICE u32 transpose_bf16(u32 v) {
@@ -120,20 +142,29 @@ DEVICE void multiply(const Fragment& a, const Pack<u32, 2>& b, float (&sum)[4]) 
 }
 #endif
 
+template <typename T> DEVICE void store_two(T* p, real first, real second, bool aligned, bool both) {
+  Pack<T, 2> out;
+  from_real(first, out.v[0]), from_real(second, out.v[1]);
+  if (aligned) *reinterpret_cast<Pack<T, 2>*>(p) = out;
+  else {
+    p[0] = out.v[0];
+    if (both) p[1] = out.v[1];
+  }
+}
 template <typename T> DEVICE void prefetch(const T* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 DEVICE int sign_bits(float v) { return __float_as_int(v); }
 DEVICE int sign_bits(double v) { return __double2hiint(v); }
 
 // Where all tensors are bf16, the next tile's inputs are copied in the background while this one's adjoint still runs, as they are, into
 // the places of the columns that it has finished: x, delta_t, delta_l, gradient of y into the second half of a row's `inputs`, the states
-// to the left of the tile before them; B_t, B_l, C and the states above go where they belong (those of column 0 a little later).
+// to the left of the tile into its `weights`; B_t, B_l, C and the states above go where they belong (those of column 0 a little later).
+static_assert(!MMA || rounded_states, "the states are kept as they are copied");
 constexpr bool EARLY = MMA && VECTOR == 4 && SPAN == 8 && rounded_states && sizeof(DT_T) == 2 && sizeof(DL_T) == 2 && sizeof(G_T) == 2;
 constexpr int EARLY_COLUMN = 1;  // the copies begin when this column's adjoint is done
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(const __grid_constant__ BackwardArguments p) {
   extern __shared__ __align__(16) unsigned char memory[];
   __shared__ int ticket;
-  __shared__ int unused;
   Space& space = *reinterpret_cast<Space*>(memory);
   const int lane = threadIdx.x & 31, r = uniform(threadIdx.x >> 5), ng = lane % NG, eg = lane / NG;
   const bool chained = p.strips > 1 || p.groups > 1;
@@ -150,27 +181,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   int* const sent = p.flags + 1 + (i64(image) * p.groups + group) * p.strips + order;
   int* const summed = sent + i64(p.images) * p.groups * p.strips;
   const int row = strip * STRIP + r;
-  const bool active = row < H, last_group = group == p.groups - 1;
+  // `follows`: goes on with the sums of the channel group before; `last_group`: finishes them
+  const bool active = row < H, follows = group > 0 && !p.apart, last_group = group == p.groups - 1 && !p.apart;
   const i64 b = image, pixel = i64(p.channels_padded) * NP;
-  const int lane_states = (e0 + eg) * NP + ng * NS;  // this lane's first states in padded storage
-  auto handed_over = [&](int col) { return p.handover + (b * W + anew(col)) * pixel + ((e0 + anew(eg)) * NP + ng * NS); };  // this lane's first states of a column
+  const int lane_states = (e0 + eg * LANE_STEP) * NP + ng * NS;  // this lane's first states in padded storage
+  auto handed_over = [&](int col) { return p.handover + (b * W + anew(col)) * pixel + ((e0 + anew(eg) * LANE_STEP) * NP + ng * NS); };  // this lane's first states of a column
 
   real A_t[CH][NS], A_l[CH][NS], sum_A_t[CH][NS], sum_A_l[CH][NS], sent_left[CH][NS], h[CH][NS];
 #pragma unroll
   for (int c = 0; c < CH; ++c)
 #pragma unroll
     for (int k = 0; k < NS; ++k) {
-      const int e = e0 + c * EG + eg, n = ng * NS + k;
+      const int e = e0 + eg * LANE_STEP + c * CHANNEL_STEP, n = ng * NS + k;
       const bool there = e < p.channels && n < STATES;
       A_t[c][k] = there ? to_real(p.A_t[i64(e) * STATES + n]) * log2e : real(0);
       A_l[c][k] = there ? to_real(p.A_l[i64(e) * STATES + n]) * log2e : real(0);
       sum_A_t[c][k] = sum_A_l[c][k] = sent_left[c][k] = 0;
     }
 
-  // The channel this lane writes
-  const int own = MMA ? ng * EG + eg : lane, written = e0 + own;
+  // The first channel whose gradients this lane writes, and sums for each of the channels that it writes
+  const int own = MMA ? eg * CH : lane, written = e0 + own;
   const bool writes = own < CG && written < p.channels;
-  real sum_D = 0, sum_bias_t = 0, sum_bias_l = 0;
+  real sum_D[SUM_CHANNELS], sum_bias_t[SUM_CHANNELS], sum_bias_l[SUM_CHANNELS];
+#pragma unroll
+  for (int c = 0; c < SUM_CHANNELS; ++c) sum_D[c] = sum_bias_t[c] = sum_bias_l[c] = 0;
   const OFFSET row_e = OFFSET(row * p.se.h), row_n = OFFSET(row * p.sn.h), step_e = OFFSET(p.se.w), step_n = OFFSET(p.sn.w);
   X_T* const grad_x = p.grad_x + b * p.se.b;
   DT_T* const grad_delta_t = p.grad_delta_t + b * p.se.b;
@@ -183,37 +217,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
     space.constants[1][ch] = BIAS_L ? to_real(p.bias_l[e]) : real(0);
     space.constants[2][ch] = SKIP ? to_real(p.D[e]) : real(0);
   }
+  if (threadIdx.x < (STRIP + 1) * SPAN) prepare(&space.gates[threadIdx.x]);
+  if (threadIdx.x == 0) prepare(&space.tile_sent);
   __syncthreads();
 
-  auto sums_at = [&](int col) { return p.sums + b * H * W * (3 * STATES) + OFFSET(row * W + col) * (3 * STATES); };
+  auto sums_at = [&](int col) { return p.sums + (p.apart ? i64(group) * p.images + b : b) * H * W * (3 * STATES) + OFFSET(row * W + col) * (3 * STATES); };
 
+#if !MMA
   // The gradients of x, delta_t and delta_l at column `col` of this lane's channel, with inputs s: of x what came through the top and left
   // injections; of the step sizes so far without softplus
   auto write_gradients = [&](int own, int col, const Quad& s, real from_t, real from_l, real grad_t, real grad_l) {
-#if MMA
-    if (SOFTPLUS) grad_t *= softplus_slope_rough(s.v[0]), grad_l *= softplus_slope_rough(s.v[1]);
-#else
     if (SOFTPLUS) grad_t *= softplus_slope(s.v[0]), grad_l *= softplus_slope(s.v[1]);
-#endif
-    sum_D += s.v[2] * s.v[3];
-    sum_bias_t += grad_t;
-    sum_bias_l += grad_l;
+    sum_D[0] += s.v[2] * s.v[3];
+    sum_bias_t[0] += grad_t;
+    sum_bias_l[0] += grad_l;
     const OFFSET at = row_e + OFFSET(col) * step_e + (e0 + own);
     from_real(from_t * s.v[0] + from_l * s.v[1] + space.constants[2][own] * s.v[3], grad_x[at]);
     from_real(grad_t, grad_delta_t[at]);
     from_real(grad_l, grad_delta_l[at]);
   };
+#endif
+
+  // The compiler would compute the gates behind the wait for a neighbour, while the next row waits for this one: a store that depends on them
+  // (and never happens, unless a gate is NaN; then so is the state that lies there or will) keeps them before it.
+  auto keep_here = [](int bits, real* place) {
+    if (bits < 0) *reinterpret_cast<volatile int*>(place) = bits;
+  };
 
   // From here to the end of the loop rows meet their neighbours only, and keep to memory of their own: a row begins a tile when it has
   // finished the one before. It cannot run ahead, since the first sweep needs the row above and the second the row below.
-  const bool meets_above = r > 0, meets_below = r + 1 < STRIP && row + 1 < H;
+  const bool from_below = strip + 1 < p.strips;
+  const bool meets_above = r > 0 || MMA && strip > 0, meets_below = row + 1 < H && (r + 1 < STRIP || MMA);
   const int tiles = (W + SPAN - 1) / SPAN, first_tile = active ? tiles - 1 : -1;
   const int rows = min(STRIP, H - strip * STRIP);  // of this strip
-  const bool sums_go_on = !last_group;             // the next channel group waits for this one's
-  real* const own_h = space.h + r * ROW + TILE + lane * NS;  // the pixel above this row's column 0, c = 0
-#if MMA
-  const u32 even_ones = eg & 1 ? 0u : 0x3f803f80u, odd_ones = even_ones ^ 0x3f803f80u;  // in the columns of that parity
-#else
+  const bool sums_go_on = !last_group && !p.apart;           // the next channel group waits for this one's
+  real* const own_h = space.h + r * ROW + LEFT * TILE + lane * NS;  // the pixel above this row's column 0, c = 0
+#if !MMA
   real* const scratch = space.sums[r];
 #endif
 
@@ -259,6 +298,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   auto stage_x = [&](int q, int j0) {
     const int item = 32 * q + anew(lane), at = TOGETHER ? q : 0, ch = item % X_WIDTH * VECTOR, j = item / X_WIDTH, col = j0 + j;
     if (item < SPAN * X_WIDTH && col < W) {
+#if MMA
+      Pack<bf16, VECTOR> weights_t, weights_l, weights_g;
+#endif
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) {
         Quad s;
@@ -267,16 +309,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         if (BIAS_L) s.v[1] += space.constants[1][ch + v];
         if (SOFTPLUS) s.v[0] = softplus(s.v[0]), s.v[1] = softplus(s.v[1]);
         if (e0 + ch + v >= p.channels) s.v[0] = s.v[1] = s.v[2] = s.v[3] = 0;
-        space.inputs[(r * SPAN + j) * CG + channel_slot(ch + v)] = s;
+        space.inputs[(r * SPAN + j) * CG + input_slot(ch + v)] = s;
 #if MMA
         const bool inside = row > 0 && col > 0;
         const real ct = inside ? real(0.5) : row > 0 ? real(1) : real(0), cl = inside ? real(0.5) : row > 0 ? real(0) : real(1);
-        bf16* const to = space.weights + (r * SPAN + j) * 3 * CG + weight_place(ch + v);
-        from_real(ct * s.v[0] * s.v[2], to[0]);
-        from_real(cl * s.v[1] * s.v[2], to[CG]);
-        from_real(s.v[3], to[2 * CG]);
+        const int place = weight_place(VECTOR == 4 ? v : ch + v) % (VECTOR == 4 ? 4 : CG);
+        bf16* const to = space.weights + (r * SPAN + j) * 3 * CG + place;
+        from_real(ct * s.v[0] * s.v[2], VECTOR == 4 ? weights_t.v[place % VECTOR] : to[0]);
+        from_real(cl * s.v[1] * s.v[2], VECTOR == 4 ? weights_l.v[place % VECTOR] : to[CG]);
+        from_real(s.v[3], VECTOR == 4 ? weights_g.v[place % VECTOR] : to[2 * CG]);
 #endif
       }
+#if MMA
+      if (VECTOR == 4) {
+        bf16* const to = space.weights + (r * SPAN + j) * 3 * CG + ch;
+        *reinterpret_cast<Pack<bf16, VECTOR>*>(to) = weights_t;
+        *reinterpret_cast<Pack<bf16, VECTOR>*>(to + CG) = weights_l;
+        *reinterpret_cast<Pack<bf16, VECTOR>*>(to + 2 * CG) = weights_g;
+      }
+#endif
     }
   };
   auto stage_n = [&](int q, int j0) {
@@ -314,12 +365,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       }
     }
   };
-  auto copy_above = [&](int t, int first_col, int end_col) {
+  // Of the states above, each row of the strip copies some columns; row 0 reads them.
+  auto above_place = [&](int t, int j) { return reinterpret_cast<saved_t*>(space.h) + ((t & 1) * SPAN + j) * TILE + anew(lane) * NS; };
+  auto left_place = [&] { return space.left + r * TILE + anew(lane) * NS; };
+  auto copy_above = [&](int t) {
+    if (strip > 0) {
 #pragma unroll 1
-    for (int j = first_col; j < end_col; ++j)
+      for (int j = r; j < SPAN; j += rows)
 #pragma unroll
-      for (int c = 0; c < CH; ++c)
-        if (t * SPAN + j < W && e0 + c * EG + eg < p.channels) copy_eight(own_h + j * TILE + c * 32 * NS, above(t) + j * pixel + (lane_states + c * EG * NP));
+        for (int c = 0; c < CH; ++c)
+          if (t * SPAN + j < W && e0 + eg * LANE_STEP + c * CHANNEL_STEP < p.channels)
+            copy_eight(above_place(t, j) + c * 32 * NS, above(t) + j * pixel + (lane_states + c * CHANNEL_STEP * NP));
+    }
+  };
+  auto copy_left = [&](int t) {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      saved_t* const to = left_place() + c * 32 * NS;
+      if (t == 0) store_saved(to, none);
+      else if (e0 + eg * LANE_STEP + c * CHANNEL_STEP < p.channels) copy_eight(to, left_of(t, anew(row)) + (lane_states + c * CHANNEL_STEP * NP));
+    }
   };
   auto copy_most = [&](int tile_now) {  // all but column 0
     const int t = anew(tile_now), l = anew(lane), i = anew(row), ch = l % X_WIDTH * VECTOR, col = t * SPAN + l / X_WIDTH, e = min(e0 + ch, p.channels - VECTOR);
@@ -330,26 +395,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       copy_eight(early_x + SPAN * CG * 4, p.delta_l + b * sdl.b + i * sdl.h + offset_e(sdl, col, e));
       copy_eight(early_x + SPAN * CG * 6, p.grad_y + b * sg.b + i * sg.h + offset_e(sg, col, e));
     }
-#pragma unroll
-    for (int c = 0; c < CH; ++c)
-      if (t > 0 && e0 + c * EG + eg < p.channels) copy_eight(early_x + (c - CH) * 256, left_of(t, i) + (lane_states + c * EG * NP));
     copy_matrices(t, l, i, 1, SPAN);
-    if (r == 0 && strip > 0) copy_above(t, 1, SPAN);
+    copy_above(t);
     close_group();
   };
-  auto copy_rest = [&](int tile_now) {  // column 0
+  auto copy_rest = [&](int tile_now) {  // column 0 and the states to the left
     const int t = anew(tile_now);
     copy_matrices(t, anew(lane), anew(row), 0, 1);
-    if (r == 0 && strip > 0) copy_above(t, 0, 1);
+    copy_left(t);
     close_group();
   };
-  if (EARLY && active) {
-    if (r == 0)  // where nothing will be copied
-      for (int j = 0; j < SPAN; ++j)
-        for (int c = 0; c < CH; ++c) store_states(own_h + j * TILE + c * 32 * NS, none);
-    copy_most(first_tile), copy_rest(first_tile);
+  if (active) {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      // Where nothing will be copied: the states of missing channels, those above the image, and what comes from below it
+      store_saved(left_place() + c * 32 * NS, none);
+      for (int j = r; j < SPAN; j += rows) store_saved(above_place(0, j) + c * 32 * NS, none), store_saved(above_place(1, j) + c * 32 * NS, none);
+      if (row + 1 == H)
+        for (int j = 0; j < SPAN; ++j) store_states(own_h + 2 * ROW + j * TILE + c * 32 * NS, none);
+    }
+    if (EARLY) copy_most(first_tile), copy_rest(first_tile);
   }
+  if (strip == 0) __syncthreads();  // row 0 reads the zeros above the image without waiting for them
 #endif
+  // The states above column j
+  auto load_above = [&](const real* tops, int t, int j, States (&to)[CH]) {
+#if MMA
+    if (r == 0) {
+#pragma unroll
+      for (int c = 0; c < CH; ++c) to[c] = load_saved(above_place(t, j) + c * 32 * NS);
+      return;
+    }
+#endif
+#pragma unroll
+    for (int c = 0; c < CH; ++c) to[c] = load_states(tops + c * 32 * NS);
+  };
+  // The last row, which waits longest for row 0 at the begin of a tile, tells the strip above that row 0 has sent all of a tile (the first
+  // is 0).
+  auto report_sent = [&](int which) {
+    if (MMA && !LOCKSTEP && strip > 0 && r == rows - 1) {
+      receive(&space.tile_sent, 0, which & 1);
+      __syncwarp();
+      if (lane == 0) add_release(sent, 1);
+    }
+  };
   if (LOCKSTEP && !active)
     for (int steps = 2 * (W + tiles * (STRIP - 1)); steps > 0; --steps) __syncthreads();
 
@@ -365,20 +454,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         raw_x[0].load(reinterpret_cast<const X_T*>(early_x)), raw_dt[0].load(reinterpret_cast<const DT_T*>(early_x + SPAN * CG * 2));
         raw_dl[0].load(reinterpret_cast<const DL_T*>(early_x + SPAN * CG * 4)), raw_g[0].load(reinterpret_cast<const G_T*>(early_x + SPAN * CG * 6));
       }
-      States left[CH];
-#pragma unroll
-      for (int c = 0; c < CH; ++c) left[c] = tile > 0 && e0 + c * EG + eg < p.channels ? load_saved(reinterpret_cast<const saved_t*>(early_x + (c - CH) * 256)) : none;
       __syncwarp();  // the other lanes write there now
-#pragma unroll
-      for (int c = 0; c < CH; ++c) store_states(own_h + ROW - TILE + c * 32 * NS, left[c]);
       stage_x(0, j0);
 #endif
     } else {
+#if MMA
+      copy_left(tile), copy_above(tile);
+#else
       // First the states to the left and, for the first row, above
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const bool there = e0 + c * EG + eg < p.channels;
-        const int from = lane_states + c * EG * NP;
+        const bool there = e0 + eg * LANE_STEP + c * CHANNEL_STEP < p.channels;
+        const int from = lane_states + c * CHANNEL_STEP * NP;
         real* const to = own_h + ROW - TILE + c * 32 * NS;
         if (tile == 0 || !there) store_states(to, none);
         else if (rounded_states) store_states(to, load_saved(left_of(tile, row) + from));
@@ -395,6 +482,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
           }
         }
       }
+#endif
       if (TOGETHER) {
 #pragma unroll
         for (int q = 0; q < X_LOADS; ++q) load_x(q, j0);
@@ -412,23 +500,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       }
     }
     finish_copies();
-    if (EARLY && r == 0 && strip > 0) {  // the states above have come as they are kept
-#pragma unroll 1
-      for (int j = 0; j < cols; ++j)
-#pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          real* const place = own_h + j * TILE + c * 32 * NS;
-          if (e0 + c * EG + eg < p.channels) store_states(place, load_saved(reinterpret_cast<const saved_t*>(place)));
-        }
-    }
     __syncwarp();
-    // The tile before is in memory by now: whoever adds to its sums may do so
-    if (sums_go_on && tile < first_tile && lane == 0) add_release(summed, 1);
+#if MMA
+    if (strip > 0)
+      for (int j = r; j < SPAN; j += rows) announce(&space.gates[j], 0, lane);
+#endif
+    // The tile before is in memory by now: whoever adds to its sums may do so. The upper rows say so, and wait for the sums of the channel
+    // groups before this one, while they wait for the lower ones; the lower rows while they wait for the upper ones.
+    const bool lower = r >= STRIP / 2;
+    auto report = [&] {
+      if (lane == 0) {
+        if (sums_go_on && tile < first_tile) add_release(summed, 1);
+        if (follows) wait_for(summed - p.strips, (tiles - tile) * rows);
+      }
+    };
+    if (tile < first_tile) report_sent(first_tile - tile - 1);
+    if (lower) report();
+    const int turn = (first_tile - tile) & 1, parity_above = anew(r == 0 ? turn : 0), parity_below = anew(r + 1 < STRIP ? 1 : turn);
 
     // ------------------------------------------------------------------------------------------- the states again
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
+#if MMA
+      const States s = load_saved(left_place() + c * 32 * NS);
+#else
       const States s = load_states(own_h + ROW - TILE + c * 32 * NS);
+#endif
 #pragma unroll
       for (int k = 0; k < NS; ++k) h[c][k] = s.v[k];
     }
@@ -448,46 +545,65 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
       const States bt = load_matrix(matrices), bl = load_matrix(matrices + NP);
       real* const tops = own_h + j * TILE;
       real gate_t[CH][NS];
+      int ready = 0;
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
+        const Quad s = space.inputs[px * CG + lane_input(eg, c)];
         const real along_t = s.v[0] * (ct * s.v[2]), along_l = s.v[1] * (cl * s.v[2]);
 #pragma unroll
         for (int k = 0; k < NS; ++k) {
           gate_t[c][k] = exp2_fast(s.v[0] * A_t[c][k] + exponent);
           const real gate_l = exp2_fast(s.v[1] * A_l[c][k] + exponent), injected = along_t * bt.v[k] + along_l * bl.v[k];
+          ready |= sign_bits(gate_t[c][k]);
           h[c][k] = gate_l * h[c][k] + injected;
         }
       }
-      // The compiler would compute the gates behind the barrier, where the row below waits for them: a store that depends on them (and
-      // never happens, unless a gate is NaN) keeps them before it.
-      int ready = 0;
-#pragma unroll
-      for (int c = 0; c < CH; ++c)
-#pragma unroll
-        for (int k = 0; k < NS; ++k) ready |= sign_bits(gate_t[c][k]);
-      if (ready < 0) *const_cast<volatile int*>(&unused) = ready;
-      if (meets_above) meet(r);
+      keep_here(ready, tops + ROW);
+      if (meets_above) receive(&space.gates[r * SPAN + j], r, parity_above);
       States state[CH];
-#pragma unroll
-      for (int c = 0; c < CH; ++c) state[c] = load_states(tops + c * 32 * NS);
+      load_above(tops, tile, j, state);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
 #pragma unroll
         for (int k = 0; k < NS; ++k) h[c][k] = state[c].v[k] = gate_t[c][k] * state[c].v[k] + h[c][k];
         store_states(tops + ROW + c * 32 * NS, state[c]);
       }
-      if (meets_below) meet(r + 1);
+      if (meets_below && r + 1 < STRIP) announce(&space.gates[(r + 1) * SPAN + j], r + 1, lane);
     }
 
     // ------------------------------------------------------------------------------------------- the adjoint
+#if MMA
+    // What comes from below: from the row below's place in shared memory. What the strip below has sent, the upper half of the rows copies to
+    // where a row below the last would be.
+    if (from_below && !lower) {
+      if (lane == 0) wait_for(sent - 1, tiles - tile);
+      __syncwarp();
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        const int j = SPAN - 1 - r - q * (STRIP / 2);
+        if (j >= 0 && j < cols) {
+          const real* const from = handed_over(j0 + j);
+          real* const to = space.h + (STRIP + 1) * ROW + j * TILE + anew(lane) * NS;
+#pragma unroll
+          for (int c = 0; c < CH; ++c) copy_states_l2(to + c * 32 * NS, from + c * CHANNEL_STEP * NP);
+        }
+      }
+      finish_copies();
+#pragma unroll
+      for (int q = 0; q < 2; ++q)
+        if (SPAN - 1 - r - q * (STRIP / 2) >= 0) announce(&space.gates[STRIP * SPAN + (SPAN - 1 - r - q * (STRIP / 2))], STRIP, lane);
+    }
+    if (!lower) report();  // after the copies, for which the last row waits
+    __syncwarp();
+    constexpr bool edge = false, from_memory = false;
+    constexpr int below_offset = 2 * ROW;
+    Fragment states = pack_fragment(h);  // of this column
+#else
     // What comes from below: from the row below's place in shared memory; the last row of the strip or of the image finds it in its own
     // place, where it has put, one column before, what the strip below has sent, or zeros.
     const bool edge = !meets_below, from_memory = edge && row + 1 < H;
-    if (lane == 0 && chained) {
-      if (from_memory) wait_for(sent - 1, tiles - tile);
-      if (group > 0) wait_for(summed - p.strips, (tiles - tile) * rows);
-    }
+    if (!lower) report();
+    if (lane == 0 && from_memory) wait_for(sent - 1, tiles - tile);
     __syncwarp();
     if (edge) {
 #pragma unroll
@@ -495,235 +611,295 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
         States received;
 #pragma unroll
         for (int k = 0; k < NS; ++k) received.v[k] = 0;
-        if (from_memory) received = load_states_l2(handed_over(j0 + cols - 1) + c * EG * NP);
+        if (from_memory) received = load_states_l2(handed_over(j0 + cols - 1) + c * CHANNEL_STEP * NP);
         store_states(own_h + ROW + (cols - 1) * TILE + c * 32 * NS, received);
       }
     }
     const int below_offset = edge ? ROW : 2 * ROW;
+#endif
+    if (LOCKSTEP)
+      for (int k = r + 1; k < STRIP; ++k) __syncthreads();
 #pragma unroll 1
-    for (int step = steps - 1; step >= 0; --step) {
-      const int j = LOCKSTEP ? step - r : step;
-      if (LOCKSTEP) {
-        __syncthreads();
-        if (j < 0 || j >= cols) continue;
-      }
-      // First what does not need the row below, then the short chain from row to row, then the rest.
-      const int px = r * SPAN + j;
-      const bool inside = inside_row && j0 + j > 0;
-      const real exponent = inside ? real(-1) : real(0);
-      const real ct = inside ? real(0.5) : inside_row ? real(1) : real(0), cl = inside ? real(0.5) : inside_row ? real(0) : real(1);
-      real* const tops = own_h + j * TILE;
-      real* const here = tops + ROW;
-      const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
+    for (int first = (cols - 1) / 4 * 4; first >= 0; first -= 4) {
 #if MMA
-      real before[2] = {0, 0};  // the sums of the channel groups before this one
-      if (group > 0 && ng < 3) {
-        const int n = eg / 2 * 4 + eg % 2;
-        const real* const kept = sums_at(anew(j0 + j)) + (ng * STATES + n);
-        if (n < STATES) load_l2(kept, &before[0]);
-        if (n + 2 < STATES) load_l2(kept + 2, &before[1]);
+      // Sums of four columns of pixels, in the columns of the tensor cores' results: lane ng of a group gets those of pixel ng. Over states, of its
+      // channels; over channels, of two states. Sums over channels begin with those of the channel groups before this one
+      float injected[4] = {0, 0, 0, 0}, through[4] = {0, 0, 0, 0}, of_b[4] = {0, 0, 0, 0}, of_c[4] = {0, 0, 0, 0};
+      if (follows && first + ng < cols) {
+        const int n = eg * 2;
+        const real* const kept = sums_at(anew(j0 + first) + ng) + n;
+        if (n < STATES) load_l2(kept, &of_b[0]), load_l2(kept + STATES, &of_b[1]), load_l2(kept + 2 * STATES, &of_c[0]);
+        if (n + 1 < STATES) load_l2(kept + 1, &of_b[2]), load_l2(kept + STATES + 1, &of_b[3]), load_l2(kept + 2 * STATES + 1, &of_c[2]);
       }
 #endif
-      real gate_t[CH][NS], gate_l[CH][NS], dh[CH][NS];
-      States top[CH], beside[CH];
-      {
-        const States cc = load_matrix(matrices + 2 * NP);
+#pragma unroll 1
+      for (int j = min(first + 3, cols - 1); j >= first; --j) {
+        if (LOCKSTEP) __syncthreads();
+        // First what does not need the row below, then the short chain from row to row, then the rest.
+        const int px = r * SPAN + j;
+        const bool inside = inside_row && j0 + j > 0;
+        const real exponent = inside ? real(-1) : real(0);
+        const real ct = inside ? real(0.5) : inside_row ? real(1) : real(0), cl = inside ? real(0.5) : inside_row ? real(0) : real(1);
+        real* const tops = own_h + j * TILE;
+        real* const here = tops + ROW;
+        const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
+        real gate_t[CH][NS], gate_l[CH][NS], dh[CH][NS];
+        States top[CH], beside[CH];
+        {
+          const States cc = load_matrix(matrices + 2 * NP);
+          load_above(tops, tile, j, top);
+          if (!MMA) {
 #pragma unroll
-        for (int c = 0; c < CH; ++c) {
-          const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
-          top[c] = load_states(tops + c * 32 * NS), beside[c] = load_states(here - TILE + c * 32 * NS);
+            for (int c = 0; c < CH; ++c) beside[c] = load_states(here - TILE + c * 32 * NS);
+          }
 #pragma unroll
-          for (int k = 0; k < NS; ++k) {
-            gate_t[c][k] = exp2_fast(s.v[0] * A_t[c][k] + exponent), gate_l[c][k] = exp2_fast(s.v[1] * A_l[c][k] + exponent);
-            dh[c][k] = cc.v[k] * s.v[3] + sent_left[c][k];
+          for (int c = 0; c < CH; ++c) {
+            const Quad s = space.inputs[px * CG + lane_input(eg, c)];
+#pragma unroll
+            for (int k = 0; k < NS; ++k) {
+              gate_t[c][k] = exp2_fast(s.v[0] * A_t[c][k] + exponent);
+              if (!MMA) gate_l[c][k] = exp2_fast(s.v[1] * A_l[c][k] + exponent);
+              dh[c][k] = cc.v[k] * s.v[3] + sent_left[c][k];
+            }
           }
         }
-      }
-      if (meets_below) meet(r + 1);
-      else if (EARLY && j < EARLY_COLUMN && tile > 0) finish_groups<1>();  // all but the next tile's
-      else finish_copies();
-      {
-        // Loads, arithmetic and stores of all channels each in turn: the rows wait for each other here
-        const real* const from = tops + anew(below_offset);
-        States up[CH];
-#pragma unroll
-        for (int c = 0; c < CH; ++c) up[c] = load_states(from + c * 32 * NS);
+        int ready = 0;
 #pragma unroll
         for (int c = 0; c < CH; ++c)
 #pragma unroll
+          for (int k = 0; k < NS; ++k) ready |= sign_bits(gate_t[c][k]);
+        keep_here(ready, tops + ROW);
+        if (meets_below) receive(&space.gates[(r + 1) * SPAN + j], r + 1, parity_below);
+        else if (!MMA) finish_copies();
+        {
+          // Loads, arithmetic and stores of all channels each in turn: the rows wait for each other here
+          const real* const from = tops + anew(below_offset);
+          States up[CH];
+#pragma unroll
+          for (int c = 0; c < CH; ++c) up[c] = load_states(from + c * 32 * NS);
+#pragma unroll
+          for (int c = 0; c < CH; ++c)
+#pragma unroll
+            for (int k = 0; k < NS; ++k) {
+              dh[c][k] += up[c].v[k];
+              up[c].v[k] = gate_t[c][k] *= dh[c][k];
+            }
+          if (r > 0) {
+#pragma unroll
+            for (int c = 0; c < CH; ++c) store_states(here + c * 32 * NS, up[c]);
+          } else if (strip > 0) {
+            real* const to = handed_over(j0 + j);
+#pragma unroll
+            for (int c = 0; c < CH; ++c) store_states(to + c * CHANNEL_STEP * NP, up[c]);
+          }
+        }
+        if (meets_above && r > 0) announce(&space.gates[r * SPAN + j], r, lane);
+#if MMA
+        if (j > 0) {
+#pragma unroll
+          for (int c = 0; c < CH; ++c) beside[c] = load_states(here - TILE + c * 32 * NS);
+        } else {
+#pragma unroll
+          for (int c = 0; c < CH; ++c) beside[c] = load_saved(left_place() + c * 32 * NS);
+        }
+#endif
+        if (edge && j > 0) {
+          if (from_memory) {
+            const real* const from = handed_over(j0 + j - 1);
+#pragma unroll
+            for (int c = 0; c < CH; ++c) copy_states_l2(here - TILE + c * 32 * NS, from + c * CHANNEL_STEP * NP);
+          } else {
+#pragma unroll
+            for (int c = 0; c < CH; ++c) store_states(here - TILE + c * 32 * NS, none);
+          }
+          if (EARLY) close_group();
+        }
+
+#if MMA
+        real found_t[CH][NS], found_l[CH][NS];
+#else
+        const States bt = load_matrix(matrices), bl = load_matrix(matrices + NP);
+        States sum_bt, sum_bl, sum_c;
+#pragma unroll
+        for (int k = 0; k < NS; ++k) sum_bt.v[k] = sum_bl.v[k] = sum_c.v[k] = 0;
+#endif
+#pragma unroll
+        for (int c = 0; c < CH; ++c) {
+          const Quad s = space.inputs[px * CG + lane_input(eg, c)];
+#pragma unroll
           for (int k = 0; k < NS; ++k) {
-            dh[c][k] += up[c].v[k];
-            up[c].v[k] = gate_t[c][k] *= dh[c][k];
+            if (MMA) gate_l[c][k] = exp2_fast(s.v[1] * A_l[c][k] + exponent);
+            sent_left[c][k] = gate_l[c][k] * dh[c][k];
+            const real through_t = gate_t[c][k] * top[c].v[k], through_l = sent_left[c][k] * beside[c].v[k];
+            sum_A_t[c][k] += through_t * s.v[0];
+            sum_A_l[c][k] += through_l * s.v[1];
+#if MMA
+            found_t[c][k] = through_t * A_t[c][k], found_l[c][k] = through_l * A_l[c][k];
           }
-        if (meets_above) {
-#pragma unroll
-          for (int c = 0; c < CH; ++c) store_states(here + c * 32 * NS, up[c]);
-        } else if (strip > 0) {
-          real* const to = handed_over(j0 + j);
-#pragma unroll
-          for (int c = 0; c < CH; ++c) store_states(to + c * EG * NP, up[c]);
         }
-      }
-      if (meets_above) meet(r);
-      if (edge && j > 0) {
-        if (from_memory) {
-          const real* const from = handed_over(j0 + j - 1);
-#pragma unroll
-          for (int c = 0; c < CH; ++c) copy_states_l2(here - TILE + c * 32 * NS, from + c * EG * NP);
-        } else {
-#pragma unroll
-          for (int c = 0; c < CH; ++c) store_states(here - TILE + c * 32 * NS, none);
-        }
-        if (EARLY) close_group();
-      }
-
-#if MMA
-      real found_t[CH][NS], found_l[CH][NS];
 #else
-      const States bt = load_matrix(matrices), bl = load_matrix(matrices + NP);
-      States sum_bt, sum_bl, sum_c;
+            gate_t[c][k] = through_t * A_t[c][k], gate_l[c][k] = through_l * A_l[c][k];
+            sum_bt.v[k] += dh[c][k] * (s.v[0] * s.v[2]);
+            sum_bl.v[k] += dh[c][k] * (s.v[1] * s.v[2]);
+            sum_c.v[k] += s.v[3] * h[c][k];
+          }
+          Quad sums;
+          sums.v[0] = sums.v[1] = sums.v[2] = sums.v[3] = 0;
 #pragma unroll
-      for (int k = 0; k < NS; ++k) sum_bt.v[k] = sum_bl.v[k] = sum_c.v[k] = 0;
-#endif
-#pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        const Quad s = space.inputs[px * CG + lane_slot(eg, c)];
-#pragma unroll
-        for (int k = 0; k < NS; ++k) {
-          sent_left[c][k] = gate_l[c][k] * dh[c][k];
-          const real through_t = gate_t[c][k] * top[c].v[k], through_l = sent_left[c][k] * beside[c].v[k];
-          sum_A_t[c][k] += through_t * s.v[0];
-          sum_A_l[c][k] += through_l * s.v[1];
-#if MMA
-          found_t[c][k] = through_t * A_t[c][k], found_l[c][k] = through_l * A_l[c][k];
+          for (int k = 0; k < NS; ++k) {
+            sums.v[0] += gate_t[c][k];
+            sums.v[1] += gate_l[c][k];
+            sums.v[2] += dh[c][k] * bt.v[k];
+            sums.v[3] += dh[c][k] * bl.v[k];
+          }
+          *reinterpret_cast<Quad*>(scratch + (c * EG + eg) * STATE_RUN + ng * 4) = sums;
         }
-      }
-#else
-          gate_t[c][k] = through_t * A_t[c][k], gate_l[c][k] = through_l * A_l[c][k];
-          sum_bt.v[k] += dh[c][k] * (s.v[0] * s.v[2]);
-          sum_bl.v[k] += dh[c][k] * (s.v[1] * s.v[2]);
-          sum_c.v[k] += s.v[3] * h[c][k];
-        }
-        Quad sums;
-        sums.v[0] = sums.v[1] = sums.v[2] = sums.v[3] = 0;
-#pragma unroll
-        for (int k = 0; k < NS; ++k) {
-          sums.v[0] += gate_t[c][k];
-          sums.v[1] += gate_l[c][k];
-          sums.v[2] += dh[c][k] * bt.v[k];
-          sums.v[3] += dh[c][k] * bl.v[k];
-        }
-        *reinterpret_cast<Quad*>(scratch + (c * EG + eg) * STATE_RUN + ng * 4) = sums;
-      }
-      __syncwarp();
+        __syncwarp();
 #endif
 
 #if MMA
-      // Sums over the states: lane ng of a group gets those of channel ng * 8 + eg, for ng < 2
-      const Pack<u32, 2> factor = *reinterpret_cast<const Pack<u32, 2>*>(matrices + (anew(eg) & 1) * NP);
-      float injected[4] = {0, 0, 0, 0}, through[4] = {0, 0, 0, 0}, of_b[4] = {0, 0, 0, 0}, of_c[4] = {0, 0, 0, 0};
-      const Fragment adjoint = pack_fragment(dh);
-      multiply(adjoint, factor, injected);
-      multiply(pack_fragment(found_t), Pack<u32, 2>{{even_ones, even_ones}}, through);
-      multiply(pack_fragment(found_l), Pack<u32, 2>{{odd_ones, odd_ones}}, through);
-      const bf16* const weights = space.weights + px * 3 * CG;
-      multiply(transpose(adjoint), load_weights(weights + (anew(eg) & 1) * CG, ng), of_b);
-      multiply(transpose(pack_fragment(h)), load_weights(weights + 2 * CG, ng), of_c);
-      if (writes) {
-        const int own = int(u32(anew(lane)) % NG * EG + u32(anew(lane)) / NG);
-        const Quad s = space.inputs[px * CG + channel_slot(own)];
-        const real from_t = ct * (ng == 0 ? injected[0] : injected[2]), from_l = cl * (ng == 0 ? injected[1] : injected[3]);
-        const real grad_t = ln2 * (ng == 0 ? through[0] : through[2]) + from_t * s.v[2];
-        const real grad_l = ln2 * (ng == 0 ? through[1] : through[3]) + from_l * s.v[2];
-        write_gradients(own, j0 + j, s, from_t, from_l, grad_t, grad_l);
-      }
-      // Sums over the channels: lanes 0, 1, 2 of a group write those of B_t, B_l, C for two states
-      if (ng < 3) {
-        const real first = (ng == 0 ? of_b[0] : ng == 1 ? of_b[1] : of_c[0]) + before[0];
-        const real second = (ng == 0 ? of_b[2] : ng == 1 ? of_b[3] : of_c[2]) + before[1];
-        const u32 place = anew(lane);
-        const int which = int(place % NG), n = int(place / NG / 2 * 4 + place / NG % 2);  // signed: offsets are negative where the scan is reversed
-        if (last_group) {
-          bf16* const to = (which == 0 ? (bf16*)p.grad_B_t : which == 1 ? (bf16*)p.grad_B_l : (bf16*)p.grad_C) + b * p.sn.b + (row_n + (j0 + j) * step_n + n);
-          if (n < STATES) from_real(first, to[0]);
-          if (n + 2 < STATES) from_real(second, to[2]);
-        } else {
-          real* const kept = sums_at(anew(j0 + j)) + (which * STATES + n);
-          if (n < STATES) kept[0] = first;
-          if (n + 2 < STATES) kept[2] = second;
+        // The pixel stands in columns 2 (j - first) and 2 (j - first) + 1 of the right factors, the others are zero
+        const int column = anew(eg) - (j - first) * 2;
+        const bool taken = u32(column) < 2;
+        Pack<u32, 2> factor{{0, 0}}, weights{{0, 0}}, weights_g{{0, 0}};
+        if (taken) {
+          const Pack<u32, 2> of_states = *reinterpret_cast<const Pack<u32, 2>*>(matrices + column * NP);  // 0 and 2, 1 and 3 together, as in a fragment
+          factor.v[0] = (of_states.v[0] & 0xffffu) | of_states.v[1] << 16, factor.v[1] = of_states.v[0] >> 16 | (of_states.v[1] & 0xffff0000u);
+          weights = load_weights(space.weights + px * 3 * CG + column * CG, ng);
         }
-      }
+        if (column == 0) weights_g = load_weights(space.weights + px * 3 * CG + 2 * CG, ng);
+        const u32 ones_t = column == 0 ? 0x3f803f80u : 0u, ones_l = column == 1 ? 0x3f803f80u : 0u;
+        const Fragment adjoint = pack_fragment(dh);
+        multiply(adjoint, factor, injected);
+        multiply(pack_fragment(found_t), Pack<u32, 2>{{ones_t, ones_t}}, through);
+        multiply(pack_fragment(found_l), Pack<u32, 2>{{ones_l, ones_l}}, through);
+        multiply(transpose(adjoint), weights, of_b);
+        multiply(transpose(states), weights_g, of_c);
+        states = pack_fragment_of(beside);
 #else
-      // Sums over the states: lane = channel
-      Quad total;
-      total.v[0] = total.v[1] = total.v[2] = total.v[3] = 0;
-      if (lane < CG) {
+        // Sums over the states: lane = channel
+        Quad total;
+        total.v[0] = total.v[1] = total.v[2] = total.v[3] = 0;
+        if (lane < CG) {
 #pragma unroll
-        for (int m = 0; m < NG; ++m) {
-          const Quad one = *reinterpret_cast<const Quad*>(scratch + lane * STATE_RUN + m * 4);
+          for (int m = 0; m < NG; ++m) {
+            const Quad one = *reinterpret_cast<const Quad*>(scratch + lane * STATE_RUN + m * 4);
 #pragma unroll
-          for (int v = 0; v < 4; ++v) total.v[v] += one.v[v];
-        }
-      }
-      __syncwarp();
-      // Sums over the channels, through the same space; the lanes' places are turned so that they spread over the banks
-      real* const turned = scratch + (ng * EG + (eg ^ ((2 * ng) & (EG - 1)))) * NS;
-#pragma unroll
-      for (int k = 0; k < NS; ++k) sum_bt.v[k] *= ct, sum_bl.v[k] *= cl;
-      store_states(turned, sum_bt);
-      store_states(turned + MATRIX_RUN, sum_bl);
-      store_states(turned + 2 * MATRIX_RUN, sum_c);
-      if (writes) {
-        const Quad s = space.inputs[px * CG + channel_slot(lane)];
-        const real from_t = ct * total.v[2], from_l = cl * total.v[3];
-        const real grad_t = ln2 * total.v[0] + from_t * s.v[2], grad_l = ln2 * total.v[1] + from_l * s.v[2];
-        write_gradients(own, j0 + j, s, from_t, from_l, grad_t, grad_l);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int m = 0; m < N_SUMS; ++m) {
-        const int s = lane + 32 * m, which = s / NP, n = s % NP;
-        if (which < 3 && n < STATES) {
-          const real* const from = scratch + which * MATRIX_RUN + n / NS * EG * NS + n % NS;
-          real sum = from[0], second = 0;
-#pragma unroll
-          for (int q = 1; q < EG; q += 2) {
-            second += from[q * NS];
-            if (q + 1 < EG) sum += from[(q + 1) * NS];
+            for (int v = 0; v < 4; ++v) total.v[v] += one.v[v];
           }
-          sum += second;
-          real* const kept = sums_at(j0 + j) + (which * STATES + n);
-          if (group > 0) {
-            real before;  // the sum of the channel groups before this one
-            load_l2(kept, &before);
-            sum += before;
-          }
-          const OFFSET at = row_n + (j0 + j) * step_n + n;
-          if (!last_group) *kept = sum;
-          else if (which == 0) from_real(sum, (p.grad_B_t + b * p.sn.b)[at]);
-          else if (which == 1) from_real(sum, (p.grad_B_l + b * p.sn.b)[at]);
-          else from_real(sum, (p.grad_C + b * p.sn.b)[at]);
         }
-      }
-      __syncwarp();
+        __syncwarp();
+        // Sums over the channels, through the same space; the lanes' places are turned so that they spread over the banks
+        real* const turned = scratch + (ng * EG + (eg ^ ((2 * ng) & (EG - 1)))) * NS;
+#pragma unroll
+        for (int k = 0; k < NS; ++k) sum_bt.v[k] *= ct, sum_bl.v[k] *= cl;
+        store_states(turned, sum_bt);
+        store_states(turned + MATRIX_RUN, sum_bl);
+        store_states(turned + 2 * MATRIX_RUN, sum_c);
+        if (writes) {
+          const Quad s = space.inputs[px * CG + channel_slot(lane)];
+          const real from_t = ct * total.v[2], from_l = cl * total.v[3];
+          const real grad_t = ln2 * total.v[0] + from_t * s.v[2], grad_l = ln2 * total.v[1] + from_l * s.v[2];
+          write_gradients(own, j0 + j, s, from_t, from_l, grad_t, grad_l);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int m = 0; m < N_SUMS; ++m) {
+          const int s = lane + 32 * m, which = s / NP, n = s % NP;
+          if (which < 3 && n < STATES) {
+            const real* const from = scratch + which * MATRIX_RUN + n / NS * EG * NS + n % NS;
+            real sum = from[0], second = 0;
+#pragma unroll
+            for (int q = 1; q < EG; q += 2) {
+              second += from[q * NS];
+              if (q + 1 < EG) sum += from[(q + 1) * NS];
+            }
+            sum += second;
+            real* const kept = sums_at(j0 + j) + (which * STATES + n);
+            if (follows) {
+              real before;  // the sum of the channel groups before this one
+              load_l2(kept, &before);
+              sum += before;
+            }
+            const OFFSET at = row_n + (j0 + j) * step_n + n;
+            if (!last_group) *kept = sum;
+            else if (which == 0) from_real(sum, (p.grad_B_t + b * p.sn.b)[at]);
+            else if (which == 1) from_real(sum, (p.grad_B_l + b * p.sn.b)[at]);
+            else from_real(sum, (p.grad_C + b * p.sn.b)[at]);
+          }
+        }
+        __syncwarp();
 #endif
+#if !MMA
 #pragma unroll
-      for (int c = 0; c < CH; ++c)
+        for (int c = 0; c < CH; ++c)
 #pragma unroll
-        for (int k = 0; k < NS; ++k) h[c][k] = beside[c].v[k];
-#if MMA
-      if (EARLY && tile > 0 && (j == EARLY_COLUMN || cols == 1)) {
-        __syncwarp();  // all lanes have read what is overwritten now
-        copy_most(tile - 1);
+          for (int k = 0; k < NS; ++k) h[c][k] = beside[c].v[k];
+#else
+        if (EARLY && tile > 0 && (j == EARLY_COLUMN || cols == 1)) {
+          __syncwarp();  // all lanes have read what is overwritten now
+          copy_most(tile - 1);
+        }
+#endif
       }
+#if MMA
+        if (first + ng < cols) {
+          // Four columns are finished, of which this lane writes one: the gradients of its channels ...
+          const int col = first + anew(lane) % NG;
+          const Quad* const inputs = space.inputs + (r * SPAN + col) * CG + anew(eg);
+          const bool inside = inside_row && j0 + col > 0;
+          const real ct = inside ? real(0.5) : inside_row ? real(1) : real(0), cl = inside ? real(0.5) : inside_row ? real(0) : real(1);
+          real of_x[2], of_t[2], of_l[2];
+#pragma unroll
+          for (int c = 0; c < CH; ++c) {
+            const Quad s = inputs[c * EG];
+            const real from_t = ct * injected[2 * c], from_l = cl * injected[2 * c + 1];
+            of_t[c] = ln2 * through[2 * c] + from_t * s.v[2];
+            of_l[c] = ln2 * through[2 * c + 1] + from_l * s.v[2];
+            if (SOFTPLUS) of_t[c] *= softplus_slope_rough(s.v[0]), of_l[c] *= softplus_slope_rough(s.v[1]);
+            of_x[c] = from_t * s.v[0] + from_l * s.v[1] + space.constants[2][own + c] * s.v[3];
+            sum_D[c] += s.v[2] * s.v[3];
+            sum_bias_t[c] += of_t[c];
+            sum_bias_l[c] += of_l[c];
+          }
+          if (CH == 1) of_x[1] = of_t[1] = of_l[1] = 0;
+          if (writes) {
+            const OFFSET at = row_e + OFFSET(j0 + col) * step_e + (e0 + own);
+            const bool aligned = CH == 2 && VECTOR == 4, both = CH == 2 && written + 1 < p.channels;
+            store_two(grad_x + at, of_x[0], of_x[1], aligned, both);
+            store_two(grad_delta_t + at, of_t[0], of_t[1], aligned, both);
+            store_two(grad_delta_l + at, of_l[0], of_l[1], aligned, both);
+          }
+          // ... and the sums over channels of its states
+          const int n = anew(eg) * 2;  // signed, as all offsets: they are negative where the scan is reversed
+          const bool aligned = STATES % 2 == 0, both = n + 1 < STATES;
+          if (n < STATES) {
+            if (last_group) {
+              const OFFSET at = row_n + (j0 + col) * step_n + n;
+              store_two(p.grad_B_t + b * p.sn.b + at, of_b[0], of_b[2], aligned, both);
+              store_two(p.grad_B_l + b * p.sn.b + at, of_b[1], of_b[3], aligned, both);
+              store_two(p.grad_C + b * p.sn.b + at, of_c[0], of_c[2], aligned, both);
+            } else {
+              real* const kept = sums_at(anew(j0) + col) + n;
+              store_two(kept, of_b[0], of_b[2], aligned, both);
+              store_two(kept + STATES, of_b[1], of_b[3], aligned, both);
+              store_two(kept + 2 * STATES, of_c[0], of_c[2], aligned, both);
+            }
+          }
+        }
 #endif
     }
+    if (LOCKSTEP)
+      for (int k = 0; k < r; ++k) __syncthreads();
     __syncwarp();
 #if MMA
     if (EARLY && tile > 0) copy_rest(tile - 1);
 #endif
-    if (r == 0 && strip > 0 && lane == 0) add_release(sent, 1);
+    if (MMA && !LOCKSTEP) {
+      if (r == 0 && strip > 0) announce(&space.tile_sent, 0, lane);
+    } else if (r == 0 && strip > 0 && lane == 0) add_release(sent, 1);
   }
+  if (active) report_sent(first_tile);
   if (sums_go_on && active) {
     __syncwarp();
     if (lane == 0) add_release(summed, 1);
@@ -736,15 +912,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   for (int c = 0; c < CH; ++c)
 #pragma unroll
     for (int k = 0; k < NS; ++k) {
-      const int place = (c * EG + eg) * NP + ng * NS + k;
+      const int place = (eg * LANE_STEP + c * CHANNEL_STEP) * NP + ng * NS + k;
       totals[(r * 2 + 0) * TILE + place] = sum_A_t[c][k];
       totals[(r * 2 + 1) * TILE + place] = sum_A_l[c][k];
     }
   real* const rest = totals + STRIP * 2 * TILE;
   if (own < CG) {
-    rest[(r * 3 + 0) * CG + own] = sum_D;
-    rest[(r * 3 + 1) * CG + own] = sum_bias_t;
-    rest[(r * 3 + 2) * CG + own] = sum_bias_l;
+#pragma unroll
+    for (int c = 0; c < SUM_CHANNELS; ++c) {
+      real* const to = rest + (MMA ? ng : 0) * CG + own + c;  // of row r, sum m and lane ng: ((r * 3 + m) * SUM_LANES + ng) * CG
+      to[(r * 3 + 0) * SUM_LANES * CG] = sum_D[c];
+      to[(r * 3 + 1) * SUM_LANES * CG] = sum_bias_t[c];
+      to[(r * 3 + 2) * SUM_LANES * CG] = sum_bias_l[c];
+    }
   }
   __syncthreads();
   const i64 padded = p.channels_padded;
@@ -756,7 +936,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_backward(cons
   }
   for (int place = threadIdx.x; place < 3 * CG; place += THREADS) {
     real sum = 0;
-    for (int w = 0; w < STRIP; ++w) sum += rest[w * 3 * CG + place];
+    for (int w = 0; w < STRIP; ++w)
+      for (int m = 0; m < SUM_LANES; ++m) sum += rest[((w * 3 + place / CG) * SUM_LANES + m) * CG + place % CG];
     out[2 * padded * NP + (place / CG) * padded + e0 + place % CG] = sum;
   }
 }
@@ -769,11 +950,28 @@ struct SumArguments {
   D_T* grad_D;
   ZT_T* grad_bias_t;
   ZL_T* grad_bias_l;
-  int parts, channels, channels_padded, spare;
+  // Where channel groups have summed apart (groups > 0): their sums (groups, images, pixels, 3, N), and the gradients (images, pixels, N)
+  const real* sums;
+  BT_T* grad_B_t;
+  BL_T* grad_B_l;
+  C_T* grad_C;
+  int parts, channels, channels_padded, blocks, groups, images, pixels, reverse;  // `blocks` for the first sums, the others for these
 };
 constexpr int SLICES = 16;
 
 extern "C" __global__ void __launch_bounds__(32 * SLICES) scan_backward_sum(const __grid_constant__ SumArguments p) {
+  if (int(blockIdx.x) >= p.blocks) {
+    const int size = p.images * p.pixels * 3 * STATES, item = (int(blockIdx.x) - p.blocks) * 32 * SLICES + int(threadIdx.x);
+    if (item >= size) return;
+    real sum = 0;
+    for (int group = 0; group < p.groups; ++group) sum += p.sums[group * size + item];
+    const int place = item / (3 * STATES), which = item / STATES % 3, n = item % STATES, at = place % p.pixels;
+    const int to = (place - at + (p.reverse ? p.pixels - 1 - at : at)) * STATES + n;
+    if (which == 0) from_real(sum, p.grad_B_t[to]);
+    else if (which == 1) from_real(sum, p.grad_B_l[to]);
+    else from_real(sum, p.grad_C[to]);
+    return;
+  }
   __shared__ real shared[SLICES][33];
   const int lane = threadIdx.x & 31, slice = threadIdx.x >> 5;
   const i64 result = i64(blockIdx.x) * 32 + lane, E = p.channels, padded = p.channels_padded, matrix = E * STATES;

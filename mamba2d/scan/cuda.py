@@ -69,7 +69,8 @@ def _backward_shared(lanes, channels_per_thread, span, real):
     pixels = _strip * span * (4 * channels + 3 * padded_n)
     constants = -(-3 * channels // 4) * 4  # biases and skip
     sums = max(channels * (lanes.groups * 4 + 4), 3 * (padded_n * (32 // lanes.groups) + 4))
-    return real * (states + pixels + constants + _strip * -(-sums // 4) * 4)
+    gates = 8 * (_strip + 1) * span + 16  # of messages between rows
+    return real * (states + pixels + constants + _strip * -(-sums // 4) * 4) + gates
 
 # %% ../../nbs/04_scan.cuda.ipynb #9c6be68f
 @lru_cache(maxsize=None)
@@ -92,9 +93,11 @@ _mma_channels = 2  # per thread
 
 def _mma_shared(span, channels):
     "Bytes of shared memory of the backward pass on the tensor cores, with `channels` per thread."
-    states = 4 * (_strip + 1) * (span + 1) * 128 * channels
+    states = 4 * (_strip + 2) * span * 128 * channels
+    left = 2 * _strip * 128 * channels
+    gates = 8 * (_strip + 1) * span + 16
     pixels = _strip * span * (16 * 8 * channels + 3 * 16 * 2 + 3 * 8 * channels * 2)
-    return states + pixels + 4 * 3 * 8 * channels
+    return states + left + pixels + gates + 4 * 3 * 8 * channels
 
 # %% ../../nbs/04_scan.cuda.ipynb #aa1fbc1d
 _card_memory = {75: 65536, 80: 167936, 87: 167936, 90: 233472, 100: 233472, 103: 233472}
@@ -325,7 +328,10 @@ class ForwardPlan(CudaPlan):
 
 @dataclass(slots=True, kw_only=True)
 class BackwardPlan(CudaPlan):
-    "The plan of a backward pass. A second kernel adds the gradients of A, D and the biases over all blocks."
+    """The plan of a backward pass.
+
+    A second kernel adds the gradients of A, D and the biases over all blocks. For small images it also adds those of
+    B and C over the channel groups."""
     saved_shape: tuple  # of what the forward pass keeps
     carry: int  # bytes for the states that one strip hands to the next
     partial: int  # bytes for the sums of each block
@@ -343,7 +349,7 @@ class _Pointer(NamedTuple):
     strides: tuple | None = None
     element_size: int = 0  # bytes
 
-def _pack_arguments(problem, inputs, *, reverse, groups, strips, more_strides, more_pointers):
+def _pack_arguments(problem, inputs, *, reverse, groups, strips, more_strides, more_pointers, apart=0):
     """Pack what the kernel's structure holds after its pointers; returns these fields of a `CudaPlan`.
 
     The first eleven pointers are the inputs', `more_pointers` says what the others are."""
@@ -352,7 +358,7 @@ def _pack_arguments(problem, inputs, *, reverse, groups, strips, more_strides, m
     input_strides = [s for _, strides in moved.values() for s in strides]
     last_strides = [s for strides in more_strides for s in _strides(strides, problem.shape, reverse)[1]]
     saved = problem.saved
-    sizes = b, h, w, e, saved.channels, groups, strips, saved.rows, saved.cols, 0
+    sizes = b, h, w, e, saved.channels, groups, strips, saved.rows, saved.cols, apart
     tail = struct.pack(f"18q10i{len(last_strides)}q", *input_strides, *sizes, *last_strides)
     offsets = [moved[k][0] * t.element_size() if k in moved else 0 for k, t in enumerate(inputs)]
     for strides, element_size in more_pointers:
@@ -577,10 +583,12 @@ def _backward_layout(problem, mma):
         channels = min(_mma_channels, channels)
         group, shared = 8 * channels, _mma_shared(tile.span, channels)
     most = 4 - channels if mma else 2
-    blocks = max(1, min(most, _shared_memory(problem.capability) // (shared + 1280)))
+    blocks = max(1, min(most, _shared_memory(problem.capability) // (shared + 1056)))
     return channels, group, shared, 1 if problem.is_double else blocks
 
 # %% ../../nbs/04_scan.cuda.ipynb #4f561f72
+_apart_pixels = 2**17  # so many pixels times channel groups, at most, have sums of their own
+
 def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
     """Compile and pack what a backward call like this needs.
 
@@ -598,7 +606,10 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
     grid = b * groups * strips
     carry = b * w * saved.channels * padded_n * size if strips > 1 else 0
     partial = b * strips * (2 * padded_n + 3) * saved.channels * size
-    shared_sums = b * h * w * 3 * n * size if groups > 1 else 0
+    # small images: the channel groups do not wait for each other's sums of B and C; the second kernel adds them
+    apart = groups > 1 and grid <= 2 * problem.processors and b * h * w * groups <= _apart_pixels
+    shared_sums = b * h * w * 3 * n * size * (groups if apart else 1) if groups > 1 else 0
+    sum_blocks = -(-(2 * e * n + 3 * e) // 32)
     of_grad_y, wide, narrow = _strides_of(grad_y), _dense_strides(b, h, w, e), _dense_strides(b, h, w, n)
     pointers = (_Pointer(of_grad_y, grad_y.element_size()), _Pointer(),
                 *(_Pointer(wide, inputs[k].element_size()) for k in _wide),
@@ -607,13 +618,13 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
         kernel=_load_kernel(device, "scan_bwd.cu", "scan_backward", macros, shared),
         grid=grid, block=_strip * 32, shared=shared,
         **_pack_arguments(problem, inputs, reverse=reverse, groups=groups, strips=strips,
-                          more_strides=(of_grad_y, wide, narrow), more_pointers=pointers),
+                          more_strides=(of_grad_y, wide, narrow), more_pointers=pointers, apart=int(apart)),
         **_scratch_sizes(2 * grid + 1 if groups > 1 or strips > 1 else 0, carry + partial + shared_sums),
         saved_shape=saved.shape, carry=carry, partial=partial,
         sum_kernel=_load_kernel(device, "scan_bwd.cu", "scan_backward_sum", macros, 0),
-        sum_grid=-(-(2 * e * n + 3 * e) // 32),
-        sum_pack=struct.Struct("6Q4i").pack,
-        sum_tail=(b * strips, e, saved.channels, 0),
+        sum_grid=sum_blocks + (-(-b * h * w * 3 * n // 512) if apart else 0),
+        sum_pack=struct.Struct("10Q8i").pack,
+        sum_tail=(b * strips, e, saved.channels, sum_blocks, groups, b, h * w, int(reverse)),
     )
 
 # %% ../../nbs/04_scan.cuda.ipynb #8889c5c8
@@ -651,7 +662,8 @@ def cuda_backward(grad_y, *arguments):
     if plan.offsets:
         pointers = map(add, pointers, plan.offsets)
     plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*pointers) + plan.tail)
-    sums = plan.sum_pack(partial, out[3], out[4], out[8], out[9], out[10], *plan.sum_tail)
+    sums = plan.sum_pack(partial, out[3], out[4], out[8], out[9], out[10],
+                         partial + plan.partial, out[5], out[6], out[7], *plan.sum_tail)
     plan.sum_kernel(plan.sum_grid, 512, 0, stream, sums)
     return tuple(grads)
 
