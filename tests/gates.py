@@ -95,7 +95,7 @@ def pytest_part(name, marks, project=root, options=()):
     "Run the tests with these marks on two processes."
     start = time.monotonic()
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", min(2, os.cpu_count()))
-    sharing = ("--dist", "loadgroup", "--no-loadscope-reorder")  # keeps the order of conftest.py
+    sharing = ("--dist", "loadfile", "--no-loadscope-reorder")  # a file shares one process; keeps the order of conftest.py
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = (*pytest, *sharing, "-m", marks, f"--junitxml={report}", *options, "tests")

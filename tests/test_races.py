@@ -62,7 +62,7 @@ class VectorClocks:
             self.reads[place][p] = self.clocks[p][p]
 
 
-# ----------------------------------------------------------------------------- named barriers: both warps wait
+# ------------------------------------------------------------------------- named barriers: both warps wait
 
 def races_at_barriers(programs):
     "Run programs whose barriers join two of them, and return the accesses that nothing orders."
@@ -176,13 +176,13 @@ def test_a_warp_that_never_comes_to_a_barrier_is_a_deadlock():
         races_at_barriers(programs)
 
 
-# ---------------------------------------------------------------------------------- gates: the announcer goes on
+# ----------------------------------------------------------------------------- gates: the announcer goes on
 
 class GateClocks(VectorClocks):
     """Vector clocks of programs that signal through gates.
 
-    A gate shows only whether the number of its messages is odd. So a message must not come before the one before
-    it has been received, and a receiver must not come before the message before its own has been announced.
+    A gate shows only whether the number of its messages is odd. So a message must not come before the last
+    one has been received, and a receiver must not come before the message before its own has been announced.
     """
 
     def __init__(self, count):
