@@ -18,7 +18,6 @@ from mamba2d.data.random import epoch_order
 from mamba2d.models import read_weights
 from mamba2d.training import load_checkpoint
 
-pytestmark = pytest.mark.xdist_group("distributed")  # they compare with the same run
 small_training = (str(Path(__file__).with_name("small_training.py")),)
 settings = ("--workers", 0, "--drop-path", 0, "--digits", 1797, "--epochs", 2)  # 22 steps per epoch
 

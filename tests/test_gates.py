@@ -19,7 +19,6 @@ from checks.readme import write_readme
 from checks.sync import check_library, check_readme
 from gates import Part, longest_first, summary, pytest_part
 
-pytestmark = pytest.mark.xdist_group("gates")  # one process makes the tiny project, once
 gates = (check_clean, check_skipped, check_links, check_imports, check_names, check_library, check_readme)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from checks.project import committed_files, copy_of_project
 
-pytestmark = pytest.mark.xdist_group("install")  # one process builds the packages, once
 
 # Libraries that take long to import, or that only some users have installed.
 heavy_libraries = {

@@ -11,7 +11,6 @@ from small_training import processes, train
 from mamba2d.models import read_weights
 from mamba2d.training import load_checkpoint, RunLockedError
 
-pytestmark = pytest.mark.xdist_group("survival")  # they compare with the same run
 measured = ("images_per_second", "data_wait", "memory_gib", "seconds")  # differ from run to run
 
 
