@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 DESCRIPTION := settings.ini setup.py constraints.txt
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*')
 
-.PHONY: help demo lab test test-browser test-slow docs style imports prepare clean
+.PHONY: help demo lab test test-browser test-slow docs lint style imports prepare clean
 help:
 	@echo "make demo          install and train M2D-N on scikit-learn's digits:"
 	@echo "                   weights, curves and predictions in runs/demo"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-browser  the clickable figure in JupyterLab and a real Chromium (installed where possible)"
 	@echo "make test-slow     the cells and tests marked slow"
 	@echo "make docs          build the documentation site from the notebooks, in _docs"
+	@echo "make lint          the gates that take seconds: links, words, style, ruff, imports, public names"
 	@echo "make style         how readable the code is, in numbers"
 	@echo "make imports       list which package and module of the library imports which"
 	@echo "make prepare       after editing notebooks: export the library, clean the notebooks, write the README"
@@ -78,6 +79,9 @@ docs: $(VENV)/.docs
 	@rm -rf _docs
 	$(BIN)/python docs/build.py _docs
 	@echo "the site is in _docs: open _docs/index.html"
+
+lint: $(VENV)/.development
+	@$(BIN)/python tests/gates.py quick
 
 style: $(VENV)/.development
 	@$(BIN)/python tests/style.py

@@ -1,9 +1,9 @@
 """What has to hold before a change is good: gates, then the tests. `make test` runs `gates.py all`.
 
-The gates: notebooks are clean, links lead somewhere, words are the list's, imports point downwards, packages list their public
-names, library and README are what the notebooks export, and every notebook runs. Then pytest runs the tests
-that cannot live in a notebook. How long something takes fails nothing, unless a single notebook or test takes
-15 minutes: then it hangs, and is killed and named.
+The gates: notebooks are clean, links lead somewhere, words are the list's, code keeps the limits of style and
+passes ruff, imports point downwards, packages list their public names, library and README are what the
+notebooks export, and every notebook runs. Then pytest runs the tests that cannot live in a notebook. How long something takes fails
+nothing, unless a single notebook or test takes 15 minutes: then it hangs, and is killed and named.
 """
 import argparse
 import os
@@ -21,12 +21,14 @@ from xml.etree import ElementTree
 from checks.clean import check_clean, keep_images
 from checks.imports import check_imports, print_imports
 from checks.links import check_links
+from checks.lint import check_lint
 from checks.names import check_names
 from checks.notebooks import check_skipped, count_cells, has_flag, run_notebooks
 from checks.project import hang_limit, name_of, notebooks, root, run
 from checks.readme import write_readme
 from checks.sync import check_library, check_readme
 from checks.words import check_words
+from style import check_style
 
 # Seconds that a part usually takes on two cores. A part that takes longer is named at the end, nothing else.
 usual_seconds = {
@@ -95,7 +97,8 @@ def pytest_part(name, marks, project=root, options=()):
     "Run the tests with these marks on two processes."
     start = time.monotonic()
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", min(2, os.cpu_count()))
-    sharing = ("--dist", "loadfile", "--no-loadscope-reorder")  # a file shares one process; keeps the order of conftest.py
+    # the tests of a file share a process, and files start in the order of conftest.py
+    sharing = ("--dist", "loadfile", "--no-loadscope-reorder")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = (*pytest, *sharing, "-m", marks, f"--junitxml={report}", *options, "tests")
@@ -126,11 +129,22 @@ def show(part):
     return part
 
 
+quick_gates = {
+    "links and words": (check_links, check_words),
+    "style and lint": (check_style, check_lint),
+    "imports and public names": (check_imports, check_names),
+}
+
+
+def run_quick():
+    "The gates that take seconds, for an editor or a commit hook."
+    return [show(gate(name, *checks)) for name, checks in quick_gates.items()]
+
+
 def run_everything():
     return [
         show(gate("notebooks clean", check_clean, check_skipped)),
-        show(gate("links and words", check_links, check_words)),
-        show(gate("imports and public names", check_imports, check_names)),
+        *run_quick(),
         show(gate("library in sync", check_library)),
         show(gate("README in sync", check_readme)),
         show(notebooks_part("notebooks run")),
@@ -164,6 +178,9 @@ def summary(parts, cells, with_slow):
     ]
 
 
+commands = ("all", "quick", "slow", "imports", "keep-images", "write-readme")
+
+
 def main(command):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is running is killed too
     if command == "imports":
@@ -172,6 +189,8 @@ def main(command):
         keep_images(root)
     elif command == "write-readme":
         sys.exit(write_readme(root, root))
+    elif command == "quick":
+        sys.exit(any(part.problems for part in run_quick()))
     else:
         slow = command == "slow"
         parts = run_slow() if slow else run_everything()
@@ -181,5 +200,5 @@ def main(command):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("all", "slow", "imports", "keep-images", "write-readme"))
+    parser.add_argument("command", choices=commands)
     main(parser.parse_args().command)

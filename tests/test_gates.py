@@ -12,14 +12,19 @@ import pytest
 from checks.clean import check_clean, keep_images
 from checks.imports import check_imports
 from checks.links import check_links
+from checks.lint import check_lint
 from checks.names import check_names
 from checks.notebooks import check_skipped, run_notebooks
 from checks.project import root, run
 from checks.readme import write_readme
 from checks.sync import check_library, check_readme
-from gates import Part, longest_first, summary, pytest_part
+from gates import Part, longest_first, pytest_part, summary
+from style import check_style
 
-gates = (check_clean, check_skipped, check_links, check_imports, check_names, check_library, check_readme)
+gates = (
+    check_clean, check_skipped, check_links, check_style, check_lint, check_imports, check_names, check_library,
+    check_readme,
+)
 
 
 def write_notebook(path, *cells):
@@ -59,13 +64,14 @@ def made(tmp_path_factory):
     "A project of two packages, three notebooks and a README, in which nothing is wrong."
     folder = tmp_path_factory.mktemp("tiny")
     shutil.copy(root / "settings.ini", folder)
+    shutil.copy(root / "ruff.toml", folder)
     package(folder / "mamba2d/scan", "Scans.", "double", module="cpu")
     package(folder / "mamba2d/models", "Networks.", "quadruple", module="sizes")
     face = '"""Tiny."""\n__version__ = "0.1.0"\n_lazy = {"double": "scan"}\n'
     (folder / "mamba2d/__init__.py").write_text(face)
     nbs = folder / "nbs"
     write_notebook(
-        nbs / "00_scan.cpu.ipynb", "# Doubling\n\n> A kernel", "#| default_exp scan.cpu",
+        nbs / "00_scan.cpu.ipynb", "# Doubling\n\n> A kernel\n\nTwice a number, and nothing else.", "#| default_exp scan.cpu",
         "#| export\ndef double(x):\n    return 2 * x", "#| exporti\ndef helper(x):\n    return x",
         "assert double(2) == 4", "#| slow\nassert double(3) == 6")
     write_notebook(
@@ -191,6 +197,45 @@ def test_a_link_to_a_file_that_git_ignores(project):
     (project / "_proc/x.md").write_text("")
     (project / "CONTRIBUTING.md").write_text("[x](_proc/x.md)")
     assert check_links(project) == ["CONTRIBUTING.md links to _proc/x.md, which does not exist"]
+
+
+def add_cell(path, source):
+    "Add a code cell at the end of a notebook."
+    cell = {"cell_type": "code", "id": "added", "metadata": {}, "source": source}
+    cell |= {"execution_count": None, "outputs": []}
+    change(path, lambda notebook: notebook["cells"].append(cell))
+
+
+@pytest.mark.parametrize("rule, source", (
+    ("E501", f"assert double(1) == {'2' * 100}"),
+    ("E701", "if double(1): print(1)"),
+    ("F821", "print(doubel(1))"),
+    ("F401", "import os"),
+    ("I001", "import os\nimport abc\n\nprint(os, abc)"),
+    ("N802", "def Double(x):\n    return double(x)"),
+    ("B905", "print(dict(zip('ab', (1, 2))))"),
+    ("C901", "def f(x):\n" + "".join(f"    if x == {n}:\n        return {n}\n" for n in range(13))),
+))
+def test_code_that_ruff_finds_fault_with(project, rule, source):
+    add_cell(project / "nbs/00_scan.cpu.ipynb", source)
+    problem, = [line for line in check_lint(project) if ".ipynb" in line]
+    assert problem.startswith("nbs/00_scan.cpu.ipynb") and f" {rule} " in problem
+
+
+@pytest.mark.parametrize("source, problem", (
+    ("x = 0\n" * 61, "an exported cell of 61 lines: x = 0"),
+    ("def f(a, b, c, d, e, g):\n    return a", "f takes 6 arguments by position"),
+    (f"x = {'0' * 110}", "1 lines of code over 110 characters"),
+))
+def test_code_that_breaks_a_limit_of_style(project, source, problem):
+    add_cell(project / "nbs/00_scan.cpu.ipynb", f"#| export\n{source}")
+    assert f"nbs/00_scan.cpu.ipynb: {problem}" in check_style(project)
+
+
+def test_code_without_prose(project):
+    add_cell(project / "nbs/10_models.sizes.ipynb", "#| export\n" + "x = 0\n" * 20)
+    problem, = check_style(project)
+    assert problem.endswith("words of prose for each line of exported code")
 
 
 def test_imports_that_point_upwards(project):

@@ -101,6 +101,7 @@ def init_distributed(
 ):
     "Join the processes that work together. Raises `UsageError` if the device cannot be used."
     import torch
+
     from mamba2d.training.distributed import Distributed
     try:
         if name is not None:

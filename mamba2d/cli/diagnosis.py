@@ -25,6 +25,7 @@ def _version(name):
 def _packages():
     "Make rows of the versions of the packages that mamba2d needs."
     import platform
+
     import torch
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     others = ("torchvision", "fastai", "sklearn", "matplotlib")
@@ -45,6 +46,7 @@ def _kernel(status):
 def _devices():
     "Make rows of the GPUs, and of what the scan runs on."
     import torch
+
     from mamba2d.scan.cpu import cpu_kernel_status
     from mamba2d.scan.cuda import cuda_kernel_status
     gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]

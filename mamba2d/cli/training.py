@@ -17,10 +17,22 @@ import shutil
 from pathlib import Path
 
 from .arguments import train_parser
-from .common import (
-    UsageError, build_model, check_forced_backend, config_of, end_process, find_corrupt,
-    init_distributed, load_data, load_weights_file, other_size_hint, print_table, quiet_imports,
-    result_rows, run_command)
+from mamba2d.cli.common import (
+    UsageError,
+    build_model,
+    check_forced_backend,
+    config_of,
+    end_process,
+    find_corrupt,
+    init_distributed,
+    load_data,
+    load_weights_file,
+    other_size_hint,
+    print_table,
+    quiet_imports,
+    result_rows,
+    run_command,
+)
 
 # %% ../../nbs/52_cli.training.ipynb #0a38a27f
 @dataclasses.dataclass
@@ -338,6 +350,7 @@ def _summary(training, learn):
 def _build(training):
     "Build the learner of data, network and recipe."
     from fastai.torch_core import set_seed
+
     from mamba2d.training.learner import mamba2d_learner
     set_seed(training.recipe.seed, reproducible=True)
     dls = _build_loaders(training)

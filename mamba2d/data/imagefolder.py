@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize
 from fastai.vision.core import imagenet_stats
 from fasttransform import Transform
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
@@ -28,10 +28,16 @@ from tqdm import tqdm
 
 from .images import CorruptImageError, open_image
 from mamba2d.data.loader import (
-    cpu_cores, data_fingerprint, KeyedDL, loader_options, make_dataloaders, start_worker, worker_count,
+    KeyedDL,
+    cpu_cores,
+    data_fingerprint,
+    loader_options,
+    make_dataloaders,
+    start_worker,
+    worker_count,
 )
 from .random import check_integer, epoch_order
-from .transforms import Augmentation, evaluation_transforms, ImageTransform
+from .transforms import Augmentation, ImageTransform, evaluation_transforms
 
 # %% ../../nbs/24_data.imagefolder.ipynb #000a818b
 class ImageList(NamedTuple):
@@ -471,7 +477,7 @@ def check_images(
     reasons = []
     for batch in tqdm(loader, unit="batch", disable=not progress):
         reasons += batch
-    return {file: reason for file, reason in zip(files, reasons) if reason}
+    return {file: reason for file, reason in zip(files, reasons, strict=True) if reason}
 
 # %% ../../nbs/24_data.imagefolder.ipynb #481b9a05
 def _without(records, root, corrupt):

@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from fastai.vision.core import PILImage
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # %% ../../nbs/21_data.images.ipynb #094224aa
 class CorruptImageError(OSError):

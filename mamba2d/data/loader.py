@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 
-import fastai.vision.data  # registers how batches and results are drawn
+import fastai.vision.data  # noqa: F401  registers how batches and results are drawn
 import numpy as np
 import torch
 from fastai import torch_core

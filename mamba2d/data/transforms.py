@@ -11,16 +11,16 @@ from numbers import Real
 
 import numpy as np
 import torch
-from PIL import Image
 from fastai.data.transforms import IntToFloatTensor
 from fastai.torch_core import TensorImage
 from fastai.vision.core import imagenet_stats
 from fasttransform import Transform
+from PIL import Image
 from scipy.special import betaincinv
 from torchvision.transforms import InterpolationMode, v2
 
 from .images import reading_image
-from .random import check_integer, entropy, MIX_STREAM
+from .random import MIX_STREAM, check_integer, entropy
 
 # %% ../../nbs/22_data.transforms.ipynb #fa4db60e
 class ImageTransform(Transform):

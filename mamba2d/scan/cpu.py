@@ -19,9 +19,14 @@ import torch
 from torch import Tensor
 
 from mamba2d.scan.build import (
-    build_once, compile_flags, find_compiler, find_ninja, KernelError, source_folder,
+    KernelError,
+    build_once,
+    compile_flags,
+    find_compiler,
+    find_ninja,
+    source_folder,
 )
-from .reference import compute_dtype, ScanTensors
+from .reference import ScanTensors, compute_dtype
 
 try:
     import fcntl

@@ -434,7 +434,7 @@ def gradients(scan, problem, weights_seed=7, **options):
     weights = torch.randn(y.shape, generator=generator).bfloat16().to(y)  # the same in every dtype
     total = (y.double() * weights.double()).sum()
     grads = torch.autograd.grad(total, list(problem.values()), materialize_grads=True)
-    return out, dict(zip(problem, grads))
+    return out, dict(zip(problem, grads, strict=True))
 
 def relative_error(value, expected):
     "Norm of the difference over the norm of what is expected."
@@ -492,7 +492,8 @@ def _gradients_in_order(p, wave, g):
     top, left = [_Direction(*map(torch.zeros_like, direction)) for direction in (p.top, p.left)]
     grads = _InOrder(torch.zeros_like(p.x), top, left, torch.zeros_like(p.C))
     from_next = 0
-    for (start, stop, offset), h, previous in zip(wave.diagonals[::-1], states[:0:-1], states[-2::-1]):
+    backwards = zip(wave.diagonals[::-1], states[:0:-1], states[-2::-1], strict=True)
+    for (start, stop, offset), h, previous in backwards:
         s, length = slice(start, stop), stop - start
         above, to_the_left = _neighbours(previous, offset, length)
         dh = g[:, s, :, None] * p.C[:, s, None] + from_next
