@@ -52,7 +52,7 @@ test: $(VENV)/.development
 	$(BIN)/python tests/gates.py all
 
 $(VENV)/.browser: $(VENV)/.development
-	$(INSTALL) -e ".[dev,browser]"
+	$(INSTALL) -e ".[dev,browser,docs]"
 	@touch $@
 
 test-browser: $(VENV)/.browser
