@@ -2,8 +2,9 @@
 
 The gates: notebooks are clean, links lead somewhere, words are the list's, code keeps the limits of style and
 passes ruff, imports point downwards, packages list their public names, library and README are what the
-notebooks export, and every notebook runs. Then pytest runs the tests that cannot live in a notebook. How long something takes fails
-nothing, unless a single notebook or test takes 15 minutes: then it hangs, and is killed and named.
+notebooks export, and every notebook runs. Then pytest runs the tests that cannot live in a notebook. How long
+something takes fails nothing, unless a single notebook or test takes 15 minutes: then it hangs, and is killed
+and named.
 """
 import argparse
 import os

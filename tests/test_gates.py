@@ -22,8 +22,8 @@ from gates import Part, longest_first, pytest_part, summary
 from style import check_style
 
 gates = (
-    check_clean, check_skipped, check_links, check_style, check_lint, check_imports, check_names, check_library,
-    check_readme,
+    check_clean, check_skipped, check_links, check_style, check_lint,
+    check_imports, check_names, check_library, check_readme,
 )
 
 
@@ -71,7 +71,8 @@ def made(tmp_path_factory):
     (folder / "mamba2d/__init__.py").write_text(face)
     nbs = folder / "nbs"
     write_notebook(
-        nbs / "00_scan.cpu.ipynb", "# Doubling\n\n> A kernel\n\nTwice a number, and nothing else.", "#| default_exp scan.cpu",
+        nbs / "00_scan.cpu.ipynb",
+        "# Doubling\n\n> A kernel\n\nTwice a number, and nothing else.", "#| default_exp scan.cpu",
         "#| export\ndef double(x):\n    return 2 * x", "#| exporti\ndef helper(x):\n    return x",
         "assert double(2) == 4", "#| slow\nassert double(3) == 6")
     write_notebook(
