@@ -2,7 +2,8 @@
 from importlib import import_module
 
 from .blocks import (
-    Attention, Block, M2DMixer, mixers, MLP, ScanInputs, SelectiveScan, SeparableConv, StarReLU,
+    Attention, Block, DeltaProjection, M2DMixer, mixers, MLP, ScanInputs, SelectiveScan, SeparableConv,
+    StarReLU,
 )
 from .backbone import Classifier, Downsample, Mamba2D, Stage
 
@@ -17,8 +18,8 @@ _modules = {
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "Attention", "Block", "builders", "Classifier", "Downsample", "load_published", "M2DMixer",
-    "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
+    "Attention", "Block", "builders", "Classifier", "DeltaProjection", "Downsample", "load_published",
+    "M2DMixer", "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
     "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mixers", "MLP", "published_names",
     "published_state_dict", "read_weights", "ScanInputs", "SelectiveScan", "SeparableConv", "Stage",
     "StarReLU",
