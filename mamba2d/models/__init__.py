@@ -5,21 +5,21 @@ from .blocks import (
     Attention, Block, DeltaProjection, M2DMixer, mixers, MLP, ScanInputs, SelectiveScan, SeparableConv,
     StarReLU,
 )
-from .backbone import Classifier, Downsample, Mamba2D, Stage
+from .backbone import Classifier, Downsample, FeaturePyramid, Mamba2D, Stage
 
 # These modules are loaded when one of their names is first used: only they need safetensors.
 _modules = {
     "weights": ("load_published", "published_names", "published_state_dict", "read_weights"),
     "sizes": (
-        "builders", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights",
+        "builders", "features", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights",
         "mamba2d_t", "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights",
     ),
 }
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "Attention", "Block", "builders", "Classifier", "DeltaProjection", "Downsample", "load_published",
-    "M2DMixer", "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
+    "Attention", "Block", "builders", "Classifier", "DeltaProjection", "Downsample", "FeaturePyramid", "features",
+    "load_published", "M2DMixer", "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
     "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mixers", "MLP", "published_names",
     "published_state_dict", "read_weights", "ScanInputs", "SelectiveScan", "SeparableConv", "Stage",
     "StarReLU",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import fx, nn, Tensor
 from torchvision.ops import StochasticDepth
 
 from ..scan.checks import check_fraction
@@ -48,6 +48,10 @@ def _raw_delta(layer, x):
     if isinstance(layer, DeltaProjection):
         return layer(x, add_bias=False), layer.bias
     return layer(x), None
+
+# %% ../../nbs/10_models.blocks.ipynb #df698d2a
+fx.wrap("selective_scan_2d")
+fx.wrap("_rotary_table")
 
 # %% ../../nbs/10_models.blocks.ipynb #a43ac5c7
 class SelectiveScan(nn.Module):
@@ -88,13 +92,11 @@ class SelectiveScan(nn.Module):
             proj.bias.copy_(_inverse_softplus(delta))
 
     def project(self, x):
-        """Raw step sizes (without softplus), state matrices, B and C for the input x (B, H, W, E).
-
-        Beside them, the biases that are still to be added to the step sizes, or None."""
-        delta_t, delta_l, *matrices = self.x_proj(x).split(self.splits, -1)
-        B_t, B_l, C = (matrices[0], *matrices) if self.shared_input_matrix else matrices
-        delta_t, bias_t = _raw_delta(self.delta_proj_t, delta_t)
-        delta_l, bias_l = _raw_delta(self.delta_proj_l, delta_l)
+        "Raw step sizes, state matrices, B and C for x (B, H, W, E); the biases to be added, or None."
+        parts = self.x_proj(x).split(self.splits, -1)
+        B_t, B_l, C = parts[2], parts[-2], parts[-1]  # with one B for both directions, parts[2] is parts[-2]
+        delta_t, bias_t = _raw_delta(self.delta_proj_t, parts[0])
+        delta_l, bias_l = _raw_delta(self.delta_proj_l, parts[1])
         return (delta_t, delta_l, -self.A_log_t.exp(), -self.A_log_l.exp(), B_t, B_l, C), (bias_t, bias_l)
 
     def inputs(self, x: Tensor) -> ScanInputs:  # x (B, H, W, E)
@@ -238,7 +240,8 @@ class Attention(nn.Module):
 
     def place(self, t, norm, angles):
         "Queries or keys, rotated by their position and normalised."
-        return norm(_rotate(t, *angles).to(norm.weight.dtype)).to(t.dtype)
+        cosine, sine = angles
+        return norm(_rotate(t, cosine, sine).to(norm.weight.dtype)).to(t.dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1:3]
