@@ -6,6 +6,7 @@ from .blocks import (
     StarReLU,
 )
 from .backbone import Classifier, Downsample, FeaturePyramid, Mamba2D, Stage
+from .tuning import layer_decay_groups
 
 # These modules are loaded when one of their names is first used: only they need safetensors.
 _modules = {
@@ -18,9 +19,10 @@ _modules = {
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "Attention", "Block", "builders", "Classifier", "DeltaProjection", "Downsample", "FeaturePyramid", "features",
-    "load_published", "M2DMixer", "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
-    "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mixers", "MLP", "published_names",
+    "Attention", "Block", "builders", "Classifier", "DeltaProjection", "Downsample", "FeaturePyramid",
+    "features", "layer_decay_groups", "load_published", "M2DMixer", "Mamba2D", "mamba2d_n",
+    "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t", "mamba2d_t_v1",
+    "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mixers", "MLP", "published_names",
     "published_state_dict", "read_weights", "ScanInputs", "SelectiveScan", "SeparableConv", "Stage",
     "StarReLU",
 ]

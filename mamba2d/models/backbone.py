@@ -252,9 +252,10 @@ class _Adaptable:
         return FeaturePyramid(self, out_indices, frozen_stages)
 
     def reset_classifier(self, num_classes: int):
-        "Give the network a new head for that many classes; 0: none but the normalised mean."
+        "Give the network a new head for that many classes, with the old norm; 0: the normalised mean."
         check_integer("num_classes", num_classes, 0)
         head = Classifier(self.dims[-1], int(num_classes), self.config["head_dropout"])
+        head.norm = self.head.norm
         self.head = head.to(self.head.norm.weight).train(self.training)
         self.num_classes = self.config["num_classes"] = int(num_classes)
 
