@@ -203,6 +203,10 @@ def mamba2d_t_v1(
 # %% ../../nbs/13_models.sizes.ipynb #bb493197
 builders = {"n": mamba2d_n, "t": mamba2d_t, "s": mamba2d_s, "t_v1": mamba2d_t_v1}
 
+# %% ../../nbs/13_models.sizes.ipynb #4c6dd59b
+weights_enums = {"n": Mamba2D_N_Weights, "t": Mamba2D_T_Weights, "s": Mamba2D_S_Weights,
+                 "t_v1": Mamba2D_T_V1_Weights}
+
 # %% ../../nbs/13_models.sizes.ipynb #c2998337
 def features(
     model_or_name: Mamba2D | str,  # a network, or "mamba2d_n", "mamba2d_t", "mamba2d_s", "mamba2d_t_v1"

@@ -170,7 +170,7 @@ def tensors_in(source):
                      f"'model'; got {given}")
 
 # %% ../../nbs/12_models.weights.ipynb #80c1ceb4
-_wrappers = ("module.", "_orig_mod.", "model.", "backbone.", "ema_model.", "ema.")
+_wrappers = ("module.", "_orig_mod.", "model.", "backbone.", "mamba2d.", "ema_model.", "ema.")
 
 def _unwrapped_name(name, known):
     "The name without the prefixes of wrappers; as it is, if that gives none of the known names."
