@@ -1,10 +1,11 @@
-"""The networks under the interfaces of other libraries: timm and Hugging Face, which are optional.
+"""The networks under the interfaces of other libraries: timm, Hugging Face and fastai's own learners.
 
-Each module can be imported without its library; what needs it then says how to install it."""
+timm and Hugging Face are optional: what needs one of them says how to install it."""
 from importlib import import_module
 
 # Loaded when one of their names is first used: these libraries take seconds to import.
 _modules = {
+    "fastai": ("body_of", "register_architecture"),
     "timm": ("checkpoint_filter_fn", "default_cfgs", "register_models", "TimmMamba2D"),
     "huggingface": (
         "config_of", "HubMamba2D", "image_processor", "imagenet_mean", "imagenet_std", "Mamba2DBackbone",
@@ -15,9 +16,9 @@ _modules = {
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "checkpoint_filter_fn", "config_of", "default_cfgs", "HubMamba2D", "image_processor", "imagenet_mean",
+    "body_of", "checkpoint_filter_fn", "config_of", "default_cfgs", "HubMamba2D", "image_processor", "imagenet_mean",
     "imagenet_std", "Mamba2DBackbone", "Mamba2DConfig", "Mamba2DForImageClassification",
-    "register_auto_classes", "register_models", "TimmMamba2D", "to_transformers", "with_transformers",
+    "register_architecture", "register_auto_classes", "register_models", "TimmMamba2D", "to_transformers", "with_transformers",
 ]
 
 

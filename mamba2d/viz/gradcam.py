@@ -68,9 +68,9 @@ def grad_cam(
     check_integer("stage", stage, 0, len(model.stages) - 1)
     features, gradient = _class_gradient(model, image, target, stage)
     cam = (features * gradient.mean((0, 1))).sum(-1).relu()
+    cam = F.interpolate(cam[None, None], image.shape[1:], mode="bilinear")[0, 0]
     cam = cam - cam.min()
-    cam = cam / cam.max().clamp_min(1e-30)
-    return F.interpolate(cam[None, None], image.shape[1:], mode="bilinear")[0, 0]
+    return cam / cam.max().clamp_min(1e-30)
 
 # %% ../../nbs/43_viz.gradcam.ipynb #b0fc439e
 def plot_grad_cam(
