@@ -49,7 +49,9 @@ def _write_timm(model, config, out):
 
 def _write_transformers(model, config, out):
     "Write a folder for `AutoModelForImageClassification.from_pretrained` and `AutoImageProcessor`."
+    from transformers.utils import logging
     from mamba2d.integrations.huggingface import image_processor, to_transformers
+    logging.disable_progress_bar()
     size, classes = config.get("image_size", 224), config.get("classes")
     options = {} if classes is None else {
         "id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
