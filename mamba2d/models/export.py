@@ -96,8 +96,8 @@ def save_onnx(
 ) -> Path:
     """Write a network as an ONNX file of opset 18 for images of any batch and size.
 
-    Raises what `export_model` raises, `ImportError` if onnx or onnxscript is missing, and `OSError` for a path
-    that cannot be written."""
+    Raises what `export_model` raises, `ImportError` if a package is missing, and `OSError` for a path that
+    cannot be written."""
     if Path(path).suffix != ".onnx":
         raise ValueError(f"path must end in .onnx, got {str(path)!r}")
     require_onnx()
@@ -145,7 +145,7 @@ print(json.dumps(seconds))
 
 # %% ../../nbs/17_models.export.ipynb #7a2b06ea
 def _run_elsewhere(path, batches):
-    "Run a file on each batch of images in a fresh process. Returns all outputs and the seconds of each batch."
+    "Run a file on batches of images in a fresh process. Returns the outputs and seconds of each batch."
     import numpy as np
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
@@ -244,10 +244,11 @@ def save_package(
 ) -> Path:
     """Compile a network with AOTInductor, for the device that it is on; `aoti_load_package` runs it.
 
-    This takes minutes and needs a C++ compiler. Raises what `export_model` raises, and `OSError` for a path that
-    cannot be written."""
+    This takes minutes and needs a C++ compiler. Raises what `export_model` raises, and `OSError` for a path
+    that cannot be written."""
     if Path(path).suffix != ".pt2":
         raise ValueError(f"path must end in .pt2, got {str(path)!r}")
     program = export_model(model, half=half)
     _bind_sizes(program)
-    return _write(path, lambda file: torch._inductor.aoti_compile_and_package(program, package_path=str(file)))
+    compile_package = torch._inductor.aoti_compile_and_package
+    return _write(path, lambda file: compile_package(program, package_path=str(file)))

@@ -41,14 +41,15 @@ def _from_columns(columns: Tensor, width: int) -> Tensor:  # (H + W - 1, H, B, .
 
 # %% ../../nbs/07_scan.decomposition.ipynb #7edd6a85
 def _coefficients(height, width, device, dtype):
-    "c_t and c_l of each pixel of the skewed image, (H + W - 1, H, 1, 1, 1); 0 outside."
+    "c_t and c_l of each pixel of the skewed image, (H + W - 1, 2, H, 1, 1, 1); 0 outside."
     places = _places(height, width, device)
     top_row = torch.arange(height, device=device) == 0
     inside = ((places >= 0) & (places < width)).to(dtype)
     inner = torch.where(places == 0, 1., .5)
-    from_top = inside * torch.where(top_row, 0., inner).to(dtype)
-    from_left = inside * torch.where(top_row, 1., torch.where(places == 0, 0., .5)).to(dtype)
-    return from_top[..., None, None, None], from_left[..., None, None, None]
+    from_top = torch.where(top_row, 0., inner)
+    from_left = torch.where(top_row, 1., torch.where(places == 0, 0., .5))
+    both = torch.stack([from_top, from_left], 1).to(dtype) * inside[:, None]
+    return both[..., None, None, None]
 
 # %% ../../nbs/07_scan.decomposition.ipynb #00d79409
 def _arriving(
@@ -70,14 +71,14 @@ class _Step:
     states: int  # N
     return_states: bool
 
-    def __call__(self, h, pixels, from_top, from_left, A_t, A_l):
+    def __call__(self, h, pixels, coefficients, A_t, A_l):
         "The new states, and what is kept of this column."
         sizes = [self.channels] * 3 + [self.states] * 3
         x, delta_t, delta_l, B_t, B_l, C = pixels.split(sizes, -1)
         above = F.pad(h[:-1], (0, 0, 0, 0, 0, 0, 1, 0))  # one row down; no state is above the first row
         top = _arriving(above, x, delta_t, A_t, B_t)
         left = _arriving(h, x, delta_l, A_l, B_l)
-        h = from_top * top + from_left * left
+        h = coefficients[0] * top + coefficients[1] * left
         y = (h * C[:, :, None]).sum(-1)
         return [h, y, h.clone()] if self.return_states else [h, y]
 
@@ -105,7 +106,7 @@ def scan_by_columns(*arguments) -> tuple[Tensor, Tensor, Tensor]:  # y, h and an
     coefficients = _coefficients(height, width, image.device, dtype)
     _, *kept = scan_op(
         _Step(channels, states, return_states), [image.new_zeros(height, batch, channels, states)],
-        [_to_columns(image), *coefficients], (tensors.A_t, tensors.A_l))
+        [_to_columns(image), coefficients], (tensors.A_t, tensors.A_l))
     kept = [_from_columns(columns, width) for columns in kept]
     y, *h = [image.flip(1, 2) if reverse else image for image in kept]
     y = y if tensors.D is None else y + tensors.D * tensors.x

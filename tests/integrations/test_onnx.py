@@ -60,7 +60,7 @@ def session_of(problem, options):
     axes = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC} if t.dim() == 4 else None
             for t in problem.values()]
     program = torch.onnx.export(
-        Scanner(tuple(problem), options), tuple(problem.values()), dynamic_shapes=((*axes,),), dynamo=True,
+        Scanner(tuple(problem), options).eval(), tuple(problem.values()), dynamic_shapes=((*axes,),), dynamo=True,
         opset_version=18, custom_translation_table=scan_translations(), verbose=False)
     file = io.BytesIO()
     program.save(file)
@@ -86,7 +86,7 @@ def check_scan(present, options, dtype=torch.float32, tolerance=1e-5):
             numpy.testing.assert_allclose(value, other.numpy(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("reverse, softplus, return_states", product((False, True), repeat=3))
+@pytest.mark.parametrize("reverse, softplus, return_states", list(product((False, True), repeat=3)))
 def test_options_of_a_scan(reverse, softplus, return_states):
     present = ("D", "delta_bias_t", "delta_bias_l") if softplus else ("D",)
     check_scan(present, dict(delta_softplus=softplus, reverse=reverse, return_states=return_states))
