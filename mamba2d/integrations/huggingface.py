@@ -45,7 +45,9 @@ else:
 
 # %% ../../nbs/71_integrations.huggingface.ipynb #1a795ae2
 class Mamba2DConfig(BackboneConfigMixin, PreTrainedConfig):
-    "The arguments of `Mamba2D`, as transformers keeps them; `out_indices` or `out_features` choose a backbone's maps."
+    """The arguments of `Mamba2D`, as transformers keeps them.
+
+    `out_indices` or `out_features` choose the maps of a backbone."""
     model_type = "mamba2d"
     attribute_map = {"hidden_sizes": "dims", "num_channels": "in_channels"}
 

@@ -40,6 +40,7 @@ class _Intermediates:
         self,
         x: Tensor,  # (B, C, H, W)
         indices: int | list[int] | None = None,  # stages; an integer: the last so many; None: all
+        *,
         norm: bool = False,  # without effect: every map is normalised
         stop_early: bool = False,  # do not compute stages after the last one wanted
         output_fmt: str = "NCHW",  # or "NHWC"
@@ -105,8 +106,10 @@ class TimmMamba2D(_Intermediates, Mamba2D):
         "The last map, as timm defines it."
         return self.stage_outputs(x)[-1].permute(0, 3, 1, 2)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # (B, dim, h, w) -> (B, num_classes)
-        "Logits of the last map; `pre_logits`: its normalised mean, (B, dim). Without a head: the map itself."
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:  # x (B, dim, h, w)
+        """Logits (B, num_classes) of the last map; `pre_logits`: its normalised mean (B, dim).
+
+        Without a head: the map itself."""
         if isinstance(self.head, nn.Identity):
             return x
         x = self.head.norm(_pools[self.global_pool](x.permute(0, 2, 3, 1)))

@@ -308,7 +308,8 @@ class Mamba2D(_Adaptable, nn.Module):
             blocks = [Block(dim, options.make(kind, dim, j), next(rates), scaled[k]) for j in range(depth)]
             self.stages.append(Stage(downsample, blocks, nn.LayerNorm(dim) if stage_norm else None))
         self.head = Classifier(self.dims[-1], num_classes, head_dropout)
-        self.config = _plain(arguments, depths=self.depths, dims=self.dims, mixers=mixers, residual_scale=scaled)
+        self.config = _plain(arguments, depths=self.depths, dims=self.dims, mixers=mixers,
+                             residual_scale=scaled)
 
     def stage_outputs(self, images: Tensor) -> list[Tensor]:  # (B, C, H, W) -> (B, h, w, dim) of each stage
         "Channels-last outputs of all stages."

@@ -247,7 +247,8 @@ def _copies(expected, tensors):
             copies[name] = torch.empty_like(value).copy_(tensors[name])
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"weights do not fit this model:\n  {name} cannot be copied ({reason})") from error
+            message = f"weights do not fit this model:\n  {name} cannot be copied ({reason})"
+            raise ValueError(message) from error
     return copies
 
 # %% ../../nbs/12_models.weights.ipynb #54de378c
