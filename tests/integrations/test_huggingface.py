@@ -143,6 +143,12 @@ class Uploads:
         shutil.copytree(folder_path, self.folder, dirs_exist_ok=True)
         self.calls.append(("upload_folder", repo_id))
 
+    def create_commit(self, repo_id, operations, **kwargs):
+        self.folder.mkdir()
+        for operation in operations:
+            shutil.copy(operation.path_or_fileobj, self.folder / operation.path_in_repo)
+        self.calls.append(("create_commit", repo_id))
+
 
 def test_the_plain_class_and_the_hub(tmp_path, monkeypatch):
     plain = HubMamba2D(**small().config)
@@ -156,3 +162,14 @@ def test_the_plain_class_and_the_hub(tmp_path, monkeypatch):
     plain.push_to_hub("owner/mamba2d-small")
     assert hub.calls[0] == ("create_repo", "owner/mamba2d-small")
     assert torch.equal(HubMamba2D.from_pretrained(tmp_path / "hub")(images()), small()(images()))
+
+
+def test_a_classifier_is_pushed_to_the_hub(folder, tmp_path, monkeypatch):
+    model, hub = AutoModelForImageClassification.from_pretrained(folder), Uploads(tmp_path / "hub")
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: SimpleNamespace(
+        save=lambda path: None))
+    model.push_to_hub("owner/mamba2d-small")
+    assert hub.calls == [("create_repo", "owner/mamba2d-small"), ("create_commit", "owner/mamba2d-small")]
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "hub")
+    assert torch.equal(again(images()).logits, model(images()).logits)
