@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 DESCRIPTION := settings.ini setup.py constraints.txt
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*')
 
-.PHONY: help demo lab test test-browser test-slow docs lint style imports prepare clean
+.PHONY: help demo lab test test-browser test-integrations test-slow docs lint style imports prepare clean
 help:
 	@echo "make demo          install and train M2D-N on scikit-learn's digits:"
 	@echo "                   weights, curves and predictions in runs/demo"
@@ -15,6 +15,7 @@ help:
 	@echo "make test          install and check: notebooks clean, links, imports and public names,"
 	@echo "                   library and README in sync, every notebook and every test runs"
 	@echo "make test-browser  the clickable figure in JupyterLab and a real Chromium (installed where possible)"
+	@echo "make test-integrations  with timm, transformers, peft and other libraries, which it installs"
 	@echo "make test-slow     the cells and tests marked slow"
 	@echo "make docs          build the documentation site from the notebooks, in _docs"
 	@echo "make lint          the gates that take seconds: links, words, style, ruff, imports, public names"
@@ -67,6 +68,14 @@ test-browser: $(VENV)/.browser
 		echo "install Chromium or Chrome to run this test"; \
 	fi || true
 	$(BIN)/python -m pytest -q -rs -m browser tests
+
+$(VENV)/.integrations: $(DESCRIPTION) | $(VENV)/bin/python
+	@echo "installing the libraries that mamba2d is tried with into $(VENV)"
+	$(INSTALL) -e ".[dev,integrations]"
+	@touch $@ $(VENV)/.development $(VENV)/.library
+
+test-integrations: $(VENV)/.integrations
+	$(BIN)/python tests/gates.py integrations
 
 test-slow: $(VENV)/.development
 	$(BIN)/python tests/gates.py slow

@@ -52,6 +52,7 @@ setup(
         "log": requirements("log_requirements"),
         "browser": requirements("browser_requirements"),
         "docs": requirements("docs_requirements"),
+        "integrations": requirements("integrations_requirements"),
         "dev": requirements("dev_requirements", "explore_requirements", "log_requirements"),
     },
     entry_points={

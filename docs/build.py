@@ -20,7 +20,7 @@ from pathlib import Path
 from fastcore.docments import docments
 
 root = Path(__file__).resolve().parent.parent
-packages = ("scan", "models", "data", "training", "viz", "bench", "cli")
+packages = ("scan", "models", "data", "training", "viz", "integrations", "bench", "cli")
 
 
 # The reference

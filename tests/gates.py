@@ -94,7 +94,7 @@ def notebooks_part(name, project=root, flag=None):
     return Part(name, problems, time.monotonic() - start, seconds)
 
 
-def pytest_part(name, marks, project=root, options=()):
+def pytest_part(name, marks, project=root, options=(), where=("tests",)):
     "Run the tests with these marks on two processes."
     start = time.monotonic()
     pytest = (sys.executable, "-m", "pytest", "-q", "-n", min(2, os.cpu_count()))
@@ -102,7 +102,7 @@ def pytest_part(name, marks, project=root, options=()):
     sharing = ("--dist", "loadfile", "--no-loadscope-reorder")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = (*pytest, *sharing, "-m", marks, f"--junitxml={report}", *options, "tests")
+        command = (*pytest, *sharing, "-m", marks, f"--junitxml={report}", *options, *where)
         code, _ = run(*command, cwd=project, limit=None, capture=False)
         counts, seconds = read_report(report)
     no_slow_test = code == 5 and marks == "slow"
@@ -161,6 +161,14 @@ def run_slow():
     ]
 
 
+def run_integrations():
+    "The tests with other libraries. A skipped one is a failure: its library is installed by then."
+    part = pytest_part("integrations", "integrations", where=("tests/integrations",))
+    if part.counts["skipped"]:
+        part.problems.append(f"{part.counts['skipped']} tests were skipped, all of them have to run")
+    return [show(part)]
+
+
 def summary(parts, cells, with_slow):
     "The last lines of a run. The very last one is read by programs: `N passed, N failed, N skipped`."
     remarks = [remark for part in parts if (remark := part.remark())]
@@ -179,7 +187,7 @@ def summary(parts, cells, with_slow):
     ]
 
 
-commands = ("all", "quick", "slow", "imports", "keep-images", "write-readme")
+commands = ("all", "quick", "slow", "integrations", "imports", "keep-images", "write-readme")
 
 
 def main(command):
@@ -193,9 +201,9 @@ def main(command):
     elif command == "quick":
         sys.exit(any(part.problems for part in run_quick()))
     else:
-        slow = command == "slow"
-        parts = run_slow() if slow else run_everything()
-        print("\n".join(summary(parts, count_cells(root), slow)))
+        runs = {"all": run_everything, "slow": run_slow, "integrations": run_integrations}
+        parts = runs[command]()
+        print("\n".join(summary(parts, count_cells(root), command == "slow")))
         sys.exit(any(part.problems for part in parts))
 
 

@@ -73,6 +73,12 @@ def test_two_processes_train_what_one_trains(tmp_path, alone):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in alone.iterdir())  # rank zero alone writes
 
 
+def test_features_under_ddp_and_fsdp2():
+    "No unused parameters, and the same training as in one process."
+    code, out, err = torchrun(program=(str(Path(__file__).with_name("distributed_features.py")),))
+    assert code == 0 and out.count("all parameters trained") == 2, err
+
+
 def test_another_number_of_processes_resumes(tmp_path, alone):
     "The second of two processes is asked to stop: both do, after the same step. One process resumes."
     code, out, err = torchrun(tmp_path, *settings, "--batch-size", 32, "--term", 1, 30)

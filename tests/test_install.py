@@ -14,13 +14,14 @@ from checks.project import committed_files, copy_of_project
 heavy_libraries = {
     "torch", "torch._dynamo", "torch.utils.cpp_extension", "torchvision", "PIL", "safetensors", "fastai",
     "fastcore", "matplotlib", "pandas", "scipy", "sklearn", "spacy", "nbdev", "IPython", "ipywidgets",
-    "ipympl", "tensorboard", "wandb", "pytest",
+    "ipympl", "tensorboard", "wandb", "pytest", "timm", "transformers", "huggingface_hub",
 }
 # Those that each import may load: what the version before the packages loaded.
 networks = {"torch", "torch._dynamo", "torchvision", "PIL"}
 may_load = {
     "mamba2d": set(),
     "mamba2d.cli": set(),
+    "mamba2d.integrations": set(),
     "mamba2d.scan": {"torch"},
     "mamba2d.models": networks | {"safetensors"},
     "mamba2d.viz": networks | {"matplotlib"},

@@ -1,10 +1,12 @@
-"""The commands `mamba2d-train`, `mamba2d-validate`, `mamba2d-predict` and `mamba2d-doctor`."""
+"""The commands `mamba2d-train`, `-validate`, `-predict`, `-convert`, `-export` and `-doctor`."""
 from .training import train
 from .validation import validate
 from .prediction import predict
+from .conversion import convert
 from .diagnosis import doctor
+from .exporting import export
 
-__all__ = ["doctor", "main", "predict", "train", "validate"]
+__all__ = ["convert", "doctor", "export", "main", "predict", "train", "validate"]
 
 
 def __getattr__(name):

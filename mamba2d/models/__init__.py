@@ -2,26 +2,32 @@
 from importlib import import_module
 
 from .blocks import (
-    Attention, Block, M2DMixer, mixers, MLP, ScanInputs, SelectiveScan, SeparableConv, StarReLU,
+    Attention, Block, DeltaProjection, M2DMixer, mixers, MLP, ScanInputs, SelectiveScan, SeparableConv,
+    StarReLU,
 )
-from .backbone import Classifier, Downsample, Mamba2D, Stage
+from .backbone import Classifier, Downsample, FeaturePyramid, Mamba2D, Stage
+from .tuning import layer_decay_groups
 
 # These modules are loaded when one of their names is first used: only they need safetensors.
 _modules = {
+    "export": (
+        "check_file", "export_model", "FileCheck", "save_onnx", "save_package", "save_pt2", "unseen_shapes",
+    ),
     "weights": ("load_published", "published_names", "published_state_dict", "read_weights"),
     "sizes": (
-        "builders", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights",
+        "builders", "features", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights",
         "mamba2d_t", "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights",
     ),
 }
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "Attention", "Block", "builders", "Classifier", "Downsample", "load_published", "M2DMixer",
-    "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
-    "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mixers", "MLP", "published_names",
-    "published_state_dict", "read_weights", "ScanInputs", "SelectiveScan", "SeparableConv", "Stage",
-    "StarReLU",
+    "Attention", "Block", "builders", "check_file", "Classifier", "DeltaProjection", "Downsample",
+    "export_model", "FeaturePyramid", "features", "FileCheck", "layer_decay_groups", "load_published",
+    "M2DMixer", "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights",
+    "mamba2d_t", "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mixers", "MLP",
+    "published_names", "published_state_dict", "read_weights", "save_onnx", "save_package", "save_pt2",
+    "ScanInputs", "SelectiveScan", "SeparableConv", "Stage", "StarReLU", "unseen_shapes",
 ]
 
 

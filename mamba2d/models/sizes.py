@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['builders', 'Mamba2D_N_Weights', 'Mamba2D_T_Weights', 'Mamba2D_S_Weights', 'Mamba2D_T_V1_Weights', 'mamba2d_n',
-           'mamba2d_t', 'mamba2d_s', 'mamba2d_t_v1']
+           'mamba2d_t', 'mamba2d_s', 'mamba2d_t_v1', 'features']
 
 # %% ../../nbs/13_models.sizes.ipynb #a855fa12
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from torchvision.models._api import Weights, WeightsEnum
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from .backbone import Mamba2D
-from .weights import tensors_in, load_published, read_weights
+from .backbone import FeaturePyramid, Mamba2D
+from mamba2d.models.weights import (
+    adapt_input_channels, in_our_names, load_published, read_weights, tensors_in, unwrapped,
+)
 
 # %% ../../nbs/13_models.sizes.ipynb #676c1f6b
 _releases = "https://github.com/cocoalex00/Mamba2D/releases/download"
@@ -100,25 +102,44 @@ def _find_weights(weights, enum):
     return tensors_in(weights)
 
 # %% ../../nbs/13_models.sizes.ipynb #8f2728fe
+_stem = "stages.0.downsample.conv.weight"
+
+def _classes_of(tensors):
+    "The number of classes of a head, None where there is none."
+    bias = unwrapped(tensors, {"head.fc2.bias"}).get("head.fc2.bias")
+    return None if bias is None else bias.numel()
+
+def _fitted(model, tensors):
+    "The tensors under our names, without what a headless model lacks, for the model's input channels."
+    tensors = in_our_names(model, tensors)
+    if model.num_classes == 0:
+        tensors = {name: value for name, value in tensors.items()
+                   if not name.startswith("head.") or name in ("head.norm.weight", "head.norm.bias")}
+    stem = tensors.get(_stem)
+    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != model.in_channels:
+        tensors[_stem] = adapt_input_channels(stem, model.in_channels)
+    return tensors
+
+# %% ../../nbs/13_models.sizes.ipynb #2fdfcefa
 def _mamba2d(enum, weights, num_classes, in_channels, config):
     "Build a model; with weights for another number of classes, keep their backbone and make a new head."
     tensors = _find_weights(weights, enum)
-    classes_of_weights = None
-    if tensors is not None and "head.fc2.bias" in tensors:
-        classes_of_weights = tensors["head.fc2.bias"].numel()
+    classes_of_weights = None if tensors is None else _classes_of(tensors)
     if num_classes is None:
         num_classes = classes_of_weights or 1000
     model = Mamba2D(num_classes=num_classes, in_channels=in_channels, **config)
     if tensors is None:
         return model
-    return load_published(model, tensors, backbone_only=classes_of_weights != model.num_classes)
+    tensors = _fitted(model, tensors)
+    same_head = classes_of_weights == num_classes or (num_classes == 0 and "head.norm.weight" in tensors)
+    return load_published(model, tensors, backbone_only=not same_head)
 
 # %% ../../nbs/13_models.sizes.ipynb #f7912d40
 def mamba2d_n(
     weights: Mamba2D_N_Weights | str | Path | Mapping | None = None,
     # enum entry or its name, a path, or a state dict
     num_classes: int | None = None,  # None: as the weights have, else 1000; another number gets a new head
-    in_channels: int = 3,
+    in_channels: int = 3,  # another number: weights for RGB are converted, as timm does
     drop_path: float = 0.,
     head_dropout: float = 0.,
     **kwargs,  # further arguments of `Mamba2D`
@@ -181,3 +202,31 @@ def mamba2d_t_v1(
 
 # %% ../../nbs/13_models.sizes.ipynb #bb493197
 builders = {"n": mamba2d_n, "t": mamba2d_t, "s": mamba2d_s, "t_v1": mamba2d_t_v1}
+
+# %% ../../nbs/13_models.sizes.ipynb #4c6dd59b
+weights_enums = {"n": Mamba2D_N_Weights, "t": Mamba2D_T_Weights, "s": Mamba2D_S_Weights,
+                 "t_v1": Mamba2D_T_V1_Weights}
+
+# %% ../../nbs/13_models.sizes.ipynb #c2998337
+def features(
+    model_or_name: Mamba2D | str,  # a network, or "mamba2d_n", "mamba2d_t", "mamba2d_s", "mamba2d_t_v1"
+    out_indices: Sequence[int] = (0, 1, 2, 3),  # stages whose maps are given, counted from 0
+    frozen_stages: int = 0,  # the first so many stages are not trained
+    **kwargs,  # of the builder, with a name: weights, in_channels, drop_path, ...
+) -> FeaturePyramid:
+    """The feature pyramid of a network as a module: maps by stage, with `.channels` and `.strides`.
+
+    Raises `ValueError` for a name or a stage that does not exist, and the builder's errors; `TypeError` for
+    arguments of a builder beside a network."""
+    if isinstance(model_or_name, str):
+        build = builders.get(model_or_name.removeprefix("mamba2d_"))
+        if build is None:
+            names = ", ".join(f"mamba2d_{name}" for name in builders)
+            raise ValueError(f"model_or_name must be a Mamba2D or one of {names}, got {model_or_name!r}")
+        model_or_name, kwargs = build(**{"num_classes": 0, **kwargs}), {}
+    if not isinstance(model_or_name, Mamba2D):
+        given = type(model_or_name).__name__
+        raise TypeError(f"model_or_name must be a Mamba2D or the name of one, got {given}")
+    if kwargs:
+        raise TypeError(f"{', '.join(kwargs)}: only with a name, the network is built already")
+    return FeaturePyramid(model_or_name, out_indices, frozen_stages)

@@ -7,10 +7,12 @@ __all__ = ['published_names', 'published_state_dict', 'read_weights', 'load_publ
 
 # %% ../../nbs/12_models.weights.ipynb #2a657502
 import json
+import logging
+import math
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import safetensors
@@ -141,11 +143,24 @@ def read_weights(
     return content
 
 # %% ../../nbs/12_models.weights.ipynb #3d19dc13
+_log = logging.getLogger(__name__)
+
+_ema_keys = ("ema", "average", "state_dict_ema", "model_ema", "ema_state_dict")
+
+_weights_keys = ("weights", "state_dict", "model_state_dict", "model", "net", "network")
+
+# %% ../../nbs/12_models.weights.ipynb #14cd8b1c
 def tensors_in(source):
-    "The mapping from names to tensors in a loaded file; raises `ValueError` where there is none."
-    for key in ("ema", "average", "weights", "state_dict", "model"):
-        if isinstance(source, Mapping) and isinstance(source.get(key), Mapping):
-            source = source[key]
+    """The mapping from names to tensors in a loaded file; EMA weights come first.
+
+    Raises `ValueError` where there is none."""
+    key = ""
+    while isinstance(source, Mapping) and key is not None:
+        keys = (key for key in (*_ema_keys, *_weights_keys) if isinstance(source.get(key), Mapping))
+        key = next(keys, None)
+        source = source if key is None else source[key]
+        if key in _ema_keys:
+            _log.info("the EMA weights are taken, those under %r", key)
     if isinstance(source, Mapping) and source and all(isinstance(v, Tensor) for v in source.values()):
         return source
     given = type(source).__name__
@@ -154,31 +169,87 @@ def tensors_in(source):
     raise ValueError("weights: expected a state dict (names to tensors), alone or under 'state_dict' or "
                      f"'model'; got {given}")
 
+# %% ../../nbs/12_models.weights.ipynb #80c1ceb4
+_wrappers = ("module.", "_orig_mod.", "model.", "backbone.", "mamba2d.", "ema_model.", "ema.")
+
+def _unwrapped_name(name, known):
+    "The name without the prefixes of wrappers; as it is, if that gives none of the known names."
+    inner = name
+    while inner not in known:
+        wrapper = next((prefix for prefix in _wrappers if inner.startswith(prefix)), None)
+        if wrapper is None:
+            return name
+        inner = inner.removeprefix(wrapper)
+    return inner
+
+# %% ../../nbs/12_models.weights.ipynb #0a016e27
+def unwrapped(
+    tensors: Mapping[str, Tensor],
+    known: Container[str],  # names of the model
+) -> dict[str, Tensor]:
+    "The tensors under the known names, without the prefixes of wrappers; EMA weights come first."
+    found = {}
+    for name in sorted(tensors, key=lambda name: "ema." not in name and "ema_model." not in name):
+        found.setdefault(_unwrapped_name(name, known), tensors[name])
+    if "n_averaged" not in known:
+        found.pop("n_averaged", None)
+    return found
+
 # %% ../../nbs/12_models.weights.ipynb #d5f709fc
-def _in_our_names(model, tensors):
-    "The same tensors under our names, if they come under the published ones."
-    ours = {theirs: name for name, theirs in published_names(model).items()}
-    if sum(name in tensors for name in ours) > sum(name in tensors for name in ours.values()):
+_head_names = [f"head.{layer}.{kind}" for layer in ("norm", "fc1", "hidden_norm", "fc2")
+               for kind in ("weight", "bias")]
+
+def in_our_names(model: Mamba2D, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors under our names, whether they come under the published ones or ours, wrapped or not."
+    names = {name: _published_name(model, name) for name in (*model.state_dict(), *_head_names)}
+    tensors = unwrapped(tensors, {*names, *names.values()})
+    if sum(name in tensors for name in names.values()) > sum(name in tensors for name in names):
+        ours = {theirs: name for name, theirs in names.items()}
         return {ours.get(name, name): value for name, value in tensors.items()}
-    return dict(tensors)
+    return tensors
 
 # %% ../../nbs/12_models.weights.ipynb #df80bb75
+def _is_plain(tensor):
+    "Whether a tensor holds floating-point values, one beside the other."
+    odd = tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided
+    return tensor.is_floating_point() and not odd
+
+def _kind(tensor):
+    "What a tensor is that is not plain."
+    shape = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    return f"{tensor.dtype} on {tensor.device}" + (f", {shape}" if shape != "strided" else "")
+
+def _first(kind, found, limit):
+    "A line that lists the first names of a kind of difference."
+    return f"  {len(found)} {kind}: {', '.join(found[:limit])}{', …' if len(found) > limit else ''}"
+
+# %% ../../nbs/12_models.weights.ipynb #0669bb81
 def _differences(expected, tensors, limit=3):
-    "What is missing, unexpected or with a size mismatch, as lines of text."
+    "What is missing, unexpected, with a size mismatch or no plain tensor, as lines of text."
+    odd = {name for name, value in tensors.items() if not _is_plain(value)}
     mismatched = [f"{name} is {tuple(tensors[name].shape)}, the model's is {tuple(value.shape)}"
-                  for name,
-                  value in expected.items() if name in tensors and tensors[name].shape != value.shape]
-    no_floats = [f"{name} is {value.dtype} on {value.device}"
-                 for name, value in tensors.items() if value.is_meta or not value.is_floating_point()]
+                  for name, value in expected.items()
+                  if name in tensors and name not in odd and tensors[name].shape != value.shape]
     kinds = {"missing": [name for name in expected if name not in tensors],
              "unexpected": [name for name in tensors if name not in expected],
-             "with a size mismatch": mismatched, "without floating-point values": no_floats}
-    lines = []
-    for kind, found in kinds.items():
-        if found:
-            more = ", …" if len(found) > limit else ""
-            lines.append(f"  {len(found)} {kind}: {', '.join(found[:limit])}{more}")
-    return lines
+             "with a size mismatch": mismatched,
+             "without floating-point values": [f"{name} is {_kind(tensors[name])}"
+                                               for name in tensors if name in odd]}
+    return [_first(kind, found, limit) for kind, found in kinds.items() if found]
+
+# %% ../../nbs/12_models.weights.ipynb #00484c82
+@torch.no_grad()
+def _copies(expected, tensors):
+    "Copies of the tensors as the model's are; raises a `ValueError` that names one that cannot be copied."
+    copies = {}
+    for name, value in expected.items():
+        try:
+            copies[name] = torch.empty_like(value).copy_(tensors[name])
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            message = f"weights do not fit this model:\n  {name} cannot be copied ({reason})"
+            raise ValueError(message) from error
+    return copies
 
 # %% ../../nbs/12_models.weights.ipynb #54de378c
 def load_published(
@@ -186,17 +257,28 @@ def load_published(
     source: str | Path | Mapping,  # a file, or a state dict under the published names or ours
     backbone_only: bool = False,  # leave the head as it is, whatever the source says of it
 ) -> Mamba2D:  # the same model
-    """Load weights into `model`, strictly.
+    """Load weights into `model`, strictly; EMA weights come first, and prefixes of wrappers are taken off.
 
     Raises `ValueError` listing the first names that are missing, unexpected or have a size mismatch (our
     names, where they could be translated); the model is then unchanged."""
     content = read_weights(source) if isinstance(source, (str, Path)) else source
-    tensors, expected = _in_our_names(model, tensors_in(content)), model.state_dict()
+    tensors, expected = in_our_names(model, tensors_in(content)), model.state_dict()
     if backbone_only:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
         expected = {name: value for name, value in expected.items() if not name.startswith("head.")}
     differences = _differences(expected, tensors)
     if differences:
         raise ValueError("weights do not fit this model:\n" + "\n".join(differences))
-    model.load_state_dict(tensors, strict=not backbone_only)
+    model.load_state_dict(_copies(expected, tensors), strict=not backbone_only)
     return model
+
+# %% ../../nbs/12_models.weights.ipynb #3a8401ce
+def adapt_input_channels(
+    weight: Tensor,  # (dim, 3, kernel, kernel)
+    channels: int,
+) -> Tensor:  # (dim, channels, kernel, kernel)
+    "The weights of a first convolution for that many input channels, from those for RGB, as timm makes them."
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    repeated = weight.repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels]
+    return repeated * (3 / channels)

@@ -238,6 +238,14 @@ def _differentiates_functions():
     return any(interpreter.key() in (TransformType.Grad, TransformType.Jvp)
                for interpreter in retrieve_all_functorch_interpreters())
 
+# %% ../../nbs/05_scan.operator.ipynb #5d1f0c22
+# torch 2.6 has no such function
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)
+
+def _is_recorded():
+    "Whether this call becomes a part of a program for sizes that are not known yet."
+    return _is_exporting() or torch.jit.is_tracing()
+
 # %% ../../nbs/05_scan.operator.ipynb #e682237d
 def selective_scan_2d(
     x: Tensor,  # (B, H, W, E) input
@@ -269,7 +277,8 @@ def selective_scan_2d(
         return selective_scan_2d_ref(*tensors[:9], delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
                                      delta_softplus=delta_softplus, reverse=reverse,
                                      return_states=return_states)
-    for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    for_backward = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+                    and not _is_recorded())
     y, h, _ = scan_operators.scan_forward(
         *tensors, delta_softplus, reverse, return_states, for_backward, _forced_backend)
     return (y, h.detach()) if return_states else y
