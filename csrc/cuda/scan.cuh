@@ -9,7 +9,9 @@
 //   NG                     lanes that share the states of a channel; a warp holds 32 / NG groups of CH channels
 //   VECTOR                 elements loaded at once, 4 where alignment and sizes allow it, else 1
 //   OFFSET                 type of an offset within one image: int, or long long where int is too short
-//   SAME_E, SAME_N         1: x and everything of its shape (1: B_t, B_l and C) have the same strides, so that one offset serves all
+//   SAME_E                 1: x and everything of its shape have the same strides, so that one offset serves all; 2: delta_t and
+//                          delta_l have the same strides, and x and y (or the gradient of y) have
+//   SAME_N                 1: B_t, B_l and C have the same strides
 //   SAVED_T                element type of the states that are kept for the backward pass
 //   LOCKSTEP               1: warps that hand states to each other meet at __syncthreads, all at once (no `announce`, no `receive`). Slower, with the same reads and
 //                          writes: for compute-sanitizer's racecheck, which cannot follow barriers of neighbours (tests/barriers.cu)
@@ -158,8 +160,8 @@ struct Layout {
   Strides sx, sdt, sdl, sbt, sbl, sc;
   int images, height, width, channels, channels_padded, groups, strips, saved_rows, saved_cols;
   int apart;  // backward: 1: each channel group keeps its own sums of B_t, B_l and C, which scan_backward_sum adds up
-  DEVICE_METHOD const Strides& delta_t_strides() const { return SAME_E ? sx : sdt; }
-  DEVICE_METHOD const Strides& delta_l_strides() const { return SAME_E ? sx : sdl; }
+  DEVICE_METHOD const Strides& delta_t_strides() const { return SAME_E == 1 ? sx : sdt; }
+  DEVICE_METHOD const Strides& delta_l_strides() const { return SAME_E == 1 ? sx : SAME_E == 2 ? sdt : sdl; }
   DEVICE_METHOD const Strides& B_l_strides() const { return SAME_N ? sbt : sbl; }
   DEVICE_METHOD const Strides& C_strides() const { return SAME_N ? sbt : sc; }
 };

@@ -956,6 +956,7 @@ struct SumArguments {
   BL_T* grad_B_l;
   C_T* grad_C;
   int parts, channels, channels_padded, blocks, groups, images, pixels, reverse;  // `blocks` for the first sums, the others for these
+  int narrow;  // elements from one pixel of grad_B_t, grad_B_l and grad_C to the next
 };
 constexpr int SLICES = 16;
 
@@ -966,7 +967,7 @@ extern "C" __global__ void __launch_bounds__(32 * SLICES) scan_backward_sum(cons
     real sum = 0;
     for (int group = 0; group < p.groups; ++group) sum += p.sums[group * size + item];
     const int place = item / (3 * STATES), which = item / STATES % 3, n = item % STATES, at = place % p.pixels;
-    const int to = (place - at + (p.reverse ? p.pixels - 1 - at : at)) * STATES + n;
+    const int to = (place - at + (p.reverse ? p.pixels - 1 - at : at)) * p.narrow + n;
     if (which == 0) from_real(sum, p.grad_B_t[to]);
     else if (which == 1) from_real(sum, p.grad_B_l[to]);
     else from_real(sum, p.grad_C[to]);

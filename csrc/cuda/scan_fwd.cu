@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   OFFSET delta_t_walk = OFFSET((i0 + x_row) * sdt.h) + e0 + x_ch, delta_l_walk = OFFSET((i0 + x_row) * sdl.h) + e0 + x_ch;
   OFFSET B_l_walk = OFFSET((i0 + n_row) * sbl.h) + n_first, C_walk = OFFSET((i0 + n_row) * sc.h) + n_first;
   OFFSET y_walk = OFFSET((i0 + x_row) * sy.h) + e0 + x_ch - 2 * OFFSET(sy.w);  // the loads are two columns ahead of it
-  OFFSET &at_delta_t = SAME_E ? at_x : delta_t_walk, &at_delta_l = SAME_E ? at_x : delta_l_walk;
+  OFFSET &at_delta_t = SAME_E == 1 ? at_x : delta_t_walk, &at_delta_l = SAME_E ? at_delta_t : delta_l_walk;
   OFFSET &at_B_l = SAME_N ? at_B_t : B_l_walk, &at_C = SAME_N ? at_B_t : C_walk;
 
   // Row and first channel (or state) of load q, relative to load 0
@@ -127,7 +127,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) scan_forward(const
   };
   auto advance = [&] {
     at_x += OFFSET(p.sx.w), at_B_t += OFFSET(p.sbt.w);
-    if (!SAME_E) at_delta_t += OFFSET(sdt.w), at_delta_l += OFFSET(sdl.w), y_walk += OFFSET(sy.w);
+    if (SAME_E != 1) at_delta_t += OFFSET(sdt.w);
+    if (SAME_E == 0) at_delta_l += OFFSET(sdl.w), y_walk += OFFSET(sy.w);
     if (!SAME_N) at_B_l += OFFSET(sbl.w), at_C += OFFSET(sc.w);
   };
 

@@ -8,15 +8,95 @@ __all__ = ['mixers', 'ScanInputs', 'DeltaProjection', 'SelectiveScan', 'StarReLU
 
 # %% ../../nbs/10_models.blocks.ipynb #fb7959a6
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn, Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from ..scan.checks import check_fraction
-from ..scan.operator import selective_scan_2d
+from ..scan.operator import is_recorded, scan_projected, selective_scan_2d
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000002
+_plain_types = {nn.Linear, nn.Conv2d}
+
+def _has_hooks(layer):
+    "Whether something is called before or after `layer`, forward or backward."
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+                or layer._backward_pre_hooks or _has_any_global_hook())
+
+def _is_plain(layer):
+    "Whether calling `layer` computes `F.linear` or the convolution of its own parameters and nothing else."
+    return (type(layer) in _plain_types and type(layer.weight) is nn.Parameter and not _has_hooks(layer)
+            and "forward" not in vars(layer))
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000013
+def _may_fuse():
+    "Whether layers may be taken together: not while a graph is recorded or `torch.func` is at work."
+    return not (is_recorded() or _are_functorch_transforms_active())
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000005
+class _Cast(torch.autograd.Function):
+    "Tensors in another dtype, by one operation; their gradients return by one operation too."
+    @staticmethod
+    def forward(ctx, dtype, *tensors):
+        ctx.dtype = tensors[0].dtype
+        return _cast(dtype, tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *_cast(ctx.dtype, grads)
+
+def _cast(dtype, tensors):
+    "Copies of tensors in another dtype."
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return tuple(copies)
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000006
+def _autocast_dtype(weight):
+    "The dtype to which autocast casts `weight`, None where it does not."
+    device = weight.device.type
+    if weight.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+def _with_parameters(layer, weight, bias):
+    "What `layer` computes, with these parameters in place of its own."
+    if isinstance(layer, nn.Conv2d):
+        return partial(layer._conv_forward, weight=weight, bias=bias)
+    return partial(F.linear, weight=weight, bias=bias)
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000007
+def _cast_together(*layers: nn.Module) -> list[Callable]:
+    """The layers, plain ones replaced by functions with parameters that have been cast by one operation.
+
+    All are returned as they are where autocast casts nothing."""
+    plain = [layer for layer in layers if _is_plain(layer)]
+    dtype = _autocast_dtype(plain[0].weight) if len(plain) > 1 and _may_fuse() else None
+    if dtype is None:
+        return list(layers)
+    plain = [layer for layer in plain
+             if all(p.dtype == torch.float32 and p.requires_grad == plain[0].weight.requires_grad
+                    for p in layer.parameters())]
+    parameters = [p for layer in plain for p in layer.parameters()]
+    copies = iter(_Cast.apply(dtype, *parameters) if torch.is_grad_enabled() else _cast(dtype, parameters))
+    replaced = {layer: _with_parameters(layer, next(copies), None if layer.bias is None else next(copies))
+                for layer in plain}
+    return [replaced.get(layer, layer) for layer in layers]
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000010
+def _recomputed(function: Callable, x: Tensor) -> Tensor:
+    "function(x), which a compiled backward pass computes again instead of keeping it."
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and _may_fuse():
+        return checkpoint(function, x, use_reentrant=False)
+    return function(x)
 
 # %% ../../nbs/10_models.blocks.ipynb #2db5a55a
 class ScanInputs(NamedTuple):
@@ -41,6 +121,8 @@ class DeltaProjection(nn.Linear):
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:  # (..., R) -> (..., E)
         return F.linear(x, self.weight, self.bias if add_bias else None)
+
+_plain_types.add(DeltaProjection)
 
 # %% ../../nbs/10_models.blocks.ipynb #68bd4433
 def _raw_delta(layer, x):
@@ -99,6 +181,20 @@ class SelectiveScan(nn.Module):
         delta_l, bias_l = _raw_delta(self.delta_proj_l, parts[1])
         return (delta_t, delta_l, -self.A_log_t.exp(), -self.A_log_l.exp(), B_t, B_l, C), (bias_t, bias_l)
 
+    def folded_weight(self, dtype):
+        "One matrix (2 E + 3 N, E) that takes x to raw step sizes, B and C, in `dtype`."
+        rank, channels = self.splits[0], self.D.shape[0]
+        narrow = self.x_proj.weight[:2 * rank].view(2, rank, channels)
+        wide = torch.stack([self.delta_proj_t.weight, self.delta_proj_l.weight])
+        with torch.autocast(self.D.device.type, enabled=False):
+            return torch.cat([(wide @ narrow).flatten(0, 1), self.x_proj.weight[2 * rank:]]).to(dtype)
+
+    def can_fold(self, x):
+        "Whether x may be projected by one product: on a GPU, while all layers are plain and E is small."
+        layers = self.x_proj, self.delta_proj_t, self.delta_proj_l
+        return (all(map(_is_plain, layers)) and self.x_proj.bias is None and self.D.shape[0] <= 256
+                and x.is_cuda and _may_fuse())
+
     def inputs(self, x: Tensor) -> ScanInputs:  # x (B, H, W, E)
         "Everything the scan of x depends on."
         (delta_t, delta_l, *matrices), (bias_t, bias_l) = self.project(x)
@@ -107,6 +203,11 @@ class SelectiveScan(nn.Module):
         return ScanInputs(x, delta_t, delta_l, *matrices, self.D)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, E) -> (B, H, W, E)
+        if self.can_fold(x):
+            A_t, A_l = -torch.stack([self.A_log_t, self.A_log_l]).exp()
+            return scan_projected(
+                x, F.linear(x, self.folded_weight(x.dtype)), A_t, A_l, self.D, reverse=self.reverse,
+                delta_bias_t=self.delta_proj_t.bias, delta_bias_l=self.delta_proj_l.bias)
         projected, (bias_t, bias_l) = self.project(x)
         return selective_scan_2d(x, *projected, self.D, delta_bias_t=bias_t, delta_bias_l=bias_l,
                                  delta_softplus=True, reverse=self.reverse)
@@ -139,9 +240,14 @@ class SeparableConv(nn.Module):
         self.act1, self.act2 = StarReLU(), StarReLU()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
-        x = self.act1(self.widen(x))
-        x = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.narrow(self.act2(x))
+        widen, depthwise, narrow = _cast_together(self.widen, self.depthwise, self.narrow)
+        x = self.activate(self.act1, widen(x))
+        x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return narrow(self.activate(self.act2, x))
+
+    def activate(self, act, x):
+        "act(x) in x's dtype, in which the next layer takes it."
+        return _recomputed(lambda x: act(x).to(x.dtype), x)
 
 # %% ../../nbs/10_models.blocks.ipynb #dcb04eb4
 class M2DMixer(nn.Module):
@@ -178,11 +284,12 @@ class M2DMixer(nn.Module):
         return self.scans[scan].inputs(F.gelu(self.in_proj(features)))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, D) -> (B, H, W, D)
-        inner = F.gelu(self.in_proj(x))
+        in_proj, out_proj = _cast_together(self.in_proj, self.out_proj)
+        inner = _recomputed(F.gelu, in_proj(x))
         y = self.scans[0](inner)
         if len(self.scans) == 2:
             y = (y + self.scans[1](inner)) / 2
-        y = self.out_proj(F.gelu(y))
+        y = out_proj(_recomputed(F.gelu, y))
         return y if self.local_path is None else y + self.local_path(self.local_norm(x))
 
 # %% ../../nbs/10_models.blocks.ipynb #f85155b4
@@ -217,6 +324,48 @@ def _rotate(
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2)
 
+# %% ../../nbs/10_models.blocks.ipynb #c0000002
+def _swap_pairs(x):
+    "Each two neighbouring channels exchanged."
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+def _turn(x, cosine, sine):
+    "`_rotate` for tables that have one entry per channel, the sine with its sign."
+    return x * cosine + _swap_pairs(x) * sine
+
+def _channel_tables(cosine, sine):
+    "The tables of `_rotary_table` with one entry per channel, for `_turn`: (positions, 1, head_dim)."
+    signed = torch.stack([-sine, sine], -1).flatten(-2)
+    return cosine.repeat_interleave(2, -1)[:, None], signed[:, None]
+
+# %% ../../nbs/10_models.blocks.ipynb #c0000004
+def _rotate_normalise(x, weight, bias, cosine, sine, eps):
+    "The output of `_RotateNormalise`, the mean of each head's rotated channels, and 1 over their deviation."
+    turned = _turn(x.float(), cosine, sine)
+    variance, mean = torch.var_mean(turned, -1, correction=0, keepdim=True)
+    scale = (variance + eps).rsqrt()
+    return ((turned - mean) * scale * weight + bias).to(x.dtype), mean, scale
+
+class _RotateNormalise(torch.autograd.Function):
+    """LayerNorm of rotated vectors (B, positions, heads, head_dim); see the formulas above.
+
+    Arithmetic is float32, the output has the dtype of x."""
+    @staticmethod
+    def forward(ctx, x, weight, bias, cosine, sine, eps):
+        placed, mean, scale = _rotate_normalise(x, weight, bias, cosine, sine, eps)
+        ctx.save_for_backward(x, weight, cosine, sine, mean, scale)
+        return placed
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, cosine, sine, mean, scale = ctx.saved_tensors
+        grad, ones = grad.float(), cosine - sine
+        weighted = grad * weight
+        back, normal = _turn(weighted, cosine, -sine), (x.float() - mean * ones) * scale
+        of_x = back - ones * weighted.mean(-1, keepdim=True) - normal * (back * normal).mean(-1, keepdim=True)
+        of_weight = (grad * _turn(normal, cosine, sine)).sum((0, 1, 2))
+        return (of_x * scale).to(x.dtype), of_weight, grad.sum((0, 1, 2)), None, None, None
+
 # %% ../../nbs/10_models.blocks.ipynb #c986ad12
 class Attention(nn.Module):
     """Multi-head attention over all pixels of a map, with rotary positions and normalised queries and keys.
@@ -243,16 +392,31 @@ class Attention(nn.Module):
         cosine, sine = angles
         return norm(_rotate(t, cosine, sine).to(norm.weight.dtype)).to(t.dtype)
 
+    def place_compiled(self, t, norm, angles):
+        "The same by `_RotateNormalise`."
+        arguments = t.transpose(1, 2), norm.weight, norm.bias, *_channel_tables(*angles), norm.eps
+        if torch.is_grad_enabled():
+            return _RotateNormalise.apply(*arguments).transpose(1, 2)
+        return _rotate_normalise(*arguments)[0].transpose(1, 2)
+
+    def can_place_compiled(self):
+        "Whether a graph is compiled in which both norms are plain LayerNorms in float32."
+        return torch.compiler.is_compiling() and _may_fuse() and all(
+            type(norm) is nn.LayerNorm and not _has_hooks(norm) and norm.weight.dtype == torch.float32
+            for norm in (self.q_norm, self.k_norm))
+
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1:3]
         # (B, H·W, 3, heads, head_dim)
-        heads = self.qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))
+        qkv, proj = _cast_together(self.qkv, self.proj)
+        heads = qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
             angles = _rotary_table(height, width, self.head_dim, device=x.device)
-            q, k = self.place(q, self.q_norm, angles), self.place(k, self.k_norm, angles)
+            place = self.place_compiled if self.can_place_compiled() else self.place
+            q, k = place(q, self.q_norm, angles), place(k, self.k_norm, angles)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
+        return proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
 
 # %% ../../nbs/10_models.blocks.ipynb #d8a26b8e
 class MLP(nn.Sequential):
@@ -262,6 +426,11 @@ class MLP(nn.Sequential):
         self.fc1 = nn.Linear(dim, ratio * dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(ratio * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim) -> (..., dim)
+        for layer in _cast_together(*self):
+            x = _recomputed(layer, x) if isinstance(layer, nn.GELU) else layer(x)
+        return x
 
 # %% ../../nbs/10_models.blocks.ipynb #f26d7ff2
 class Block(nn.Module):

@@ -265,6 +265,13 @@ _lockstep = os.environ.get("MAMBA2D_LOCKSTEP", "0") not in ("", "0")
 # %% ../../nbs/04_scan.cuda.ipynb #98bbd723
 _dtype_macros = ("X_T", "DT_T", "DL_T", "AT_T", "AL_T", "BT_T", "BL_T", "C_T", "D_T", "ZT_T", "ZL_T")
 
+def _alike(inputs, like_x):
+    "Which inputs of E channels have the same strides: 1: all; 2: the step sizes, and x and `like_x`; 0: others."
+    x, deltas = [inputs.x, like_x], [inputs.delta_t, inputs.delta_l]
+    if _have_same_strides(x + deltas):
+        return 1
+    return 2 if _have_same_strides(x) and _have_same_strides(deltas) else 0
+
 def _tensor_macros(inputs, like_x):
     "Macros that say which of the inputs there are, their dtypes, and whether they lie in memory alike."
     dtypes = {name: "f32" if t is None else _type_names[t.dtype] for name, t in zip(_dtype_macros, inputs)}
@@ -272,13 +279,15 @@ def _tensor_macros(inputs, like_x):
         SKIP=int(inputs.D is not None),
         BIAS_T=int(inputs.delta_bias_t is not None),
         BIAS_L=int(inputs.delta_bias_l is not None),
-        SAME_E=int(_have_same_strides([*(inputs[k] for k in _wide), like_x])),
+        SAME_E=_alike(inputs, like_x),
         SAME_N=int(_have_same_strides([inputs[k] for k in _narrow])),
     )
 
 # %% ../../nbs/04_scan.cuda.ipynb #7a3e68da
-def _make_problem(inputs, like_x, *, softplus, is_aligned, device):
-    "The `_Problem` of the eleven inputs and the output or its gradient, `like_x`."
+def _make_problem(inputs, like_x, *, softplus, is_aligned, device, pixel=0):
+    """The `_Problem` of the eleven inputs and the output or its gradient, `like_x`.
+
+    Some output has `pixel` elements from one pixel to the next, if that is more than those of the inputs."""
     capability, shared_limit, processors = _card(device)
     x, n = inputs.x, inputs.A_t.shape[1]
     real = compute_dtype(*inputs, like_x)
@@ -286,7 +295,7 @@ def _make_problem(inputs, like_x, *, softplus, is_aligned, device):
     if tile is None:
         raise KernelError(f"{n} states in {real} need more shared memory than this card has")
     images = [t for t in (*inputs, like_x) if t is not None and t.dim() == 4]
-    largest = max(x.shape[1] * x.shape[2] * 3 * n, *map(_largest_offset, images))
+    largest = max(x.shape[1] * x.shape[2] * max(3 * n, pixel), *map(_largest_offset, images))
     macros = _tensor_macros(inputs, like_x) | dict(
         OFFSET="int" if largest < 2**31 - 2**20 else "i64",
         REAL="double" if real == torch.float64 else "float",
@@ -592,11 +601,13 @@ _apart_pixels = 2**17  # so many pixels times channel groups, at most, have sums
 def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
     """Compile and pack what a backward call like this needs.
 
-    The options are the last two arguments of `cuda_backward`."""
-    softplus, reverse = options
-    problem = _make_problem(inputs, grad_y, softplus=softplus, is_aligned=is_aligned, device=device)
-    b, h, w, e = problem.shape
-    n, size, saved = problem.n, problem.size, problem.saved
+    The options are those of `_run_backward`."""
+    softplus, reverse, joined = options
+    (b, h, w, e), n = inputs.x.shape, inputs.A_t.shape[1]
+    joint = 3 * (e + n)  # elements of a pixel, where all gradients lie in one tensor
+    problem = _make_problem(inputs, grad_y, softplus=softplus, is_aligned=is_aligned, device=device,
+                            pixel=joint if joined else 0)
+    size, saved = problem.size, problem.saved
     padded_n = problem.lanes.per_thread * problem.lanes.groups
     mma = _uses_tensor_cores(problem, inputs)
     channels, group, shared, blocks = _backward_layout(problem, mma)
@@ -610,7 +621,8 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
     apart = groups > 1 and grid <= 2 * problem.processors and b * h * w * groups <= _apart_pixels
     shared_sums = b * h * w * 3 * n * size * (groups if apart else 1) if groups > 1 else 0
     sum_blocks = -(-(2 * e * n + 3 * e) // 32)
-    of_grad_y, wide, narrow = _strides_of(grad_y), _dense_strides(b, h, w, e), _dense_strides(b, h, w, n)
+    of_grad_y = _strides_of(grad_y)
+    wide, narrow = [_dense_strides(b, h, w, joint if joined else channels) for channels in (e, n)]
     pointers = (_Pointer(of_grad_y, grad_y.element_size()), _Pointer(),
                 *(_Pointer(wide, inputs[k].element_size()) for k in _wide),
                 *(_Pointer(narrow, inputs[k].element_size()) for k in _narrow), *[_Pointer()] * 4)
@@ -623,36 +635,33 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
         saved_shape=saved.shape, carry=carry, partial=partial,
         sum_kernel=_load_kernel(device, "scan_bwd.cu", "scan_backward_sum", macros, 0),
         sum_grid=sum_blocks + (-(-b * h * w * 3 * n // 512) if apart else 0),
-        sum_pack=struct.Struct("10Q8i").pack,
-        sum_tail=(b * strips, e, saved.channels, sum_blocks, groups, b, h * w, int(reverse)),
+        sum_pack=struct.Struct("10Q9i").pack,
+        sum_tail=(b * strips, e, saved.channels, sum_blocks, groups, b, h * w, int(reverse), narrow[2]),
     )
 
-# %% ../../nbs/04_scan.cuda.ipynb #8889c5c8
-def cuda_backward(grad_y, *arguments):
-    """The operator `mamba2d::scan_backward` on CUDA: gradients of the inputs, empty for None.
+# %% ../../nbs/04_scan.cuda.ipynb #5f1c0b7a
+def _run_backward(grad_y, inputs, saved, grads, options):
+    """Start the kernels of the backward pass, which write into `grads`, those of the eleven inputs.
 
-    The arguments are the gradient of y, the eleven tensors, `saved`, delta_softplus and reverse."""
-    x = arguments[0]
+    The options are delta_softplus, reverse and whether the gradients of the images are slices of one tensor."""
+    x = inputs[0]
     device = x.device.index
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return cuda_backward(grad_y, *arguments)
-    inputs, saved, options = arguments[:11], arguments[11], arguments[12:]
+            return _run_backward(grad_y, inputs, saved, grads, options)
     pointers, layout = _plan_key(inputs, grad_y)
     key = layout, device, options
     plan = _plans.get(key)
     if plan is None:
         copies = _dense_copies((grad_y, *inputs))
         if copies:
-            return cuda_backward(*copies, saved, *options)
+            return _run_backward(copies[0], copies[1:], saved, grads, options)
         plan = _plan_backward(ScanTensors(*inputs), grad_y, options, is_aligned=layout[2], device=device)
         _plans[key] = plan
-    grads = [x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-             for t in inputs]
     if not plan.grid:
-        return tuple(g.zero_() for g in grads)
+        return [g.zero_() for g in grads]
     if saved.shape != plan.saved_shape:  # the forward pass did not know that this would come
-        saved = cuda_forward(*inputs, *options, False, True)[2]
+        saved = cuda_forward(*inputs, *options[:2], False, True)[2]
     stream = _stream(device)
     room, flags, carry = _allocate_room(plan, x, stream)
     partial = carry + plan.carry
@@ -665,7 +674,34 @@ def cuda_backward(grad_y, *arguments):
     sums = plan.sum_pack(partial, out[3], out[4], out[8], out[9], out[10],
                          partial + plan.partial, out[5], out[6], out[7], *plan.sum_tail)
     plan.sum_kernel(plan.sum_grid, 512, 0, stream, sums)
+
+# %% ../../nbs/04_scan.cuda.ipynb #8889c5c8
+def cuda_backward(grad_y, *arguments):
+    """The operator `mamba2d::scan_backward` on CUDA: gradients of the inputs, empty for None.
+
+    The arguments are the gradient of y, the eleven tensors, `saved`, delta_softplus and reverse."""
+    inputs = arguments[:11]
+    grads = [inputs[0].new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+             for t in inputs]
+    _run_backward(grad_y, inputs, arguments[11], grads, (*arguments[12:], False))
     return tuple(grads)
+
+# %% ../../nbs/04_scan.cuda.ipynb #7b3e8f24
+def cuda_backward_joined(grad_y, *arguments):
+    """`cuda_backward` with the gradients of all images in one tensor (B, H, W, 3 E + 3 N).
+
+    They follow each other there: x, delta_t, delta_l, B_t, B_l, C. Those of A_t, A_l, D and the biases come
+    after that tensor. All images have the dtype of x."""
+    inputs = x, *_, A_t, A_l, _, _, _, D, bias_t, bias_l = arguments[:11]
+    e, n = A_t.shape
+    joint = x.new_empty((*x.shape[:3], 3 * (e + n)))
+    of_x, of_t, of_l, of_B_t, of_B_l, of_C = joint.split((e, e, e, n, n, n), -1)
+    of_A_t, of_A_l, of_D, of_bias_t, of_bias_l = others = [
+        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (A_t, A_l, D, bias_t, bias_l)]
+    grads = of_x, of_t, of_l, of_A_t, of_A_l, of_B_t, of_B_l, of_C, of_D, of_bias_t, of_bias_l
+    _run_backward(grad_y, inputs, arguments[11], grads, (*arguments[12:], True))
+    return joint, *others
 
 # %% ../../nbs/04_scan.cuda.ipynb #aab7cdf4
 def _try_cuda_kernel():

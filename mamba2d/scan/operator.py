@@ -23,7 +23,8 @@ from mamba2d.scan.cpu import (
     cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_unsupported_reason,
 )
 from mamba2d.scan.cuda import (
-    cuda_backward, cuda_forward, cuda_kernel_status, cuda_saved_shape, cuda_unsupported_reason,
+    cuda_backward, cuda_backward_joined, cuda_forward, cuda_kernel_status, cuda_saved_shape,
+    cuda_unsupported_reason,
 )
 from mamba2d.scan.reference import (
     backward_by_diagonals, check_arguments, compute_dtype, forward_by_diagonals, ScanTensors,
@@ -39,12 +40,14 @@ class ScanKernels(NamedTuple):
     saved_shape: Callable[[Tensor, Tensor, torch.dtype], tuple]
     unsupported_reason: Callable[[Tensor, Tensor], str | None]  # (x, A_t) -> why it cannot compute this scan
     status: Callable[[], tuple[bool, str]]  # whether it can run on this machine, and why not; may build it
+    # called like `backward`; the gradients of all images in one tensor, then the others
+    backward_joined: Callable[..., tuple[Tensor, ...]] | None = None
 
 # %% ../../nbs/05_scan.operator.ipynb #3aa49c23
 _kernels: dict[str, ScanKernels] = {
     "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status),
     "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_unsupported_reason,
-                        cuda_kernel_status),
+                        cuda_kernel_status, cuda_backward_joined),
 }
 
 _backend_names = (*_kernels, "reference")
@@ -232,6 +235,112 @@ torch.library.register_autograd(
 
 torch.library.register_autograd(f"{_namespace}::scan_backward", _no_second_derivative, lib=_library)
 
+# %% ../../nbs/05_scan.operator.ipynb #a1b2c302
+_projected = ("Tensor x, Tensor projected, Tensor A_t, Tensor A_l, Tensor? D, Tensor? delta_bias_t, "
+              "Tensor? delta_bias_l")
+
+_library.define(f"scan_projected_forward({_projected}, bool delta_softplus, bool reverse, bool for_backward, "
+                "str backend) -> (Tensor y, Tensor saved)")
+
+_library.define(f"scan_projected_backward(Tensor grad_y, {_projected}, Tensor saved, bool delta_softplus, "
+                f"bool reverse, str backend) -> ({', '.join(['Tensor'] * 6)})")
+
+# %% ../../nbs/05_scan.operator.ipynb #a1b2c303
+def _projected_sizes(x, A_t):
+    "The channels of each part of `projected`."
+    e, n = A_t.shape
+    return e, e, n, n, n
+
+def _part(x, projected, A_t, A_l, *others):
+    "The eleven inputs of a scan, of those of `scan_projected_forward`."
+    delta_t, delta_l, B_t, B_l, C = projected.split(_projected_sizes(x, A_t), -1)
+    return x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, *others
+
+# %% ../../nbs/05_scan.operator.ipynb #a1b2c304
+def _scan_projected_forward(*arguments):
+    "Compute `scan_projected_forward` by `scan_forward`."
+    softplus, reverse, for_backward, backend = arguments[7:]
+    y, _, saved = _scan_forward(*_part(*arguments[:7]), softplus, reverse, False, for_backward, backend)
+    return y, saved
+
+def _scan_projected_forward_fake(*arguments):
+    "Empty outputs of `scan_projected_forward`."
+    softplus, reverse, for_backward, backend = arguments[7:]
+    y, _, saved = _scan_forward_fake(*_part(*arguments[:7]), softplus, reverse, False, for_backward, backend)
+    return y, saved
+
+# %% ../../nbs/05_scan.operator.ipynb #a1b2c305
+def _scan_projected_backward(grad_y, *arguments):
+    "Compute `scan_projected_backward`: the joint gradient of x and `projected`, then those of the others."
+    inputs, (saved, softplus, reverse, backend) = _part(*arguments[:7]), arguments[7:]
+    x, A_t = inputs[0], inputs[3]
+    kernels = _kernels_for(backend, x, A_t)
+    if kernels and kernels.backward_joined and all(size % 8 == 0 for size in A_t.shape):
+        return kernels.backward_joined(grad_y, *inputs, saved, softplus, reverse)
+    grads = _scan_backward(grad_y, *inputs, saved, softplus, reverse, backend)
+    of_images, others = [grads[k] for k in (0, 1, 2, 5, 6, 7)], [grads[k] for k in (3, 4, 8, 9, 10)]
+    return torch.cat(of_images, -1), *others
+
+def _scan_projected_backward_fake(grad_y, *arguments):
+    "Empty outputs of `scan_projected_backward`."
+    x, projected, *others = arguments[:7]
+    joint = x.new_empty((*x.shape[:3], x.shape[3] + projected.shape[3]))
+    return joint, *(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in others)
+
+# %% ../../nbs/05_scan.operator.ipynb #a1b2c306
+def _projected_setup(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+def _projected_autograd(ctx, grad_y, grad_saved):
+    "The gradient of each argument of `scan_projected_forward`, None where none is wanted."
+    if grad_y is None:
+        return (None,) * 11
+    inputs, channels = ctx.saved_tensors, ctx.saved_tensors[0].shape[3]
+    joint, *grads = scan_operators.scan_projected_backward(
+        grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
+    grads = joint[..., :channels], joint[..., channels:], *grads
+    wanted = [g if needed and t is not None else None
+              for g, t, needed in zip(grads, inputs, ctx.needs_input_grad)]
+    return (*wanted, None, None, None, None)
+
+# %% ../../nbs/05_scan.operator.ipynb #a1b2c307
+for _name, _real, _fake in (
+    ("scan_projected_forward", _scan_projected_forward, _scan_projected_forward_fake),
+    ("scan_projected_backward", _scan_projected_backward, _scan_projected_backward_fake),
+):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
+
+torch.library.register_autograd(f"{_namespace}::scan_projected_forward", _projected_autograd,
+                                setup_context=_projected_setup, lib=_library)
+
+torch.library.register_autograd(f"{_namespace}::scan_projected_backward", _no_second_derivative, lib=_library)
+
+# %% ../../nbs/05_scan.operator.ipynb #a1b2c309
+def scan_projected(
+    x: Tensor,  # (B, H, W, E) input
+    projected: Tensor,  # (B, H, W, 2 E + 3 N) raw step sizes, B and C, in x's dtype
+    A_t: Tensor,  # (E, N)
+    A_l: Tensor,  # (E, N)
+    D: Tensor,  # (E,)
+    *,
+    delta_bias_t: Tensor | None = None,  # (E,)
+    delta_bias_l: Tensor | None = None,  # (E,)
+    reverse: bool = False,
+) -> Tensor:  # (B, H, W, E)
+    """`selective_scan_2d` with softplus of step sizes, B and C that lie side by side in one tensor.
+
+    Raises `ValueError` unless x and `projected` fit each other."""
+    e, n = A_t.shape
+    if projected.dtype != x.dtype or projected.shape != (*x.shape[:3], 2 * e + 3 * n):
+        expected = f"{(*x.shape[:3], 2 * e + 3 * n)} in {x.dtype}"
+        raise ValueError(f"projected must be {expected}, got {tuple(projected.shape)} in {projected.dtype}")
+    tensors = x, projected, A_t, A_l, D, delta_bias_t, delta_bias_l
+    for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return scan_operators.scan_projected_forward(*tensors, True, reverse, for_backward, _forced_backend)[0]
+
 # %% ../../nbs/05_scan.operator.ipynb #becf9017
 def _differentiates_functions():
     "Whether one of the transformations of `torch.func` that are at work takes a derivative."
@@ -239,12 +348,10 @@ def _differentiates_functions():
                for interpreter in retrieve_all_functorch_interpreters())
 
 # %% ../../nbs/05_scan.operator.ipynb #5d1f0c22
-# torch 2.6 has no such function
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.jit.is_tracing)
-
-def _is_recorded():
+def is_recorded():
     "Whether this call becomes a part of a program for sizes that are not known yet."
-    return _is_exporting() or torch.jit.is_tracing()
+    # the function `is_exporting` says yes to torch.compile too (until torch 2.12); torch 2.6 has no such flag
+    return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
 
 # %% ../../nbs/05_scan.operator.ipynb #e682237d
 def selective_scan_2d(
@@ -278,7 +385,7 @@ def selective_scan_2d(
                                      delta_softplus=delta_softplus, reverse=reverse,
                                      return_states=return_states)
     for_backward = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-                    and not _is_recorded())
+                    and not is_recorded())
     y, h, _ = scan_operators.scan_forward(
         *tensors, delta_softplus, reverse, return_states, for_backward, _forced_backend)
     return (y, h.detach()) if return_states else y
