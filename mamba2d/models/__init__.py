@@ -4,6 +4,10 @@ from importlib import import_module
 from .blocks import (
     Attention, Block, M2DMixer, mixers, MLP, ScanInputs, SelectiveScan, SeparableConv, StarReLU,
 )
+from .controls import (
+    control_mixers, count_parameters, GatedConv, match_parameters, SequenceMixer, SequenceScan,
+    set_mlp_width, WithLocalPath,
+)
 from .backbone import Classifier, Downsample, Mamba2D, Stage
 
 # These modules are loaded when one of their names is first used: only they need safetensors.
@@ -17,11 +21,12 @@ _modules = {
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "Attention", "Block", "builders", "Classifier", "Downsample", "load_published", "M2DMixer",
-    "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
-    "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mixers", "MLP", "published_names",
-    "published_state_dict", "read_weights", "ScanInputs", "SelectiveScan", "SeparableConv", "Stage",
-    "StarReLU",
+    "Attention", "Block", "builders", "Classifier", "control_mixers", "count_parameters", "Downsample",
+    "GatedConv", "load_published", "M2DMixer", "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
+    "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "match_parameters", "mixers", "MLP",
+    "published_names", "published_state_dict", "read_weights", "ScanInputs", "SelectiveScan",
+    "SeparableConv", "SequenceMixer", "SequenceScan", "set_mlp_width", "Stage", "StarReLU",
+    "WithLocalPath",
 ]
 
 
