@@ -21,9 +21,10 @@ _modules = {
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "Attention", "Block", "builders", "Classifier", "control_mixers", "count_parameters", "Downsample",
-    "GatedConv", "load_published", "M2DMixer", "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t",
-    "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "match_parameters", "mixers", "MLP",
+    "Attention", "Block", "builders", "Classifier", "control_mixers", "count_parameters",
+    "Downsample", "GatedConv", "load_published", "M2DMixer", "Mamba2D", "mamba2d_n",
+    "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t", "mamba2d_t_v1",
+    "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "match_parameters", "mixers", "MLP",
     "published_names", "published_state_dict", "read_weights", "ScanInputs", "SelectiveScan",
     "SeparableConv", "SequenceMixer", "SequenceScan", "set_mlp_width", "Stage", "StarReLU",
     "WithLocalPath",
