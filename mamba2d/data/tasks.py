@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['task_names', 'permutation_signs', 'textures', 'TaskSet', 'task_set']
 
-# %% ../../nbs/29_data.tasks.ipynb #e487e744
+# %% ../../nbs/29_data.tasks.ipynb #47335aa8
 import hashlib
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .datasets import digit_canvases
-from .pathfinder import pathfinder
+from .pathfinder import pathfinder_images
 from .random import check_integer
 
 # %% ../../nbs/29_data.tasks.ipynb #3a686c2f
@@ -169,7 +169,7 @@ def _canvases(count, seed, size, held_out=False, **options):
     options = dict(digits=4, gap=28) if size >= 128 else dict(digits=2, gap=16) | options
     return digit_canvases(count, seed, held_out, size, **options)
 
-# %% ../../nbs/29_data.tasks.ipynb #e18f624c
+# %% ../../nbs/29_data.tasks.ipynb #1e1e9f28
 def task_set(
     name: str,  # "pathfinder", "signs", "textures" or "canvases"
     part: str,  # "train", "valid" or "test"
@@ -184,7 +184,7 @@ def task_set(
         raise ValueError(f"name must be one of {', '.join(task_names)}, got {name!r}")
     if part not in _parts:
         raise ValueError(f"part must be one of {', '.join(_parts)}, got {part!r}")
-    make = {"pathfinder": pathfinder, "signs": permutation_signs, "textures": textures, "canvases": _canvases}
+    make = {"pathfinder": pathfinder_images, "signs": permutation_signs, "textures": textures, "canvases": _canvases}
     classes = {"textures": 4, "canvases": 10}
     scale = {"pathfinder": (0.05, 0.16), "signs": (0.024, 0.15), "textures": (0.27, 0.22), "canvases": (0.054, 0.2)}
     if name == "canvases":
