@@ -5,6 +5,10 @@ from .blocks import (
     Attention, Block, DeltaProjection, M2DMixer, mixers, MLP, ScanInputs, SelectiveScan, SeparableConv,
     StarReLU,
 )
+from .controls import (
+    control_mixers, count_parameters, GatedConv, match_parameters, SequenceMixer, SequenceScan,
+    set_mlp_width, WithLocalPath,
+)
 from .backbone import Classifier, Downsample, FeaturePyramid, Mamba2D, Stage
 from .tuning import layer_decay_groups
 
@@ -22,12 +26,14 @@ _modules = {
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "Attention", "Block", "builders", "check_file", "Classifier", "DeltaProjection", "Downsample",
-    "export_model", "FeaturePyramid", "features", "FileCheck", "layer_decay_groups", "load_published",
-    "M2DMixer", "Mamba2D", "mamba2d_n", "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights",
-    "mamba2d_t", "mamba2d_t_v1", "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mixers", "MLP",
-    "published_names", "published_state_dict", "read_weights", "save_onnx", "save_package", "save_pt2",
-    "ScanInputs", "SelectiveScan", "SeparableConv", "Stage", "StarReLU", "unseen_shapes",
+    "Attention", "Block", "builders", "check_file", "Classifier", "control_mixers", "count_parameters",
+    "DeltaProjection", "Downsample", "export_model", "FeaturePyramid", "features", "FileCheck",
+    "GatedConv", "layer_decay_groups", "load_published", "M2DMixer", "Mamba2D", "mamba2d_n",
+    "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t", "mamba2d_t_v1",
+    "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "match_parameters", "mixers", "MLP", "published_names",
+    "published_state_dict", "read_weights", "save_onnx", "save_package", "save_pt2", "ScanInputs",
+    "SelectiveScan", "SeparableConv", "SequenceMixer", "SequenceScan", "set_mlp_width", "Stage",
+    "StarReLU", "unseen_shapes", "WithLocalPath",
 ]
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn, Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import Attention, Block, M2DMixer, mixers as mixer_types
+from .controls import control_mixers, make_control
 from ..scan.checks import check_fraction, check_integer, is_integer
 
 # %% ../../nbs/11_models.backbone.ipynb #7480d7c0
@@ -100,12 +101,16 @@ class _MixerOptions(NamedTuple):
 
     def make(self, kind, dim, block):
         "The mixer of that kind for the block of that number in its stage."
+        reverse = self.alternate_corners and block % 2 == 1
         if kind == "m2d":
             return M2DMixer(dim, expansion=self.expansion, states=self.states, local_path=self.local_path,
-                            scans=self.scans, reverse=self.alternate_corners and block % 2 == 1,
+                            scans=self.scans, reverse=reverse,
                             shared_input_matrix=self.shared_input_matrix)
         if kind == "attention":
             return Attention(dim, rotary=self.rotary)
+        if kind in control_mixers:
+            return make_control(kind, dim, states=self.states, expansion=self.expansion, reverse=reverse,
+                                local_path=self.local_path)
         return mixer_types[kind](dim)
 
 # %% ../../nbs/11_models.backbone.ipynb #bf02ed1d
@@ -272,11 +277,11 @@ class Mamba2D(_Adaptable, nn.Module):
         self,
         depths: Sequence[int] = (3, 3, 9, 3),  # blocks of each stage
         dims: Sequence[int] = (64, 128, 320, 512),  # channels of each stage
-        mixers: Sequence[str] = ("m2d", "m2d", "attention", "attention"),  # "m2d", "attention" or "conv"
+        mixers: Sequence[str] = ("m2d", "m2d", "attention", "attention"),  # names in `blocks.mixers`
         num_classes: int = 1000,  # 0: the normalised mean of the last map instead of logits
         in_channels: int = 3,
         *,
-        local_path: bool = True,  # the convolution beside the scan in "m2d" mixers
+        local_path: bool = True,  # the convolution beside "m2d" and the mixers of `controls`
         scans: int = 1,  # scans per "m2d" mixer; 2: averaged, one from each corner
         drop_path: float = 0.,  # drop-path rate of the last block, rising linearly from 0 at the first
         head_dropout: float = 0.,  # dropout before the last linear layer
