@@ -268,9 +268,8 @@ class _Adaptable:
 class Mamba2D(_Adaptable, nn.Module):
     """The Mamba2D image classifier and backbone (arXiv 2412.16146).
 
-    The defaults are those of version 2. `Mamba2D(**model.config)` builds the same network again. Raises
-    `ValueError` naming an argument that cannot be built, or for images that are too small or have other
-    channels, and `TypeError` for images that are no floats."""
+    The defaults are version 2; `Mamba2D(**model.config)` builds the network again. Raises `ValueError` for an
+    argument or image size that does not fit, naming it, and `TypeError` for images that are no floats."""
     min_size = 3  # pixels: the smallest side that the stem's 7×7 convolution with padding 2 can take
 
     def __init__(
