@@ -38,8 +38,8 @@ def _is_plain(layer):
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000013
 def _may_fuse():
-    "Whether layers may be taken together: not while a graph is recorded or `torch.func` is at work."
-    return not (is_recorded() or _are_functorch_transforms_active())
+    "Whether layers may be taken together: only in a graph for `torch.compile`, and not under `torch.func`."
+    return torch.compiler.is_compiling() and not (is_recorded() or _are_functorch_transforms_active())
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000005
 class _Cast(torch.autograd.Function):
@@ -94,7 +94,7 @@ def _cast_together(*layers: nn.Module) -> list[Callable]:
 # %% ../../nbs/10_models.blocks.ipynb #b0000010
 def _recomputed(function: Callable, x: Tensor) -> Tensor:
     "function(x), which a compiled backward pass computes again instead of keeping it."
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and _may_fuse():
+    if torch.is_grad_enabled() and _may_fuse():
         return checkpoint(function, x, use_reentrant=False)
     return function(x)
 
@@ -241,13 +241,9 @@ class SeparableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         widen, depthwise, narrow = _cast_together(self.widen, self.depthwise, self.narrow)
-        x = self.activate(self.act1, widen(x))
+        x = self.act1(widen(x))
         x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return narrow(self.activate(self.act2, x))
-
-    def activate(self, act, x):
-        "act(x) in x's dtype, in which the next layer takes it."
-        return _recomputed(lambda x: act(x).to(x.dtype), x)
+        return narrow(self.act2(x))
 
 # %% ../../nbs/10_models.blocks.ipynb #dcb04eb4
 class M2DMixer(nn.Module):
@@ -307,7 +303,9 @@ def _rotary_table(
     if head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
     pairs = head_dim // 4
-    speed = base ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
+    exponent = -torch.arange(pairs, device=device, dtype=torch.float32) / pairs
+    # compiled, the table is computed again for each number that is rotated, where a power takes long
+    speed = torch.exp2(exponent * math.log2(base)) if _may_fuse() else base ** exponent
     rows = torch.arange(height, device=device, dtype=torch.float32)[:, None, None] * speed
     cols = torch.arange(width, device=device, dtype=torch.float32)[:, None] * speed
     maps = [rows.expand(height, width, pairs), cols.expand(height, width, pairs)]
@@ -401,7 +399,7 @@ class Attention(nn.Module):
 
     def can_place_compiled(self):
         "Whether a graph is compiled in which both norms are plain LayerNorms in float32."
-        return torch.compiler.is_compiling() and _may_fuse() and all(
+        return _may_fuse() and all(
             type(norm) is nn.LayerNorm and not _has_hooks(norm) and norm.weight.dtype == torch.float32
             for norm in (self.q_norm, self.k_norm))
 
