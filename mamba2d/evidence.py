@@ -58,7 +58,7 @@ class Trial:
         "The same trial for any seed and learning rate."
         return replace(self, seed=0, lr=0.)
 
-# %% ../nbs/61_evidence.ipynb #169ea537
+# %% ../nbs/61_evidence.ipynb #d0234099
 def comparison_network(
     trial: Trial,
     num_classes: int = 2,
@@ -66,8 +66,8 @@ def comparison_network(
 ) -> nn.Module:
     "A `Mamba2D` of one stage with as many parameters as the one with `\"m2d\"` and a local path."
     def make(mixer, local_path):
-        return Mamba2D((trial.depth,), (trial.dim,), (mixer,), num_classes, in_channels, local_path=local_path,
-                       alternate_corners=trial.alternate_corners)
+        return Mamba2D((trial.depth,), (trial.dim,), (mixer,), num_classes, in_channels,
+                       local_path=local_path, alternate_corners=trial.alternate_corners)
 
     model = make(trial.mixer, trial.local_path)
     if trial.mixer == "attention" and trial.local_path:
@@ -105,7 +105,7 @@ def _image_order(trial):
     epochs = [torch.randperm(trial.images, generator=generator) for _ in range(-(-needed // trial.images))]
     return torch.cat(epochs)[:needed].view(trial.steps, trial.batch_size)
 
-# %% ../nbs/61_evidence.ipynb #fa41cb72
+# %% ../nbs/61_evidence.ipynb #e0e6b1df
 class _Training:
     "A network in training, with everything that a step needs on its device."
     def __init__(self, trial: Trial, data: TaskSet, device):
@@ -116,8 +116,8 @@ class _Training:
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self.losses = torch.zeros(trial.steps, device=device)
         self.lr = torch.zeros((), device=device)
-        self.optimizer = torch.optim.AdamW(layer_groups(self.model, trial.weight_decay), lr=self.lr, fused=True,
-                                           capturable=self.lr.is_cuda)
+        groups = layer_groups(self.model, trial.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True, capturable=self.lr.is_cuda)
         self.graph = None
 
     def step(self):
@@ -234,7 +234,7 @@ def result_of(
         right=pack_bits(right),
     )
 
-# %% ../nbs/61_evidence.ipynb #a9c97955
+# %% ../nbs/61_evidence.ipynb #7d9af231
 def measure_step(
     trial: Trial,
     data: TaskSet,  # the training set, on the GPU
@@ -260,7 +260,8 @@ def measure_step(
             end.record()
             times.append((start, end))
     torch.cuda.synchronize()
-    return dict(step_ms=float(np.median([start.elapsed_time(end) for start, end in times])), peak_mib=peak / 2**20)
+    milliseconds = float(np.median([start.elapsed_time(end) for start, end in times]))
+    return dict(step_ms=milliseconds, peak_mib=peak / 2**20)
 
 # %% ../nbs/61_evidence.ipynb #7ee15c81
 learning_rates = (5e-4, 1.5e-3, 4.5e-3)
@@ -443,20 +444,21 @@ def run_grid(
                 return False
     return True
 
-# %% ../nbs/61_evidence.ipynb #7c294dc4
+# %% ../nbs/61_evidence.ipynb #288e93a6
 def main(arguments=None):
     "Train what of the grid fits into a time, and append the results to a file."
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seconds", type=float, default=600, help="time for training")
     parser.add_argument("--out", required=True, help="file to which results are appended")
-    parser.add_argument("--known", nargs="*", default=[], help="files of results that need not be trained again")
+    parser.add_argument("--known", nargs="*", default=[], help="files of results that are there already")
     parser.add_argument("--together", type=int, default=8, help="networks trained at once")
     given = parser.parse_args(arguments)
     start = time.monotonic()
     torch.set_float32_matmul_precision("high")  # TF32 products
     sets = make_sets(grid_tasks, device="cuda", workers=os.cpu_count())
     seconds = given.seconds - (time.monotonic() - start)
-    runner = Runner(given.out, sets, seconds=seconds, together=given.together, known=read_results(*given.known))
+    known = read_results(*given.known)
+    runner = Runner(given.out, sets, seconds=seconds, together=given.together, known=known)
     print("all trained" if run_grid(runner) else "the time is over", len(runner.results), "results")
 
 if __name__ == "__main__" and "__file__" in globals():  # not while the notebook runs

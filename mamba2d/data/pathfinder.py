@@ -120,15 +120,15 @@ def _place(canvas, rows, tails, degrees, *, skip=-1):
         canvas.points[rows[fits], canvas.used] = points[fits, k]
     return found, direction
 
-# %% ../../nbs/28_data.pathfinder.ipynb #f076464c
-def _extend(canvas, rng, rows, last, degrees, table):
+# %% ../../nbs/28_data.pathfinder.ipynb #aa4ab69b
+def _extend(canvas, rng, rows, last, degrees, *, table):
     "Append a dash to the contours whose last dash is number `last`; returns as `_place` does."
     turned = degrees[:, None] + _draw_turns(rng, table, (len(rows), _proposals))
     gap = canvas.style.margin * (_directions[degrees[:, None] % 360] + _directions[turned % 360])
     tails = canvas.heads[rows, last][:, None] + gap
     return _place(canvas, rows, tails, turned, skip=last)
 
-# %% ../../nbs/28_data.pathfinder.ipynb #9ee3e818
+# %% ../../nbs/28_data.pathfinder.ipynb #937990e2
 def _grow(canvas, rng, rows, seeds, length, *, table):
     """Try to grow a contour in each of these images; returns in which it got its full length.
 
@@ -138,7 +138,7 @@ def _grow(canvas, rng, rows, seeds, length, *, table):
     for dash in range(first + 1, first + length):
         canvas.used = dash
         going = np.flatnonzero(whole)
-        whole[going], degrees[going] = _extend(canvas, rng, rows[going], dash - 1, degrees[going], table)
+        whole[going], degrees[going] = _extend(canvas, rng, rows[going], dash - 1, degrees[going], table=table)
     undone = rows[~whole]
     for array in (canvas.tails, canvas.heads, canvas.points):
         array[undone, first:first + length] = _far
@@ -191,9 +191,11 @@ def _mark(canvas, rng, length):
     dots = np.stack([canvas.tails[n, start * length], canvas.heads[n, (end + 1) * length - 1]], 1)
     return labels, dots
 
-# %% ../../nbs/28_data.pathfinder.ipynb #69c77799
+# %% ../../nbs/28_data.pathfinder.ipynb #e6c374cc
 def _place_features(dots, size):
-    "Where the dots lie (n, 5), equal for mirrored dots: 8 times their distance, the way between them, their middle."
+    """Where the dots lie (n, 5): 8 times their distance, the way between them, and their middle.
+
+    Mirroring or turning an image changes nothing."""
     way = dots[:, 0] - dots[:, 1]
     distance = np.sqrt(way[:, 0] * way[:, 0] + way[:, 1] * way[:, 1])
     middle = (dots[:, 0] + dots[:, 1]) / 2 - (size - 1) / 2

@@ -169,7 +169,7 @@ def _canvases(count, seed, size, held_out=False, **options):
     options = dict(digits=4, gap=28) if size >= 128 else dict(digits=2, gap=16) | options
     return digit_canvases(count, seed, held_out, size, **options)
 
-# %% ../../nbs/29_data.tasks.ipynb #1e1e9f28
+# %% ../../nbs/29_data.tasks.ipynb #5428cf9e
 def task_set(
     name: str,  # "pathfinder", "signs", "textures" or "canvases"
     part: str,  # "train", "valid" or "test"
@@ -184,9 +184,11 @@ def task_set(
         raise ValueError(f"name must be one of {', '.join(task_names)}, got {name!r}")
     if part not in _parts:
         raise ValueError(f"part must be one of {', '.join(_parts)}, got {part!r}")
-    make = {"pathfinder": pathfinder_images, "signs": permutation_signs, "textures": textures, "canvases": _canvases}
+    make = {"pathfinder": pathfinder_images, "signs": permutation_signs, "textures": textures,
+            "canvases": _canvases}
     classes = {"textures": 4, "canvases": 10}
-    scale = {"pathfinder": (0.05, 0.16), "signs": (0.024, 0.15), "textures": (0.27, 0.22), "canvases": (0.054, 0.2)}
+    scale = {"pathfinder": (0.05, 0.16), "signs": (0.024, 0.15), "textures": (0.27, 0.22),
+             "canvases": (0.054, 0.2)}
     if name == "canvases":
         options["held_out"] = part != "train"
     task = make[name](count, _parts[part], size, **options)

@@ -173,7 +173,7 @@ def set_mlp_width(
             dim = block.mlp.fc1.in_features
             block.mlp.fc1, block.mlp.fc2 = nn.Linear(dim, width), nn.Linear(width, dim)
 
-# %% ../../nbs/19_models.controls.ipynb #74affada
+# %% ../../nbs/19_models.controls.ipynb #17ba892c
 def match_parameters(
     model: nn.Module,  # with MLPs of one width
     parameters: int,  # the number to come close to
@@ -185,6 +185,6 @@ def match_parameters(
     per_unit = sum(2 * mlp.fc1.in_features + 1 for mlp in mlps)
     width = mlps[0].fc1.out_features + round((parameters - count_parameters(model)) / per_unit)
     if width < 1:
-        raise ValueError(f"parameters must be more than what the model has without its MLPs, got {parameters}")
+        raise ValueError(f"parameters must exceed those of the model without its MLPs, got {parameters}")
     set_mlp_width(model, width)
     return width
