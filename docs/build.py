@@ -1,8 +1,8 @@
 """Build the documentation site from the notebooks: `python docs/build.py FOLDER`.
 
-Nothing is executed and nothing is downloaded. The notebooks become pages, with their saved outputs; the public names
-of each package become pages of the reference, with the comment of every parameter; and a name in backticks becomes a
-link to its place in the reference.
+Nothing is executed and nothing is downloaded. The notebooks become pages, with their saved outputs. The
+public names of each package become pages of the reference, with the comment of every parameter. A name in
+backticks becomes a link to its place in the reference.
 """
 import argparse
 import dataclasses
@@ -20,7 +20,8 @@ from pathlib import Path
 from fastcore.docments import docments
 
 root = Path(__file__).resolve().parent.parent
-packages = ("scan", "models", "data", "training", "viz", "integrations", "bench", "cli")
+widest_signature = 88  # characters; a longer one is divided over lines
+packages = ("scan", "models", "data", "training", "viz", "integrations", "bench", "evidence", "cli")
 
 
 # The reference
@@ -28,14 +29,16 @@ packages = ("scan", "models", "data", "training", "viz", "integrations", "bench"
 def parameter_rows(target):
     "Rows (name, type, default, comment) of the parameters of a function, the last one its result."
     rows = []
+    empty = inspect.Parameter.empty
     for name, found in docments(target, full=True, returns=True).items():
         if name in ("self", "cls"):
             continue
-        default = "" if found.default is inspect.Parameter.empty else f"`{found.default!r}`"
-        kind = "" if found.anno is inspect.Parameter.empty else f"`{inspect.formatannotation(found.anno)}`"
+        default = "" if found.default is empty else f"`{without_addresses(repr(found.default))}`"
+        kind = "" if found.anno is empty else f"`{inspect.formatannotation(found.anno)}`"
         if name == "return" and not (kind or found.docment):
             continue
-        rows.append((f"**{name}**" if name != "return" else "*returns*", kind, default, found.docment or ""))
+        shown = "*returns*" if name == "return" else f"**{name}**"
+        rows.append((shown, kind, default, found.docment or ""))
     return rows
 
 
@@ -48,22 +51,29 @@ def table(rows):
     return "\n".join(lines)
 
 
+def without_addresses(text):
+    "The text of values with a function's name in place of its address, and `...` for other objects."
+    text = re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", text)
+    return re.sub(r"<[\w.]+ object at 0x\w+>", "...", text)
+
+
 def signature_of(name, target):
     "The signature as code, one parameter on each line where it is long."
     try:
-        text = f"{name}{inspect.signature(target)}"
+        signature = inspect.signature(target)
     except (TypeError, ValueError):
         return name
-    text = re.sub(r"<[\w.]+ object at 0x\w+>", "...", text)
-    if len(text) <= 88:
+    text = without_addresses(f"{name}{signature}")
+    if len(text) <= widest_signature:
         return text
-    parts = [str(part) for part in inspect.signature(target).parameters.values()]
+    parts = [without_addresses(str(part)) for part in signature.parameters.values()]
     return f"{name}(\n    " + ",\n    ".join(parts) + "\n)"
 
 
 def describe_callable(name, target, level):
     "Heading, signature, docstring and parameters of a function or method."
-    lines = [f"{'#' * level} `{name}`", "", "```python", signature_of(name.rpartition(".")[2], target), "```", ""]
+    signature = signature_of(name.rpartition(".")[2], target)
+    lines = [f"{'#' * level} `{name}`", "", "```python", signature, "```", ""]
     lines += [inspect.getdoc(target) or "", ""]
     try:
         rows = parameter_rows(target)
@@ -118,7 +128,8 @@ def describe(name, target):
         return describe_class(name, target)
     if callable(target):
         return describe_callable(name, target, 2)
-    return [f"## `{name}`", "", "```text", f"{name} = {str(target)[:300]}", "```", ""]
+    value = without_addresses(str(target))[:300]
+    return [f"## `{name}`", "", "```text", f"{name} = {value}", "```", ""]
 
 
 def notebook_of(module):
@@ -231,20 +242,30 @@ def contents(title, pages):
     return "\n".join(["```{toctree}", ":hidden:", f":caption: {title}", "", *pages, "```", ""])
 
 
+def add_contents(index, pages):
+    "Append the tables of contents of the whole site to its first page."
+    tutorials = [page for page in pages if page.startswith("tutorials/")]
+    explanations = [page for page in pages if re.match(r"\d", page)]
+    reference = [f"reference/{package}" for package in packages]
+    tables = [
+        contents("Tutorials", tutorials),
+        contents("How it works", explanations),
+        contents("Reference", reference),
+    ]
+    notebook = json.loads(index.read_text(encoding="utf-8"))
+    cell = {"cell_type": "markdown", "id": "contents", "metadata": {}, "source": "".join(tables)}
+    notebook["cells"].append(cell)
+    index.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+
+
 def write_sources(folder):
     "All pages of the site, as Sphinx reads them."
     places = find_places()
     write_reference(folder, places)
-    pages = [write_notebook(path, folder, places) for path in sorted((root / "nbs").rglob("*.ipynb"))
-             if ".ipynb_checkpoints" not in path.parts]
-    tutorials = [page for page in pages if page.startswith("tutorials/")]
-    explanations = [page for page in pages if re.match(r"\d", page)]
-    reference = [f"reference/{package}" for package in packages]
-    index = folder / "index.ipynb"
-    notebook = json.loads(index.read_text(encoding="utf-8"))
-    tree = contents("Tutorials", tutorials) + contents("How it works", explanations) + contents("Reference", reference)
-    notebook["cells"].append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": tree})
-    index.write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+    paths = sorted((root / "nbs").rglob("*.ipynb"))
+    notebooks = [path for path in paths if ".ipynb_checkpoints" not in path.parts]
+    pages = [write_notebook(path, folder, places) for path in notebooks]
+    add_contents(folder / "index.ipynb", pages)
     for images in (root / "nbs").rglob("*_files"):
         shutil.copytree(images, folder / images.relative_to(root / "nbs"), dirs_exist_ok=True)
 
@@ -254,14 +275,15 @@ def build(output):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_sources(folder)
-        command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", str(root / "docs"),
-                   str(folder), str(output)]
+        options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(root / "docs")]
+        command = [sys.executable, "-m", "sphinx", *options, str(folder), str(output)]
         return subprocess.run(command).returncode
 
 
 def main():
     warnings.simplefilter("ignore")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder for the site")
     sys.exit(build(parser.parse_args().output.resolve()))
 

@@ -1,7 +1,8 @@
-"""A small training for test_survival.py and test_distributed.py: augmentation, mixing, accumulation and EMA are on.
+"""A small training for test_survival.py and test_distributed.py.
 
-`train` runs it in this process. `processes` starts it in processes of its own, which a test can stop and kill. They are
-forked from a server that has imported everything, so starting one takes no time. torchrun starts this file as a program.
+Augmentation, mixing, accumulation and EMA are on. `train` runs it in this process. `processes` starts it in
+processes of its own, which a test can stop and kill. They are forked from a server that has imported
+everything, so starting one takes no time. torchrun starts this file as a program.
 """
 import argparse
 import contextlib
@@ -11,28 +12,32 @@ import signal
 import sys
 import time
 import types
-import warnings
 from unittest import mock
-
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 import torch
 from fastai.callback.core import Callback
-
 from matplotlib.figure import Figure
 
 from mamba2d.data import datasets, digits_dls
 from mamba2d.models import Mamba2D
 from mamba2d.training import (
-    Distributed, mamba2d_learner, Recipe, RunLockedError, runs, StopRequestedError, train_run,
+    Distributed,
+    Recipe,
+    RunLockedError,
+    StopRequestedError,
+    mamba2d_learner,
+    runs,
+    train_run,
 )
 
 one_thread = {"OMP_NUM_THREADS": "1"}
+minutes_long = 300  # seconds that a held flush takes
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["mamba2d.cli", "mamba2d.data", "mamba2d.models", "mamba2d.training.runs"])
 
 
 def parse(argv):
+    "The settings of a training, from its arguments."
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
     parser.add_argument("--batch-size", type=int, default=16)
@@ -40,8 +45,8 @@ def parse(argv):
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--drop-path", type=float, default=0.1)
-    parser.add_argument("--checkpoint-steps", type=int, help="steps between two checkpoints within an epoch")
-    parser.add_argument("--slow-disk", type=float, default=0., help="seconds that flushing a checkpoint takes")
+    parser.add_argument("--checkpoint-steps", type=int, help="steps between two checkpoints in an epoch")
+    parser.add_argument("--slow-disk", type=float, default=0., help="seconds of flushing a checkpoint")
     parser.add_argument("--hold-flush", type=int, help="this flush of a checkpoint takes minutes")
     parser.add_argument("--die", type=int, nargs=2, metavar=("RANK", "STEP"),
                         help="this process raises an error before this step")
@@ -50,30 +55,40 @@ def parse(argv):
     return parser.parse_args([str(argument) for argument in argv])
 
 
+# What is trained
+
 class Report(Callback):
     "Says when a batch of a step begins, and does what was asked for at that moment."
     order = 1
-    def __init__(self, given, distributed): self.given, self.rank = given, distributed.rank
+
+    def __init__(self, given, distributed):
+        self.given = given
+        self.rank = distributed.rank
 
     def before_batch(self):
-        if not self.training: return
+        if not self.training:
+            return
         step = self.follow_recipe.steps_done
         print(f"step {step}", flush=True)
-        if not self.follow_recipe.between_steps: return
-        if self.given.die == [self.rank, step]: raise RuntimeError("this process dies")
-        if self.given.term == [self.rank, step]: os.kill(os.getpid(), signal.SIGTERM)
+        if not self.follow_recipe.between_steps:
+            return
+        if self.given.die == [self.rank, step]:
+            raise RuntimeError("this process dies")
+        if self.given.term == [self.rank, step]:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def report_flushes(given):
     "From now on this process says when a checkpoint is flushed to the disk, before it gets its name."
-    flush, count = os.fsync, 0
+    flush = os.fsync
+    count = 0
 
     def reported_flush(file):
         nonlocal count
         if ".last.pth." in os.readlink(f"/proc/self/fd/{file}"):
             count += 1
             print("flush", flush=True)
-            time.sleep(300 if count == given.hold_flush else given.slow_disk)
+            time.sleep(minutes_long if count == given.hold_flush else given.slow_disk)
         flush(file)
 
     os.fsync = reported_flush
@@ -88,29 +103,57 @@ def some_digits(count):
 
 def without_plots():
     "Context manager: inside it, the plots of a run are empty, which takes no time."
-    blank = lambda *args, **kwargs: Figure(figsize=(1, 1))
+    def blank(*args, **kwargs):
+        return Figure(figsize=(1, 1))
+
     return mock.patch.multiple(runs, plot_curves=blank, plot_predictions=blank)
+
+
+def counted_minutes(learn):
+    "Context manager: inside it, the clock of the checkpoints counts steps, a minute each."
+    clock = types.SimpleNamespace(monotonic=lambda: 60 * learn.follow_recipe.steps_done)
+    return mock.patch.object(runs, "time", clock)
+
+
+@contextlib.contextmanager
+def one_torch_thread():
+    "Context manager: inside it, torch computes with one thread."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def network_of(given):
+    "The arguments of the network: two scanning stages and one with attention."
+    return dict(
+        depths=(1, 1, 1), dims=(8, 16, 32), mixers=("m2d", "m2d", "attention"), num_classes=10,
+        drop_path=given.drop_path,
+    )
+
+
+def learner_of(given, distributed):
+    "A learner for the digits, with every part of a recipe that keeps a state."
+    recipe = Recipe(
+        epochs=given.epochs, lr=2e-3, effective_batch=64, mixup=0.8, cutmix=1., ema=0.9, clip_grad=2.)
+    torch.manual_seed(0)
+    with some_digits(given.digits):
+        dls = digits_dls(given.batch_size, device="cpu", num_workers=given.workers)
+    return mamba2d_learner(dls, Mamba2D(**network_of(given)), recipe, cbs=[Report(given, distributed)])
 
 
 def train(*argv):
     "Train as the arguments say, in this process; returns the result."
     given = parse(argv)
     distributed = Distributed.init("cpu")
-    recipe = Recipe(epochs=given.epochs, lr=2e-3, effective_batch=64, mixup=0.8, cutmix=1., ema=0.9, clip_grad=2.)
-    network = dict(depths=(1, 1, 1), dims=(8, 16, 32), mixers=("m2d", "m2d", "attention"), num_classes=10,
-                   drop_path=given.drop_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    with some_digits(given.digits):
-        dls = digits_dls(given.batch_size, device="cpu", num_workers=given.workers)
-    learn = mamba2d_learner(dls, Mamba2D(**network), recipe, cbs=[Report(given, distributed)])
-    # the clock of the checkpoints counts steps: a minute each
-    clock = types.SimpleNamespace(monotonic=lambda: 60 * learn.follow_recipe.steps_done)
-    with learn.no_bar(), learn.no_logging(), without_plots(), mock.patch.object(runs, "time", clock):
-        result = train_run(learn, given.out, network, distributed=distributed,
-                           checkpoint_minutes=given.checkpoint_steps)
-    torch.set_num_threads(threads)
+    with one_torch_thread():
+        learn = learner_of(given, distributed)
+        with learn.no_bar(), learn.no_logging(), without_plots(), counted_minutes(learn):
+            result = train_run(
+                learn, given.out, network_of(given), distributed=distributed,
+                checkpoint_minutes=given.checkpoint_steps)
     distributed.destroy()
     return result
 
@@ -118,18 +161,24 @@ def train(*argv):
 def main(argv):
     "Train in a process of its own."
     report_flushes(parse(argv))
-    try: result = train(*argv)
-    except StopRequestedError as stop: sys.exit(stop.exit_code)
-    except RunLockedError as problem: sys.exit(str(problem))
+    try:
+        result = train(*argv)
+    except StopRequestedError as stop:
+        sys.exit(stop.exit_code)
+    except RunLockedError as problem:
+        sys.exit(str(problem))
     print("complete", result["accuracy"], flush=True)
 
 
+# Processes that train
+
 def run_with_output(target, argv, pipes, new_session):
-    "In a new process: call `target` with its output going into the pipes."
-    for number, pipe in zip((1, 2), pipes):
+    "In a new process: call `target` with its output going into the two pipes."
+    for number, pipe in zip((1, 2), pipes, strict=True):
         os.dup2(pipe.fileno(), number)
         pipe.close()
-    if new_session: os.setsid()
+    if new_session:
+        os.setsid()
     multiprocessing.set_start_method(None, force=True)  # of the processes that load images: as in any program
     target(argv)
 
@@ -140,37 +189,49 @@ class Started:
     def __init__(self, target, argv, new_session=False):
         pipes = [context.Pipe(duplex=False) for _ in ("out", "err")]
         writers = [writer for _, writer in pipes]
-        argv = [str(argument) for argument in argv]
-        self.process = context.Process(target=run_with_output, args=(target, argv, writers, new_session))
-        with mock.patch.dict(os.environ, one_thread): self.process.start()
-        for writer in writers: writer.close()
+        arguments = (target, [str(argument) for argument in argv], writers, new_session)
+        self.process = context.Process(target=run_with_output, args=arguments)
+        with mock.patch.dict(os.environ, one_thread):
+            self.process.start()
+        for writer in writers:
+            writer.close()
         self.out, self.err = [open(os.dup(reader.fileno())) for reader, _ in pipes]
         self.pid = self.process.pid
 
-    def send_signal(self, number): os.kill(self.pid, number)
+    def send_signal(self, number):
+        os.kill(self.pid, number)
 
     def wait(self):
         "Wait for its end; returns the exit code and the rest of what was printed."
         self.process.join()
         return self.process.exitcode, self.out.read(), self.err.read()
 
+    def end(self):
+        "Kill the process, if it runs, and close the files."
+        self.process.kill()
+        self.process.join()
+        self.out.close()
+        self.err.close()
+
 
 @contextlib.contextmanager
 def processes():
-    """Context manager that gives a function like `Started`. At its end no process is left, whatever the test met with."""
+    """Context manager that gives a function which starts a process: `start(*arguments)` trains.
+
+    At its end no process is left, whatever the test met with.
+    """
     started = []
 
     def start(*arguments, target=main, new_session=False):
         started.append(Started(target, arguments, new_session))
         return started[-1]
 
-    try: yield start
+    try:
+        yield start
     finally:
-        for one in started:
-            one.process.kill()
-            one.process.join()
-            one.out.close()
-            one.err.close()
+        for process in started:
+            process.end()
 
 
-if __name__ == "__main__": main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])

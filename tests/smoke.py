@@ -1,4 +1,7 @@
-"""A first look at an installed mamba2d: every module imports, and every backend computes what the loop computes."""
+"""A first look at an installed mamba2d.
+
+Every module imports, every backend computes what the loop computes, and a network runs.
+"""
 import importlib
 import pkgutil
 import warnings
@@ -6,7 +9,13 @@ import warnings
 import torch
 
 import mamba2d
-from mamba2d.scan import available_backends, random_problem, scan_backend, selective_scan_2d, selective_scan_2d_naive
+from mamba2d.scan import (
+    available_backends,
+    random_problem,
+    scan_backend,
+    selective_scan_2d,
+    selective_scan_2d_naive,
+)
 
 warnings.simplefilter("ignore")
 for module in pkgutil.walk_packages(mamba2d.__path__, "mamba2d."):
@@ -28,4 +37,5 @@ for name in available_backends():
 images = torch.randn(1, 3, 64, 64)
 with torch.no_grad():
     assert mamba2d.mamba2d_n(num_classes=5)(images).shape == (1, 5)
-print(f"mamba2d {mamba2d.__version__} with torch {torch.__version__}: backends {', '.join(available_backends())}")
+backends = ", ".join(available_backends())
+print(f"mamba2d {mamba2d.__version__} with torch {torch.__version__}: backends {backends}")

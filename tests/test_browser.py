@@ -1,6 +1,7 @@
 """The clickable figure in JupyterLab and a real Chromium.
 
-What is displayed has to be what `influence_map` gives for the pixel that was clicked."""
+What is displayed has to be what `influence_map` gives for the pixel that was clicked.
+"""
 import json
 import os
 import shutil
@@ -39,7 +40,8 @@ from matplotlib import colormaps
 
 def expected_values(name, states, **question):
     "The map of this name, from the library's functions."
-    if name == "impulse": return impulse_map(states, **question)
+    if name == "impulse":
+        return impulse_map(states, **question)
     options = {"full derivative": dict(meaning="full derivative"), "rows": dict(order="rows")}.get(name, {})
     return influence_map(states, **question, **options).signed
 
@@ -60,7 +62,7 @@ def expected_colors(explorer, name, pixel, shown=True, **choices):
     middles = np.c_[(columns.ravel() + 0.5) * scale[1], (rows.ravel() + 0.5) * scale[0]]
     places = view.axes[name].transData.transform(middles)
     places[:, 1] = view.figure.bbox.height - places[:, 1]
-    far = np.hypot(rows - pixel[0], columns - pixel[1]).ravel() > 4      # the ring covers what is near it
+    far = np.hypot(rows - pixel[0], columns - pixel[1]).ravel() > 4  # the ring covers what is near it
     return dict(places=places[far].tolist(), colors=colors.reshape(-1, 3)[far].tolist())
 
 def place_of(explorer, name, row, column):
@@ -97,8 +99,10 @@ class Lab:
     "JupyterLab on a copy of the project, its page in Chromium, and a client of the notebook's kernel."
 
     def __init__(self, folder, playwright):
-        self.root, self.folder = copy_of_project(folder / "project"), folder
-        self.runtime, self.log = folder / "runtime", open(folder / "lab.log", "w")
+        self.folder = folder
+        self.root = copy_of_project(folder / "project")
+        self.runtime = folder / "runtime"
+        self.log = open(folder / "lab.log", "w")
         self.errors = []
         self._add_cells()
         self._write_settings()
@@ -171,8 +175,14 @@ class Lab:
         self.page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
         last = self.page.locator(".jp-CodeCell .jp-InputPrompt").last
         running = self.page.locator('.jp-InputPrompt:has-text("[*]")')
-        done = lambda: last.inner_text().strip("[]: ").isdigit() and not running.count()
-        wait_until(done, "the notebook does not run to its end", pause=0.3)
+
+        def is_done():
+            return last.inner_text().strip("[]: ").isdigit() and not running.count()
+
+        wait_until(is_done, "the notebook does not run to its end", pause=0.3)
+        self._connect_to_kernel()
+
+    def _connect_to_kernel(self):
         from jupyter_client import BlockingKernelClient  # comes with JupyterLab
         self.kernel = BlockingKernelClient(connection_file=str(next(self.runtime.glob("kernel-*.json"))))
         self.kernel.load_connection_file()
@@ -264,18 +274,32 @@ class Explorer:
 
     def wrong_pixels(self, expected):
         "How many places of the canvas have another color than expected."
-        pairs = zip(self.pixels(expected["places"]), expected["colors"])
-        return sum(max(abs(a - b) for a, b in zip(*colors)) > 0.02 for colors in pairs)
+        pairs = zip(self.pixels(expected["places"]), expected["colors"], strict=True)
+        return sum(color_difference(*colors) > 0.02 for colors in pairs)
 
     def check(self, pixel, **choices):
         "All maps on the canvas have the colors that the library's functions give for this pixel."
-        arguments = "".join(f", {k}={v!r}" for k, v in choices.items())
         for name in maps:
-            expected = self.lab.ask(f"expected_colors({self.name}, {name!r}, {tuple(pixel)}{arguments})")
-            count = len(expected["places"])
-            # the image arrives after the text
-            wait_until(lambda: self.wrong_pixels(expected) <= 0.002 * count,
-                       lambda: f"{name}: {self.wrong_pixels(expected)} of {count} pixels have another color")
+            self.check_map(name, pixel, choices)
+
+    def check_map(self, name, pixel, choices):
+        "Wait until a map has its colors: the image arrives after the text."
+        arguments = "".join(f", {key}={value!r}" for key, value in choices.items())
+        expected = self.lab.ask(f"expected_colors({self.name}, {name!r}, {tuple(pixel)}{arguments})")
+        count = len(expected["places"])
+
+        def has_its_colors():
+            return self.wrong_pixels(expected) <= 0.002 * count
+
+        def what_is_wrong():
+            return f"{name}: {self.wrong_pixels(expected)} of {count} pixels have another color"
+
+        wait_until(has_its_colors, what_is_wrong)
+
+
+def color_difference(one, other):
+    "The largest difference between two RGB colors in any channel."
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -367,7 +391,7 @@ def test_own_image_errors_and_saving(lab, explorer, tmp_path):
     places = [lab.ask(f"place_of(explorer, 'image', {row}, {column})") for row, column in corners]
 
     def largest_difference():
-        pairs = zip(explorer.pixels(places), (51, 51, 204, 204))
+        pairs = zip(explorer.pixels(places), (51, 51, 204, 204), strict=True)
         return max(abs(255 * value - gray) for color, gray in pairs for value in color)
 
     wait_until(lambda: largest_difference() <= 2, "another image is seen than the one that was opened")

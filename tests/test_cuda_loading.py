@@ -25,27 +25,27 @@ class RecordingDriver:
     def record(self, function):
         self.calls.append((threading.get_ident(), function, self.context))
 
-    def cuCtxGetCurrent(self, out):
+    def cuCtxGetCurrent(self, out):  # noqa: N802  the driver's name
         self.record("cuCtxGetCurrent")
         out._obj.value = self.context
         return 0
 
-    def cuCtxSetCurrent(self, context):
+    def cuCtxSetCurrent(self, context):  # noqa: N802  the driver's name
         self.record("cuCtxSetCurrent")
         self.local.context = context.value
         return 0
 
-    def cuDeviceGet(self, out, index):
+    def cuDeviceGet(self, out, index):  # noqa: N802  the driver's name
         self.record("cuDeviceGet")
         out._obj.value = index
         return 0
 
-    def cuDevicePrimaryCtxRetain(self, out, device):
+    def cuDevicePrimaryCtxRetain(self, out, device):  # noqa: N802  the driver's name
         self.record("cuDevicePrimaryCtxRetain")
         out._obj.value = device.value + 1
         return 0
 
-    def cuLaunchKernel(self, *call):
+    def cuLaunchKernel(self, *call):  # noqa: N802  the driver's name
         self.record("cuLaunchKernel")
         return 0 if self.context else 201
 

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, started by torchrun: the same training as one, exact evaluation, and common ends."""
+"""Two processes on the CPU, started by torchrun, train as one does, evaluate exactly and end together."""
 import os
 import re
 import signal
@@ -19,25 +19,33 @@ from mamba2d.models import read_weights
 from mamba2d.training import load_checkpoint
 
 small_training = (str(Path(__file__).with_name("small_training.py")),)
+commands = ("-m", "mamba2d.cli")
 settings = ("--workers", 0, "--drop-path", 0, "--digits", 1797, "--epochs", 2)  # 22 steps per epoch
 
 
 def torchrun(*arguments, program=small_training):
     "Run a program in two processes; returns exit code and output."
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, *program, *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, **one_thread, "PYTHONUNBUFFERED": "1"})
+    command = [*launch, *program, *map(str, arguments)]
+    environment = {**os.environ, **one_thread, "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
-def distance(a, b):
+def distance(weights, others):
     """Relative difference of two sets of weights.
 
-    Attention does not depend on the bias of its keys' norm (softmax subtracts it again): its gradient is rounding alone,
-    which Adam turns into steps of full length."""
-    a, b = [torch.cat([v.flatten().double() for name, v in weights.items() if not name.endswith("k_norm.bias")])
-            for weights in (a, b)]
+    Attention does not depend on the bias of its keys' norm, because softmax subtracts it again. The gradient
+    of that bias is rounding alone, which Adam turns into steps of full length.
+    """
+    a, b = flattened(weights), flattened(others)
     return ((a - b).norm() / b.norm()).item()
+
+
+def flattened(weights):
+    "All weights but the biases of keys' norms as one vector."
+    kept = [tensor for name, tensor in weights.items() if not name.endswith("k_norm.bias")]
+    return torch.cat([tensor.flatten().double() for tensor in kept])
 
 
 def compare(folder, alone):
@@ -55,7 +63,9 @@ def compare(folder, alone):
 
 @pytest.fixture
 def start():
-    with processes() as start: yield start
+    "Starts a command in a process of its own; none is left after the test."
+    with processes() as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +77,11 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_train_what_one_trains(tmp_path, alone):
-    code, out, err = torchrun(tmp_path, *settings, "--batch-size", 16)  # and each accumulates two batches
+    code, _, err = torchrun(tmp_path, *settings, "--batch-size", 16)  # and each accumulates two batches
     assert code == 0, err
     compare(tmp_path, alone)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in alone.iterdir())  # rank zero alone writes
+    written = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path, alone)]
+    assert written[0] == written[1]  # rank zero alone writes
 
 
 def test_features_under_ddp_and_fsdp2():
@@ -81,7 +92,7 @@ def test_features_under_ddp_and_fsdp2():
 
 def test_another_number_of_processes_resumes(tmp_path, alone):
     "The second of two processes is asked to stop: both do, after the same step. One process resumes."
-    code, out, err = torchrun(tmp_path, *settings, "--batch-size", 32, "--term", 1, 30)
+    code, _, err = torchrun(tmp_path, *settings, "--batch-size", 32, "--term", 1, 30)
     traceback = f"Traceback (most recent call last):\n  File \"{small_training[0]}"
     assert code != 0 and "exitcode  : 75" in err and traceback not in err, err
     found = load_checkpoint(tmp_path)[0]["progress"]
@@ -91,7 +102,7 @@ def test_another_number_of_processes_resumes(tmp_path, alone):
 
 
 def test_one_failed_process_ends_all(tmp_path):
-    code, out, err = torchrun(tmp_path, *settings, "--batch-size", 32, "--die", 1, 5)
+    code, _, err = torchrun(tmp_path, *settings, "--batch-size", 32, "--die", 1, 5)
     assert code != 0 and "this process dies" in err
 
 
@@ -105,24 +116,31 @@ def test_an_image_that_one_process_cannot_read_is_named(tmp_path, tree):
     files = find_images(tree).files
     victim = Path(files[epoch_order(40, 0, 0)[13]])  # of the second process, in its second batch
     victim.write_bytes(victim.read_bytes()[:300])
-    code, out, err = torchrun(
+    code, _, err = torchrun(
         "train", "--data", tree, "--image-size", 32, "--workers", 1, "--batch-size", 4, "--device", "cpu",
-        "--recipe", "digits", "--epochs", 1, "--out", tmp_path / "run", program=("-m", "mamba2d.cli"))
+        "--recipe", "digits", "--epochs", 1, "--out", tmp_path / "run", program=commands)
     assert code == 1 and f"error: cannot read image '{victim}'" in err and "--skip-corrupt" in err, err
-    assert not re.search(r'File ".*/mamba2d/\w+/\w+\.py"', err), err  # no traceback but that of torchrun itself
+    # no traceback but that of torchrun itself
+    assert not re.search(r'File ".*/mamba2d/\w+/\w+\.py"', err), err
 
 
 def test_steps_stay_what_they_were_with_another_number_of_processes(tmp_path, tree, start):
     "The recipe does not say how many images make a step: the run's first command does, by its batch size."
-    arguments = ("--data", tree, "--image-size", 32, "--workers", 0, "--recipe", "digits", "--device", "cpu",
-                 "--epochs", 2, "--out", tmp_path / "run")
+    arguments = (
+        "--data", tree, "--image-size", 32, "--workers", 0, "--recipe", "digits", "--device", "cpu",
+        "--epochs", 2, "--out", tmp_path / "run",
+    )
     first = start(*arguments, "--batch-size", 4, target=cli.train)
-    while not (tmp_path / "run/history.csv").exists() and first.process.is_alive(): time.sleep(0.05)
+    while not (tmp_path / "run/history.csv").exists() and first.process.is_alive():
+        time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    code, out, err = first.wait()
+    code, _, err = first.wait()
     assert code == 75, err
-    code, out, err = run_captured(cli.train, *arguments, "--batch-size", 8)
-    assert code == 2 and "argument --effective-batch: must be a multiple of 8" in err and err.count("\n") == 1, err
-    code, out, err = torchrun("train", *arguments, program=("-m", "mamba2d.cli"))
+
+    code, _, err = run_captured(cli.train, *arguments, "--batch-size", 8)
+    assert code == 2 and "argument --effective-batch: must be a multiple of 8" in err, err
+    assert err.count("\n") == 1, err
+
+    code, out, err = torchrun("train", *arguments, program=commands)
     assert code == 0 and "batch size 2 on cpu in 2 processes" in out, out + err
     assert "epoch   2/2" in out and "epoch   1/2" not in out, out + err

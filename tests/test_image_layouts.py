@@ -9,7 +9,6 @@ import re
 import shutil
 import tarfile
 import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,6 @@ import pytest
 import scipy.io
 from torchvision.datasets import imagenet as torchvision_imagenet
 from torchvision.datasets.imagenet import ARCHIVE_META
-
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # fastai still uses it
 
 from mamba2d.data import find_images, make_image_tree
 
@@ -266,7 +263,8 @@ def test_an_evaluation_takes_all_images(trees, class_folders):
         found = find_images(root, **{"evaluate": True, **kwargs})
         assert (found.layout, found.vocab, len(found.train)) == (layout, vocab, 0)
         assert all(map(os.path.isfile, found.files))
-        names = {Path(file).name: label for file, label in zip(found.files, found.valid["label"])}
+        labelled = zip(found.files, found.valid["label"], strict=True)
+        names = {Path(file).name: label for file, label in labelled}
         if "a" in vocab:
             expected = {name: name[0] for name in names}
         elif "12" in layout:

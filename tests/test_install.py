@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from checks.project import committed_files, copy_of_project
 
-
 # Libraries that take long to import, or that only some users have installed.
 heavy_libraries = {
     "torch", "torch._dynamo", "torch.utils.cpp_extension", "torchvision", "PIL", "safetensors", "fastai",

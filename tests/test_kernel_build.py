@@ -12,42 +12,62 @@ import pytest
 from mamba2d.scan.build import find_compiler
 from mamba2d.scan.cpu import build_cpu_library
 
+# Scans three times, compares with the reference, prints the backends that there are and every warning.
 scan_once = """
-import warnings, torch
+import warnings
+
+import torch
+
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    from mamba2d.scan import available_backends, selective_scan_2d, selective_scan_2d_ref, random_problem
+    from mamba2d.scan import available_backends, random_problem, selective_scan_2d, selective_scan_2d_ref
+
     problem = random_problem((2, 5, 4, 3, 2), requires_grad=False)
     results = [selective_scan_2d(**problem) for _ in range(3)]
 torch.testing.assert_close(results[2], selective_scan_2d_ref(**problem))
 print(available_backends())
 for warning in caught:
-    if warning.category is RuntimeWarning: print("warned:", warning.message)
+    if warning.category is RuntimeWarning:
+        print("warned:", warning.message)
 """
 
 
 def start(code, cache, **environment):
-    "A Python process running `code` with its kernels in `cache`; an environment variable given as None is removed."
-    env = {**os.environ, "MAMBA2D_CACHE": str(cache), "MAMBA2D_BACKEND": None, **environment}
+    "A Python process that runs `code` with its kernels in `cache`. A variable given as None is removed."
+    variables = {**os.environ, "MAMBA2D_CACHE": str(cache), "MAMBA2D_BACKEND": None, **environment}
     root = str(Path(__file__).resolve().parent.parent)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
-    return subprocess.Popen([sys.executable, "-c", code], env={k: v for k, v in env.items() if v is not None},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH")]))
+    given = {name: value for name, value in variables.items() if value is not None}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run(code, cache, **environment):
+    "As `start`, but to its end; returns exit code and output."
     process = start(code, cache, **environment)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 
+def assert_kernel_ran(status, output):
+    "`scan_once` has used the CPU kernel, and nothing was warned of."
+    assert status == 0 and "('cpu', 'reference')" in output and "warned" not in output, output
+
+
+def assert_reference_ran(status, output):
+    "`scan_once` has used the reference, and has warned of it once."
+    assert status == 0 and output.count("warned:") == 1, output
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    "A cache that holds the kernel as users get it. The workers of pytest-xdist share it: only one of them builds."
+    """A cache that holds the kernel as users get it.
+
+    The workers of pytest-xdist share it, so only one of them builds.
+    """
     base = tmp_path_factory.getbasetemp()
     cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built"
-    status, output = run(scan_once, cache)
-    assert status == 0 and "('cpu', 'reference')" in output and "warned" not in output, output
+    assert_kernel_ran(*run(scan_once, cache))
     return cache
 
 
@@ -68,31 +88,43 @@ def test_import_builds_nothing(tmp_path):
 
 
 def test_second_process_needs_no_compiler(built):
-    status, output = run(scan_once, built, PATH="", CXX=None)
-    assert status == 0 and "('cpu', 'reference')" in output and "warned" not in output, output
+    assert_kernel_ran(*run(scan_once, built, PATH="", CXX=None))
+
+
+def children(pid):
+    "The processes that `pid` has started."
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+
+
+def first_builder(processes):
+    "Wait until one of the processes has started the compiler; returns that process."
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        still_running = any(process.poll() is None for process in processes)
+        assert still_running, "all ended before one was caught building"
+        for process in processes:
+            if children(process.pid):
+                return process
+        time.sleep(0.01)
+    raise AssertionError("no process has started the compiler")
 
 
 def test_eight_at_once_one_killed_while_building(tmp_path, quick_compiler):
     processes = [start(scan_once, tmp_path, CXX=quick_compiler) for _ in range(8)]
-    deadline, builder = time.time() + 120, None
-    while builder is None and time.time() < deadline:  # wait until one of them has started the compiler
-        assert any(p.poll() is None for p in processes), "all ended before one was caught building"
-        builder = next((p for p in processes if children(p.pid)), None)
-        time.sleep(0.01)
-    assert builder is not None and not list(tmp_path.glob("*.so"))
+    builder = first_builder(processes)
+    assert not list(tmp_path.glob("*.so"))
     builder.send_signal(signal.SIGKILL)
     for process in processes:
         output, _ = process.communicate(timeout=300)
-        if process is builder: assert process.returncode == -signal.SIGKILL
-        else: assert process.returncode == 0 and "('cpu', 'reference')" in output and "warned" not in output, output
+        if process is builder:
+            assert process.returncode == -signal.SIGKILL
+        else:
+            assert_kernel_ran(process.returncode, output)
     assert len(list(tmp_path.glob("*.so"))) == 1
     assert not list(tmp_path.glob("*.building-*")), "a private folder was left behind"
-
-
-def children(pid):
-    "Processes that `pid` has started."
-    try: return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError: return []
 
 
 def test_damaged_library_is_built_again(tmp_path, quick_compiler, monkeypatch):
@@ -101,15 +133,19 @@ def test_damaged_library_is_built_again(tmp_path, quick_compiler, monkeypatch):
     library = build_cpu_library()
     size = library.stat().st_size
     library.write_text("no library")
-    status, output = run(scan_once, tmp_path)
-    assert status == 0 and "('cpu', 'reference')" in output and "warned" not in output, output
+    assert_kernel_ran(*run(scan_once, tmp_path))
     assert library.stat().st_size == size
 
 
 @pytest.mark.parametrize("environment, reason", [
-    (dict(PATH="", CXX=None), "there is no C++ compiler (c++, g++ or clang++): install one with `apt install g++`"),
-    (dict(CXX="no-such-compiler"),
-     "the C++ compiler 'no-such-compiler' that the environment variable CXX names was not found"),
+    (
+        dict(PATH="", CXX=None),
+        "there is no C++ compiler (c++, g++ or clang++): install one with `apt install g++`",
+    ),
+    (
+        dict(CXX="no-such-compiler"),
+        "the C++ compiler 'no-such-compiler' that the environment variable CXX names was not found",
+    ),
     (dict(CXX="false"), "compiling it with false failed: it did not say why"),
     (dict(CXX="true"), "true made no library, and reported no error"),
     (dict(CXX="'g++"), "the environment variable CXX is \"'g++\": No closing quotation"),
@@ -118,8 +154,8 @@ def test_damaged_library_is_built_again(tmp_path, quick_compiler, monkeypatch):
 ])
 def test_no_kernel_one_warning(tmp_path, environment, reason):
     status, output = run(scan_once, tmp_path, **environment)
-    assert status == 0 and "('reference',)" in output, output
-    assert output.count("warned:") == 1 and reason in output and "mamba2d-doctor" in output, output
+    assert_reference_ran(status, output)
+    assert "('reference',)" in output and reason in output and "mamba2d-doctor" in output, output
     assert not list(tmp_path.glob("*.so")) and not list(tmp_path.glob("*.building-*"))
 
 
@@ -127,7 +163,7 @@ def test_cache_that_cannot_be_written(tmp_path):
     blocked = tmp_path / "a file"
     blocked.write_text("in the way")
     status, output = run(scan_once, blocked)
-    assert status == 0 and output.count("warned:") == 1, output
+    assert_reference_ran(status, output)
     assert "MAMBA2D_CACHE names another folder" in output, output
 
 
@@ -135,7 +171,7 @@ def test_no_home(tmp_path):
     "As in a container that runs under a number that no user has."
     nobody = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n"
     status, output = run(nobody + scan_once, "", HOME=None, XDG_CACHE_HOME=None)
-    assert status == 0 and output.count("warned:") == 1, output
+    assert_reference_ran(status, output)
     assert "there is no home folder to keep it in" in output and "MAMBA2D_CACHE" in output, output
     code = "from mamba2d.scan.build import cache_folder\nprint(cache_folder())"
     status, output = run(code, "~/kernels", HOME=str(tmp_path))
@@ -161,39 +197,53 @@ def test_environment_chooses_the_backend(tmp_path):
     assert "MAMBA2D_BACKEND must be one of auto, cpu, cuda, reference, got 'tpu'" in output, output
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_of_this_machine(built, capability):
-    "All in one cache: the kernel that `built` holds is that of one of them."
-    code = """
+compare_gradients = """
 import torch
 from mamba2d.scan import cpu_kernel_status, random_problem, selective_scan_2d, selective_scan_2d_ref
+
+def gradients(scan, problem):
+    y = scan(**problem, delta_softplus=True, reverse=True)
+    return torch.autograd.grad(y.double().sin().sum(), list(problem.values()))
+
 print(cpu_kernel_status())
 for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
     problem = random_problem((2, 20, 40, 19, 5), dtype=dtype)
-    grads = lambda scan, p: torch.autograd.grad(scan(**p, delta_softplus=True, reverse=True).double().sin().sum(),
-                                                list(p.values()))
-    exact = {k: v.detach().double().requires_grad_() for k, v in problem.items()}
-    for mine, expected in zip(grads(selective_scan_2d, problem), grads(selective_scan_2d_ref, exact)):
-        assert (mine - expected).norm() < tolerance * expected.norm()
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in problem.items()}
+    pairs = zip(gradients(selective_scan_2d, problem), gradients(selective_scan_2d_ref, exact), strict=True)
+    for found, expected in pairs:
+        assert (found - expected).norm() < tolerance * expected.norm()
 """
-    status, output = run(code, built, ATEN_CPU_CAPABILITY=capability)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_of_this_machine(built, capability):
+    "All in one cache: the kernel that `built` holds is that of one of them."
+    status, output = run(compare_gradients, built, ATEN_CPU_CAPABILITY=capability)
     assert status == 0 and "True" in output, output
 
 
-def test_runs_on_the_threads_of_torch(built):
-    code = """
-import os, torch
-from mamba2d.scan.cpu import _torch_thread_pool
+count_threads = """
+import os
+import torch
 from mamba2d.scan import random_problem, selective_scan_2d
+from mamba2d.scan.cpu import _torch_thread_pool
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
 problem = random_problem((2, 40, 60, 40, 16), dtype=torch.float32, requires_grad=False)
 torch.set_num_threads(3)
-threads = lambda: len(os.listdir("/proc/self/task"))
 torch.rand(2_000_000).exp_()
 before = threads()
-for _ in range(3): selective_scan_2d(**problem)
+for _ in range(3):
+    selective_scan_2d(**problem)
 print(_torch_thread_pool() is not None, before, threads())
 assert threads() == before >= 3
 """
-    if not Path("/proc/self/task").exists(): pytest.skip("counts threads in /proc")
-    status, output = run(code, built)
+
+
+def test_runs_on_the_threads_of_torch(built):
+    if not Path("/proc/self/task").exists():
+        pytest.skip("counts threads in /proc")
+    status, output = run(count_threads, built)
     assert status == 0, output

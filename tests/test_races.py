@@ -22,7 +22,7 @@ span = 8  # columns of a tile
 strip_rows = 8  # rows of a tile
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     "Every program that has not ended waits."
 
 
@@ -37,10 +37,10 @@ class VectorClocks:
 
     def learn(self, p, clocks):
         "Program p knows from here on what is known by these clocks."
-        self.clocks[p] = [max(pair) for pair in zip(self.clocks[p], clocks)]
+        self.clocks[p] = [max(pair) for pair in zip(self.clocks[p], clocks, strict=True)]
         self.clocks[p][p] += 1
 
-    def meet(self, p, q):
+    def pass_barrier(self, p, q):
         "Two programs pass a barrier: both know from here on what each has done."
         clocks_of_p = self.clocks[p]
         self.learn(p, self.clocks[q])
@@ -81,11 +81,11 @@ def races_at_barriers(programs):
             elif kind != "barrier":
                 clocks.access(p, kind, what)
             elif what in waiting:
-                clocks.meet(p, waiting.pop(what))
+                clocks.pass_barrier(p, waiting.pop(what))
             else:
                 waiting[what] = p
         if not progressed:
-            raise Deadlock
+            raise DeadlockError
     return clocks.races
 
 
@@ -172,7 +172,7 @@ def test_one_place_for_all_columns_is_found():
 def test_a_warp_that_never_comes_to_a_barrier_is_a_deadlock():
     programs = rows_at_barriers(8, 8)
     programs[5] = iter(())
-    with pytest.raises(Deadlock):
+    with pytest.raises(DeadlockError):
         races_at_barriers(programs)
 
 
@@ -243,7 +243,7 @@ def races_at_gates(programs):
                 events[p] = next(program, None)
                 progressed = True
         if not progressed:
-            raise Deadlock
+            raise DeadlockError
     return clocks.races
 
 
@@ -417,7 +417,7 @@ def test_a_missing_gate_for_the_strip_above_is_found():
 
 @pytest.mark.parametrize("message", [(4, 3, "down"), (4, 3, "up"), ("below", 7), ("above", 2), ("sent",)])
 def test_a_message_that_is_never_announced_is_a_deadlock(message):
-    with pytest.raises(Deadlock):
+    with pytest.raises(DeadlockError):
         races_at_gates([without(row, message, kinds=("announce",)) for row in full_strip()])
 
 

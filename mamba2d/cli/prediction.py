@@ -11,9 +11,18 @@ import sys
 from pathlib import Path
 
 from .arguments import predict_parser
-from .common import (
-    UsageError, build_model, check_forced_backend, end_process, imagenet_classes, init_distributed,
-    print_table, quiet_imports, resolve_weights, run_command)
+from mamba2d.cli.common import (
+    UsageError,
+    build_model,
+    check_forced_backend,
+    end_process,
+    imagenet_classes,
+    init_distributed,
+    print_table,
+    quiet_imports,
+    resolve_weights,
+    run_command,
+)
 
 # %% ../../nbs/54_cli.prediction.ipynb #2a4b2944
 def _find_files(args):
@@ -46,17 +55,16 @@ def _load_files(args, files, config, device):
                      after_batch=after_batch)
 
 # %% ../../nbs/54_cli.prediction.ipynb #ce526ff7
-def _predict_classes(model, loader, precision, count):
-    "Return for each image the numbers of the `count` most likely classes, and their probabilities."
-    import torch
-    rows = []
-    bf16 = precision == "bf16" and loader.device.type == "cuda"
-    with torch.no_grad(), torch.autocast(loader.device.type, torch.bfloat16, enabled=bf16):
-        for (images,) in loader:
-            logits = model(images.as_subclass(torch.Tensor)).float()
-            probabilities, predictions = logits.softmax(-1).topk(count)
-            rows += zip(predictions.tolist(), probabilities.tolist())
-    return rows
+def _predict_files(args, model, loader, distributed):
+    "Return for each image the numbers of the most likely classes, and their probabilities."
+    from mamba2d.data.images import CorruptImageError
+    from mamba2d.training.evaluation import predict
+    try:
+        predictions, probabilities = predict(model, loader, args.top, precision=args.precision)
+    except CorruptImageError as error:
+        message = f"mamba2d-predict: error: {error}; --skip-corrupt leaves such images out"
+        end_process(distributed, 1, message, alone=True)
+    return list(zip(predictions.tolist(), probabilities.tolist(), strict=True))
 
 # %% ../../nbs/54_cli.prediction.ipynb #8aeb5156
 def _check_writable(file):
@@ -67,12 +75,13 @@ def _check_writable(file):
 def _write_csv(path, files, rows, classes):
     "Write a row per image. Raises `UsageError` if the file cannot be written."
     import csv
+
     from mamba2d.training.evaluation import prediction_cells, prediction_columns
     try:
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["image", *prediction_columns(len(rows[0][0]))])
-            for name, row in zip(files, rows):
+            for name, row in zip(files, rows, strict=True):
                 writer.writerow([name, *prediction_cells(classes, *row)])
     except OSError as error:
         raise UsageError(f"argument --out: {error}") from error
@@ -81,8 +90,8 @@ def _write_csv(path, files, rows, classes):
 def _print_predictions(files, rows, classes):
     "Print the most likely classes of each image."
     lines = []
-    for name, row in zip(files, rows):
-        best = [f"{classes[k]}: {100 * probability:.1f} %" for k, probability in zip(*row)]
+    for name, row in zip(files, rows, strict=True):
+        best = [f"{classes[k]}: {100 * probability:.1f} %" for k, probability in zip(*row, strict=True)]
         lines.append((name, ", ".join(best)))
     print_table(lines)
 
@@ -91,19 +100,14 @@ def _predict(args):
     "Resolve the arguments, load the images and the network, and predict."
     quiet_imports()
     check_forced_backend()
-    from mamba2d.data.images import CorruptImageError
     saved, config, size = resolve_weights(args.weights, args.size)
     distributed = init_distributed(args.device)
     _check_writable(args.out)
     files = _find_files(args)
-    model = build_model(size, weights=saved).eval()
+    model = build_model(size, weights=saved)
     loader = _load_files(args, files, config, distributed.device)
     model.to(loader.device)
-    try:
-        rows = _predict_classes(model, loader, args.precision, min(args.top, model.num_classes))
-    except CorruptImageError as error:
-        message = f"mamba2d-predict: error: {error}; --skip-corrupt leaves such images out"
-        end_process(distributed, 1, message, alone=True)
+    rows = _predict_files(args, model, loader, distributed)
     classes = config.get("classes") or imagenet_classes(model.num_classes)
     if args.out:
         _write_csv(args.out, files, rows, classes)

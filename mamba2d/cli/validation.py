@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .arguments import validate_parser
-from .common import (
-    UsageError, build_model, check_forced_backend, end_process, find_corrupt, init_distributed,
-    load_data, print_table, quiet_imports, resolve_weights, result_rows, run_command)
+from mamba2d.cli.common import (
+    UsageError,
+    build_model,
+    check_forced_backend,
+    end_process,
+    find_corrupt,
+    init_distributed,
+    load_data,
+    print_table,
+    quiet_imports,
+    resolve_weights,
+    result_rows,
+    run_command,
+)
 
 # %% ../../nbs/53_cli.validation.ipynb #d7897977
 def _left_out(args, config, data, *, distributed, evaluate):
@@ -29,7 +40,7 @@ def _left_out(args, config, data, *, distributed, evaluate):
 # %% ../../nbs/53_cli.validation.ipynb #069e117f
 class _Images(NamedTuple):
     "The images to evaluate."
-    dls: "DataLoaders"
+    dls: object  # fastai `DataLoaders`
     data: str  # "digits", or a folder
     held_out: bool  # they are the validation images of the data, not all of its images
     size: int  # pixels
@@ -79,7 +90,7 @@ def _evaluate(args, model, loader, distributed):
 def _lowest_accuracies(found, vocab):
     "Name the five classes with the lowest accuracy."
     images, correct = (column.tolist() for column in found.per_class(len(vocab)))
-    accuracy = {str(name): right / n for name, n, right in zip(vocab, images, correct) if n}
+    accuracy = {str(name): right / n for name, n, right in zip(vocab, images, correct, strict=True) if n}
     lowest = sorted(accuracy.items(), key=lambda item: item[1])[:5]
     return ", ".join(f"{name}: {100 * value:.0f} %" for name, value in lowest)
 

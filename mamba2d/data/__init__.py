@@ -1,4 +1,11 @@
 """Images as fastai `DataLoaders` whose every random number depends on seed, epoch and sample only."""
+import warnings
+
+# fastai's layers use `torch.jit.script`, and PyTorch warns of it. Whoever imports this package cannot mend that.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
+    import fastai.layers  # noqa: F401
+
 from .images import CorruptImageError, open_image
 from .transforms import Augmentation, evaluation_transforms, mix_pairs
 from .loader import KeyedDL

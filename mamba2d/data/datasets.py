@@ -14,19 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import default_device
 from fastai.vision.core import PILImage, PILImageBW
 from fasttransform import Transform
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import InterpolationMode, v2
 
 from .images import open_image
 from .loader import data_fingerprint, make_dataloaders
-from .random import check_integer, epoch_order
+from .random import epoch_order
+from ..scan.checks import check_integer
 
 # %% ../../nbs/25_data.datasets.ipynb #011b0228
 def digit_images(
@@ -81,7 +82,7 @@ def digits_dls(
         raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     images, labels = digit_images(size)
     train, valid = _split_digits(labels, valid_pct, split_seed)
-    items = [dict(image=image, label=label) for image, label in zip(images, labels)]
+    items = [dict(image=image, label=label) for image, label in zip(images, labels, strict=True)]
     pipelines = [[itemgetter("image")], [itemgetter("label"), Categorize()]]
     data = Datasets(items, pipelines, splits=(train, valid))
     pixels = np.stack([np.asarray(images[i]) for i in train]) / 255
@@ -224,7 +225,7 @@ def _handwriting(held_out):
     pixels, targets = load_digits(return_X_y=True)
     part = _split_digits(targets, 0.2, 42)[held_out]
     classes = [[] for _ in range(10)]
-    for flat, label in zip(pixels[part], targets[part]):
+    for flat, label in zip(pixels[part], targets[part], strict=True):
         gray = (flat.reshape(8, 8) * (255 / 16)).round().astype(np.uint8)
         side = (_digit_side, _digit_side)
         scaled = Image.fromarray(gray).resize(side, Image.Resampling.BICUBIC)
@@ -281,7 +282,7 @@ def _lay_out(rng, present, size, gap, balanced):
 # %% ../../nbs/25_data.datasets.ipynb #2ae5d7cc
 def _paint(canvas, marker, places, glyphs):
     "Paint digits and marker on a black canvas (size, size)."
-    for (row, column), glyph in zip(places - _digit_side // 2, glyphs):
+    for (row, column), glyph in zip(places - _digit_side // 2, glyphs, strict=True):
         canvas[row:row + _digit_side, column:column + _digit_side] = glyph
     row, column = marker - _marker_side // 2
     canvas[row:row + _marker_side, column:column + _marker_side] = 255
@@ -341,7 +342,7 @@ class _GrayImage(Transform):
 def _canvas_datasets(canvases, split_idx):
     "fastai `Datasets` of canvases and their labels."
     items = []
-    for image, label in zip(canvases.images, canvases.labels.tolist()):
+    for image, label in zip(canvases.images, canvases.labels.tolist(), strict=True):
         items.append(dict(image=image, label=str(label)))
     of_image = [itemgetter("image"), _GrayImage]
     classes = [str(k) for k in range(10)]

@@ -36,8 +36,9 @@ from mamba2d.data.loader import (
     start_worker,
     worker_count,
 )
-from .random import check_integer, epoch_order
+from .random import epoch_order
 from .transforms import Augmentation, ImageTransform, evaluation_transforms
+from ..scan.checks import check_integer
 
 # %% ../../nbs/24_data.imagefolder.ipynb #000a818b
 class ImageList(NamedTuple):

@@ -25,8 +25,9 @@ from fastai.torch_core import default_device, to_device
 from fastcore.basics import patch
 
 from .images import CorruptImageError
-from .random import check_integer, epoch_order, keyed_random
+from .random import epoch_order, keyed_random
 from .transforms import ChannelsLast, ImageTransform
+from ..scan.checks import check_integer
 
 # %% ../../nbs/23_data.loader.ipynb #d53d2869
 class KeyedDL(TfmdDL):

@@ -14,13 +14,14 @@ import torch
 
 # %% ../../nbs/20_data.random.ipynb #615f9941
 # separate random numbers for the same seed and epoch
-ORDER_STREAM = 0
-ITEM_STREAM = 1
-MIX_STREAM = 2
+ORDER_STREAM = (0,)
+ITEM_STREAM = (1,)
+MIX_STREAM = (2,)
+STEP_STREAM = ()
 
 def entropy(stream, *key):
-    "The numpy `SeedSequence` of a key."
-    return np.random.SeedSequence(key, spawn_key=(stream,))
+    "Return the `SeedSequence` of NumPy for a key."
+    return np.random.SeedSequence(key, spawn_key=stream)
 
 # %% ../../nbs/20_data.random.ipynb #acbc5377
 @contextlib.contextmanager
@@ -54,16 +55,7 @@ def epoch_order(
     return generator.permutation(n)
 
 # %% ../../nbs/20_data.random.ipynb #40fd188e
-def seed_from(*numbers):
-    "A 63-bit seed that depends on all numbers and their order."
-    word = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+def seed_from(*key):
+    "Return a 63-bit seed for a training step; it depends on all numbers of the key and their order."
+    word = entropy(STEP_STREAM, *key).generate_state(1, np.uint64)[0]
     return int(word >> np.uint64(1))
-
-# %% ../../nbs/20_data.random.ipynb #9c756422
-def check_integer(name, value, least=0, most=None):
-    "Raise `ValueError` unless the value is an integer from `least` to `most` (None: without limit)."
-    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if is_integer and value >= least and (most is None or value <= most):
-        return
-    accepted = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise ValueError(f"{name} must be an integer {accepted}, got {value!r}")

@@ -20,7 +20,8 @@ from scipy.special import betaincinv
 from torchvision.transforms import InterpolationMode, v2
 
 from .images import reading_image
-from .random import MIX_STREAM, check_integer, entropy
+from .random import MIX_STREAM, entropy
+from ..scan.checks import check_integer
 
 # %% ../../nbs/22_data.transforms.ipynb #fa4db60e
 class ImageTransform(Transform):

@@ -1,12 +1,14 @@
 """A recipe, a fastai `Learner` that follows it, and run folders that can be killed at any moment."""
 from importlib import import_module
 
+import_module("mamba2d.data")  # first: it imports fastai without a warning that nobody here can mend
+
 from .recipe import layer_groups, Recipe, recipe_schedule, recipes
 from .distributed import Distributed, RankZeroError
 from .learner import (
     FollowRecipeCallback, mamba2d_learner, PrepareModelCallback, RecordEpochsCallback,
 )
-from .evaluation import ablate_scan, accuracies, evaluate, Evaluation
+from .evaluation import ablate_scan, accuracies, evaluate, Evaluation, predict
 
 # These modules are loaded when one of their names is first used: a learner needs none of them.
 _modules = {
@@ -25,7 +27,7 @@ __all__ = [
     "ablate_scan", "accuracies", "CheckpointCallback", "DashboardCallback", "dashboards",
     "Distributed", "evaluate", "Evaluation", "export_weights", "FollowRecipeCallback",
     "IncompatibleRunError", "layer_groups", "load_checkpoint", "mamba2d_learner", "plot_curves",
-    "plot_predictions", "PrepareModelCallback", "RankZeroError", "Recipe", "recipe_schedule",
+    "plot_predictions", "predict", "PrepareModelCallback", "RankZeroError", "Recipe", "recipe_schedule",
     "recipes", "RecordEpochsCallback", "RunLockedError", "RunProgressCallback",
     "StopRequestedError", "TensorBoard", "train_run", "WeightsAndBiases", "write_evaluation",
 ]

@@ -21,24 +21,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-# %% ../../nbs/34_training.checkpoints.ipynb #a870d2e7
-def link_as(path, name):
-    "Give the file `path` another name as well, in the same folder, atomically."
-    spare = path.with_name(f".{Path(name).name}.{os.getpid()}.tmp")
-    spare.unlink(missing_ok=True)
-    try: os.link(path, spare)
-    except OSError: shutil.copyfile(path, spare)  # a file system without links
-    os.replace(spare, name)
-
-# %% ../../nbs/34_training.checkpoints.ipynb #ffe5cfe9
-def _system_error(error, path):
-    "The system's error behind `error`, as torch.save raises one of its own; None where there is none."
-    before = error
-    while before is not None and not isinstance(before, OSError): before = before.__context__
-    if before is not None and before.errno: return OSError(before.errno, before.strerror, str(path))
-    if "write" not in str(error): return None
-    return OSError(errno.EIO, f"could not be written: {str(error).splitlines()[0]}", str(path))
-
 # %% ../../nbs/34_training.checkpoints.ipynb #d7644c76
 def write_atomically(
     path: str | Path,
@@ -51,50 +33,97 @@ def write_atomically(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            behind = _system_error(error, path)
-            if behind is None: raise
-            raise behind from error
-        if keep is not None and path.exists(): link_as(path, keep)
+        _write_flushed(temporary, write, path)
+        if keep is not None and path.exists():
+            link_as(path, keep)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+# %% ../../nbs/34_training.checkpoints.ipynb #a870d2e7
+def link_as(path, name):
+    "Give the file `path` another name as well, in the same folder, atomically."
+    spare = path.with_name(f".{Path(name).name}.{os.getpid()}.tmp")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:
+        shutil.copyfile(path, spare)  # a file system without links
+    os.replace(spare, name)
+
+# %% ../../nbs/34_training.checkpoints.ipynb #ffe5cfe9
+def _write_flushed(temporary, write, path):
+    "Write a file and flush it to the disk. Errors name `path`, which the user knows."
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        behind = _system_error(error, path)
+        if behind is None:
+            raise
+        raise behind from error
+
+def _system_error(error, path):
+    "Return the system's error behind `error`; None where there is none."
+    before = error
+    while before is not None and not isinstance(before, OSError):
+        before = before.__context__
+    if before is not None and before.errno:
+        return OSError(before.errno, before.strerror, str(path))
+    if "write" not in str(error):
+        return None
+    return OSError(errno.EIO, f"could not be written: {str(error).splitlines()[0]}", str(path))
 
 # %% ../../nbs/34_training.checkpoints.ipynb #69885c90
 class IncompatibleRunError(ValueError):
     "The run folder cannot be used for this run; says why."
 
-# %% ../../nbs/34_training.checkpoints.ipynb #f8f4b6dd
-checkpoint_format = 2
+# %% ../../nbs/34_training.checkpoints.ipynb #8695f45b
+def load_checkpoint(
+    folder: str | Path,  # the run's
+) -> tuple[dict, Path] | None:  # what was saved, and in which file; None where there is no checkpoint
+    """Read the newest intact checkpoint; warns of damaged ones.
 
-# %% ../../nbs/34_training.checkpoints.ipynb #b68b5f7f
-def _renamed(values, old, new):
-    "A dictionary with one of its keys renamed."
-    return {new if key == old else key: value for key, value in values.items()}
+    Raises `IncompatibleRunError` where all are damaged."""
+    problems = []
+    for path in checkpoint_files(folder):
+        try:
+            checkpoint = _read_checkpoint(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            warnings.warn(f"checkpoint {problem}; resuming from {str(path)!r}", stacklevel=2)
+        return checkpoint, path
+    if problems:
+        raise IncompatibleRunError(f"no checkpoint can be used: {'; '.join(problems)}. "
+                                   "Delete the run folder, or let it be overwritten (--overwrite)")
+    return None
 
-def _from_format_1(
-    checkpoint: dict,
-) -> dict:
-    "A checkpoint of format 1 in the words of format 2; all tensors and numbers stay the same."
-    identity = _renamed(checkpoint["identity"], "pictures", "images")
-    config = _renamed(checkpoint["config"], "broken", "corrupt")
-    return _renamed(checkpoint, "average", "ema") | {"format": 2, "identity": identity, "config": config}
+# %% ../../nbs/34_training.checkpoints.ipynb #4717ddaa
+def checkpoint_files(
+    folder: str | Path,  # the run's
+) -> list[Path]:
+    "Return the checkpoints from which a run can resume, the newest first; they may be damaged."
+    paths = [Path(folder) / "checkpoints" / name for name in ("last.pth", "previous.pth")]
+    return [path for path in paths if path.exists()]
 
 # %% ../../nbs/34_training.checkpoints.ipynb #3ec34d50
 def _read_checkpoint(path):
-    "A checkpoint in the current format; raises `ValueError` if the file is damaged."
+    "Read a checkpoint, in the current format. Raises `ValueError` if the file is damaged."
     try:
-        with zipfile.ZipFile(path) as archive: corrupt = archive.testzip()  # compares every checksum
-        if corrupt: raise ValueError(f"{corrupt} has another checksum")
+        with zipfile.ZipFile(path) as archive:
+            corrupt = archive.testzip()  # compares every checksum
+        if corrupt:
+            raise ValueError(f"{corrupt} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") not in (1, checkpoint_format):
             raise ValueError("it is not a checkpoint of a run")
@@ -103,36 +132,27 @@ def _read_checkpoint(path):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{str(path)!r} is damaged ({reason})") from error
 
-# %% ../../nbs/34_training.checkpoints.ipynb #4717ddaa
-def checkpoint_files(
-    folder: str | Path,  # the run's
-) -> list[Path]:
-    "The checkpoints from which a run can resume, the newest first; they may be damaged."
-    paths = [Path(folder) / "checkpoints" / name for name in ("last.pth", "previous.pth")]
-    return [path for path in paths if path.exists()]
+# %% ../../nbs/34_training.checkpoints.ipynb #f8f4b6dd
+checkpoint_format = 2
 
-# %% ../../nbs/34_training.checkpoints.ipynb #8695f45b
-def load_checkpoint(
-    folder: str | Path,  # the run's
-) -> tuple[dict, Path] | None:  # what was saved, and in which file; None where there is no checkpoint
-    "The newest intact checkpoint. Warns of damaged ones; `IncompatibleRunError` where all are damaged."
-    problems = []
-    for path in checkpoint_files(folder):
-        try: checkpoint = _read_checkpoint(path)
-        except ValueError as error: problems.append(str(error))
-        else:
-            for problem in problems:
-                warnings.warn(f"checkpoint {problem}; resuming from {str(path)!r}", stacklevel=2)
-            return checkpoint, path
-    if problems:
-        raise IncompatibleRunError(f"no checkpoint can be used: {'; '.join(problems)}. "
-                                   "Delete the run folder, or let it be overwritten (--overwrite)")
-    return None
+# %% ../../nbs/34_training.checkpoints.ipynb #b68b5f7f
+def _renamed(values, old, new):
+    "Return a dictionary with one of its keys renamed."
+    return {new if key == old else key: value for key, value in values.items()}
+
+def _from_format_1(
+    checkpoint: dict,
+) -> dict:
+    "Return a checkpoint of format 1 in the words of format 2; tensors and numbers stay the same."
+    identity = _renamed(checkpoint["identity"], "pictures", "images")
+    config = _renamed(checkpoint["config"], "broken", "corrupt")
+    return _renamed(checkpoint, "average", "ema") | {"format": 2, "identity": identity, "config": config}
 
 # %% ../../nbs/34_training.checkpoints.ipynb #afd6fc2d
 def read_json(path: Path):
-    "What a JSON file of a run holds; raises `IncompatibleRunError` where it is damaged."
-    try: return json.loads(path.read_text())
+    "Return what a JSON file of a run holds. Raises `IncompatibleRunError` where it is damaged."
+    try:
+        return json.loads(path.read_text())
     except ValueError as error:
         raise IncompatibleRunError(f"{str(path)!r} is damaged ({error}): delete it") from error
 
@@ -140,9 +160,10 @@ def read_json(path: Path):
 def read_corrupt_images(
     folder: str | Path,  # of a run
 ) -> dict[str, str] | None:  # from path below the data's folder to reason; None where nothing was written
-    "The images that a run leaves out of its data."
+    "Return the images that a run leaves out of its data."
     for name in ("corrupt.json", "broken.json"):
-        if (Path(folder) / name).exists(): return read_json(Path(folder) / name)
+        if (Path(folder) / name).exists():
+            return read_json(Path(folder) / name)
     return None
 
 # %% ../../nbs/34_training.checkpoints.ipynb #9bce02d6
@@ -151,11 +172,12 @@ class RunLockedError(RuntimeError):
 
 # %% ../../nbs/34_training.checkpoints.ipynb #9d65f771
 class RunLock:
-    "A lock on a run folder for as long as the process lives or until `release`."
+    "Locks a run folder for as long as the process lives or until `release`."
     def __init__(self, folder):
-        path = Path(folder) / ".lock"
-        self.file = open(path, "a+")
-        try: fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes would inherit a flock
+        self.file = open(Path(folder) / ".lock", "a+")
+        try:
+            # not flock, which the processes that load images would inherit
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.file.seek(0)
             owner = self.file.read().strip()
@@ -171,50 +193,59 @@ class RunLock:
         self.file.truncate(0)
         self.file.close()
 
+# %% ../../nbs/34_training.checkpoints.ipynb #c2cdf7b8
+def differences(
+    saved: dict,  # what a run is, from its checkpoint
+    given: dict,  # and what it is asked to be now
+) -> list[str]:  # a line for each difference
+    "Return what keeps a run from resuming."
+    lines = _different_settings("network", saved, given) + _different_settings("recipe", saved, given)
+    if saved["classes"] != given["classes"]:
+        only = different_classes(saved["classes"], given["classes"], "in the run", "now")
+        lines.append(f"classes: {len(saved['classes'])} in the run, {len(given['classes'])} now{only}")
+    elif saved["images"] != given["images"]:
+        lines.append(f"images: {_described_images(saved)} in the run, {_described_images(given)} now")
+    if given.get("weights") and "weights" in saved and saved["weights"] != given["weights"]:
+        start = saved["weights"] or "none"
+        lines.append(f"weights at the start: {start} in the run, {given['weights']} now")
+    if saved["limit"] != given["limit"]:
+        lines.append(f"limit (fast-dev-run): {saved['limit']} in the run, {given['limit']} now")
+    return lines
+
 # %% ../../nbs/34_training.checkpoints.ipynb #e3057067
-_harmless = ("compile", "channels_last")  # recipe fields that may change: how the same numbers are computed
+_harmless = ("compile", "channels_last")
+
+def _different_settings(part, saved, given):
+    "Return a line for each setting of a part (network or recipe) that differs."
+    lines = []
+    for name in given[part] | saved[part]:
+        before, now = saved[part].get(name), given[part].get(name)
+        is_open = name == "effective_batch" and now is None
+        if before != now and name not in _harmless and not is_open:
+            lines.append(f"{part} {name}: {before!r} in the run, {now!r} now")
+    return lines
 
 # %% ../../nbs/34_training.checkpoints.ipynb #bc7102a8
 def different_classes(
     a: list[str], b: list[str],
     of_a: str, of_b: str,  # where they are, in words
 ) -> str:
-    """The classes that only one list has, the first five of each.
+    """Name the classes that only one list has, the first five of each.
 
     Begins with a semicolon; empty where only the order differs."""
     text = ""
     for where, here, there in ((of_a, a, b), (of_b, b, a)):
-        if only := sorted(set(here) - set(there)): text += f"; only {where} {', '.join(only[:5])}"
+        only = sorted(set(here) - set(there))
+        if only:
+            text += f"; only {where} {', '.join(only[:5])}"
     return text
 
 # %% ../../nbs/34_training.checkpoints.ipynb #4b167924
 def _described_images(run):
-    "The images of a run, in words."
-    if "counts" not in run: return run["images"]
+    "Describe the images of a run: how many, if that is known, and their fingerprint."
+    if "counts" not in run:
+        return run["images"]
     return "{} for training and {} held out ({})".format(*run["counts"], run["images"])
-
-# %% ../../nbs/34_training.checkpoints.ipynb #c2cdf7b8
-def differences(
-    saved: dict,  # what a run is, from its checkpoint
-    given: dict,  # and what it is asked to be now
-) -> list[str]:  # a line for each difference
-    "What keeps a run from resuming."
-    lines = []
-    for part in ("network", "recipe"):
-        for name in given[part] | saved[part]:
-            before, now = saved[part].get(name), given[part].get(name)
-            if name in _harmless or before == now or (name == "effective_batch" and now is None): continue
-            lines.append(f"{part} {name}: {before!r} in the run, {now!r} now")
-    if saved["classes"] != given["classes"]:
-        lines.append(f"classes: {len(saved['classes'])} in the run, {len(given['classes'])} now"
-                     + different_classes(saved["classes"], given["classes"], "in the run", "now"))
-    elif saved["images"] != given["images"]:
-        lines.append(f"images: {_described_images(saved)} in the run, {_described_images(given)} now")
-    if given.get("weights") and "weights" in saved and saved["weights"] != given["weights"]:
-        lines.append(f"weights at the start: {saved['weights'] or 'none'} in the run, {given['weights']} now")
-    if saved["limit"] != given["limit"]:
-        lines.append(f"limit (fast-dev-run): {saved['limit']} in the run, {given['limit']} now")
-    return lines
 
 # %% ../../nbs/34_training.checkpoints.ipynb #a97d7388
 def export_weights(

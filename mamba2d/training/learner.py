@@ -15,13 +15,17 @@ import time
 import warnings
 from functools import partial
 
-import fastai.vision.learner  # registers how batches and results are drawn
+import fastai.vision.learner  # noqa: F401  registers how batches and results are drawn
 import numpy as np
 import torch
 import torch._functorch.config
 from fastai.callback.core import (
-    Callback, CancelBatchException, CancelFitException, CancelStepException, CancelTrainException,
-    CancelValidException
+    Callback,
+    CancelBatchException,
+    CancelFitException,
+    CancelStepException,
+    CancelTrainException,
+    CancelValidException,
 )
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
 from fastai.learner import AvgSmoothLoss, Learner
@@ -30,7 +34,7 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from fastcore.basics import patch
 from fastcore.foundation import L
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -38,7 +42,7 @@ from ..data.loader import KeyedDL
 from ..data.random import seed_from
 from ..data.transforms import mix_pairs
 from .distributed import Distributed, preserve_shards, shard_loaders
-from .recipe import layer_groups, LayerGroupAdamW, Recipe, recipe_schedule, recipes
+from .recipe import LayerGroupAdamW, Recipe, layer_groups, recipe_schedule, recipes
 
 # %% ../../nbs/32_training.learner.ipynb #ea9476ce
 def mamba2d_learner(
@@ -49,288 +53,40 @@ def mamba2d_learner(
     metrics=accuracy,
     **kwargs,  # of fastai's `Learner`, except lr, opt_func and splitter, which follow from the recipe
 ) -> Learner:
-    """A fastai `Learner` with the recipe's optimizer and loss.
+    """Make a fastai `Learner` with the recipe's optimizer and loss.
 
     Raises `TypeError` for what is no recipe or follows from it, `ValueError` if model and data have different
     numbers of classes."""
     recipe = Recipe() if recipe is None else recipe
+    _check_recipe(recipe, kwargs)
+    _check_classes(model, dls)
+    if not loss_func:
+        loss_func = CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing, flatten=False)
+    splitter = partial(layer_groups, weight_decay=recipe.weight_decay)
+    optimizer = partial(LayerGroupAdamW, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
+    learn = Learner(dls, model, loss_func=loss_func, metrics=metrics, lr=recipe.lr,
+                    splitter=splitter, opt_func=optimizer, **kwargs)
+    learn.recipe = recipe
+    return learn
+
+# %% ../../nbs/32_training.learner.ipynb #0c78f761
+def _check_recipe(recipe, kwargs):
+    "Raise `TypeError` for what is no recipe, and for an argument that follows from it."
     if not isinstance(recipe, Recipe):
-        known = isinstance(recipe, str) and recipe in recipes
-        published = f": mamba2d.training.recipes[{recipe!r}]" if known else ""
+        is_name = isinstance(recipe, str) and recipe in recipes
+        published = f": mamba2d.training.recipes[{recipe!r}]" if is_name else ""
         raise TypeError(f"recipe must be a Recipe{published}, got {recipe!r}")
-    if taken := [name for name in ("lr", "opt_func", "splitter") if name in kwargs]:
-        raise TypeError(f"{taken[0]} follows from the recipe (lr, weight_decay, beta1, beta2), "
-                        f"got {kwargs[taken[0]]!r}: give a Recipe, or make a Learner of fastai's")
+    for name in ("lr", "opt_func", "splitter"):
+        if name in kwargs:
+            raise TypeError(f"{name} follows from the recipe (lr, weight_decay, beta1, beta2), "
+                            f"got {kwargs[name]!r}: give a Recipe, or make a Learner of fastai's")
+
+def _check_classes(model, dls):
+    "Raise `ValueError` if the network is known to have another number of classes than the data."
     outputs = getattr(model, "num_classes", None)
     if outputs is not None and getattr(dls, "c", outputs) != outputs:
         raise ValueError(f"model has {outputs} classes, the data has {dls.c}: "
                          f"build it with num_classes={dls.c}")
-    if not loss_func: loss_func = CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing, flatten=False)
-    learn = Learner(
-        dls, model, loss_func=loss_func, metrics=metrics, lr=recipe.lr,
-        splitter=partial(layer_groups, weight_decay=recipe.weight_decay),
-        opt_func=partial(LayerGroupAdamW, betas=(recipe.beta1, recipe.beta2), eps=1e-8), **kwargs)
-    learn.recipe = recipe
-    return learn
-
-# %% ../../nbs/32_training.learner.ipynb #25f145e5
-class PrepareModelCallback(Callback):
-    "Memory format, compilation, processes and EMA weights of the network, for the time of a fit."
-    order = -5  # after fastai has moved the network to its device
-    def __init__(self, recipe, distributed, resume=None, limit=None):
-        self.choices, self.distributed, self.restored, self.limit = recipe, distributed, resume, limit
-
-    def before_fit(self):
-        self.bare = self.learn.model
-        if self.choices.channels_last: self.bare.to(memory_format=torch.channels_last)
-        self.ema = None
-        if self.choices.ema is not None:
-            self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.choices.ema)).eval()
-        if self.restored:
-            self.bare.load_state_dict(self.restored["model"])
-            if self.ema:
-                self.ema.module.load_state_dict(self.restored["ema"]["weights"])
-                self.ema.n_averaged.copy_(self.restored["ema"]["updates"])
-        self.wrapped = torch.compile(self.bare) if self.choices.compile else self.bare
-        if self.distributed.world > 1: self.wrapped = self.data_parallel(self.wrapped)
-        self.skipped = False
-
-    def data_parallel(self, model):
-        device = next(self.bare.parameters()).device
-        # depthwise convolutions: costs a copy of few numbers
-        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-        # older versions of torch do not know the replacement
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                       broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def before_epoch(self): self.learn.model = self.wrapped
-    def before_validate(self): self.learn.model = self.ema.module if self.ema else self.bare
-    after_epoch = before_validate  # where there is no validation
-
-    def before_batch(self):
-        limited = self.limit is not None and self.iter >= self.limit
-        if limited and not self.training: raise CancelValidException
-        # compilers cannot handle fastai's own tensor types
-        images, targets = [b.as_subclass(Tensor) for b in (*self.xb, *self.yb)]
-        if self.choices.channels_last: images = images.contiguous(memory_format=torch.channels_last)
-        self.learn.xb, self.learn.yb = (images,), (targets,)
-
-    def after_cancel_step(self): self.skipped = True
-    def after_step(self):
-        if self.ema and not self.skipped: self.ema.update_parameters(self.bare)
-        self.skipped = False
-
-    def state(self):
-        "The part of a checkpoint that belongs to the network."
-        ema = {"weights": self.ema.module.state_dict(), "updates": self.ema.n_averaged} if self.ema else None
-        return {"model": self.bare.state_dict(), "ema": ema}
-
-    def after_fit(self):
-        self.learn.model = self.bare
-        if self.ema and not self.follow_recipe.problem:
-            self.bare.load_state_dict(self.ema.module.state_dict())
-
-# %% ../../nbs/32_training.learner.ipynb #e52b18a4
-@dataclasses.dataclass
-class Progress:
-    "How far a training has come, and what it has measured."
-    epoch: int = 0  # epochs completed, validation included
-    step: int = 0  # steps done in the current epoch
-    skipped: int = 0  # steps that were skipped because something was not finite, in all epochs
-    losses: float = 0.  # sum over the finite steps of the current epoch
-    norms: float = 0.  # of the gradient, summed likewise
-    counted: int = 0  # how many steps were summed
-    seconds: float = 0.  # spent training in the current epoch
-    waited: float = 0.  # seconds of these that were spent waiting for data
-    history: list = dataclasses.field(default_factory=list)  # a row per epoch
-    steps: list = dataclasses.field(default_factory=list)  # a row per step, at most about 2000 to 4000 in all
-
-    def next_epoch(self):
-        self.epoch, self.step = self.epoch + 1, 0
-        self.losses = self.norms = self.seconds = self.waited = 0.
-        self.counted = 0
-
-# %% ../../nbs/32_training.learner.ipynb #80da5968
-def _random_state() -> dict:
-    "The state of every random generator, as plain values and tensors."
-    name, keys, *rest = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    return {"python": [version, list(internal), gauss], "numpy": [name, keys.tolist(), *rest],
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-# %% ../../nbs/32_training.learner.ipynb #ba6a25cf
-def _set_random_state(state: dict):
-    "Restore what `_random_state` returned; the states of GPUs only where there are as many."
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-# %% ../../nbs/32_training.learner.ipynb #981963cd
-class _StepLoss(AvgSmoothLoss):
-    """fastai's smooth loss, over steps instead of batches.
-
-    A step's loss is on the host already; to fetch the loss of each batch would wait for the GPU."""
-    def accumulate(self, learn):
-        loss = learn.follow_recipe.step_loss
-        if loss is None: return
-        self.count += 1
-        self.val = torch.lerp(torch.tensor(loss), self.val, self.beta)
-
-# %% ../../nbs/32_training.learner.ipynb #51ef74c1
-class FollowRecipeCallback(Callback):
-    "Schedule, accumulation, mixing, clipping and seeds; counts and records in `reached`, a `Progress`."
-    order, run_valid = 5, False  # before fastai's MixedPrecision
-    def __init__(
-        self,
-        recipe,
-        distributed,
-        accumulate,  # batches per step, from `shard_loaders`
-        *,
-        resume=None,  # what `state` returned in another fit
-        limit=None,  # steps of an epoch, and batches of a validation, at most
-        max_nonfinite_steps=0,  # steps with a loss or gradient that is not finite to skip, at most
-    ):
-        self.choices, self.distributed, self.accumulate = recipe, distributed, accumulate
-        self.restored, self.limit, self.max_nonfinite_steps = resume, limit, max_nonfinite_steps
-        self.reached = Progress(**resume["progress"]) if resume else Progress()
-        self.problem = self.last_checkpoint = None
-
-    def before_fit(self):
-        loader = self.dls.train
-        self.keyed = isinstance(loader, KeyedDL)
-        self.epoch_steps = min(len(loader) // self.accumulate, self.limit or len(loader))
-        self.rate = recipe_schedule(self.choices)
-        self.trained, self.micro = [p for p in self.learn.model.parameters() if p.requires_grad], 0
-        if self.restored:
-            self.opt.opt.load_state_dict(self.restored["optimizer"])
-            _set_random_state(self.restored["random"])
-
-    def before_train(self):
-        if self.keyed: self.dl.start(self.reached.epoch, self.reached.step * self.accumulate)
-        self.asked = time.perf_counter()
-
-    def before_batch(self):
-        reached = self.reached
-        if reached.step == self.epoch_steps: raise CancelTrainException
-        self.step_loss = None
-        reached.waited += self.dl.waited if self.keyed else time.perf_counter() - self.asked
-        batch = reached.step * self.accumulate + self.micro
-        if self.micro == 0:
-            self.opt.set_hypers(lr=self.rate(self.steps_done / self.steps_in_all))
-            self.loss_sum = 0.
-        torch.manual_seed(seed_from(self.choices.seed, reached.epoch, batch, self.distributed.rank))
-        last = self.micro == self.accumulate - 1
-        if self.distributed.world > 1: self.model.require_backward_grad_sync = last
-        if self.choices.mixup or self.choices.cutmix:
-            position = self.dl.position(batch) if self.keyed else batch * self.dl.bs
-            images, targets = mix_pairs(
-                *self.xb, *self.yb, self.dls.c, seed=self.choices.seed, epoch=reached.epoch,
-                position=position, mixup=self.choices.mixup, cutmix=self.choices.cutmix)
-            self.learn.xb, self.learn.yb = (images,), (targets,)
-
-    def after_loss(self):
-        self.loss_sum += self.loss.detach()
-        self.learn.loss_grad = self.loss_grad / self.accumulate
-
-    def before_step(self):
-        self.micro += 1
-        if self.micro < self.accumulate: raise CancelBatchException
-        norm = nn.utils.clip_grad_norm_(self.trained, self.choices.clip_grad or math.inf)
-        loss, norm = torch.stack([self.loss_sum / self.accumulate, norm]).tolist()
-        loss = self.distributed.sum(loss)[0] / self.distributed.world
-        reached, number = self.reached, self.steps_done + 1
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.step_loss = loss
-            reached.losses += loss
-            reached.norms += norm
-            reached.counted += 1
-            if number % max(1, self.steps_in_all // 2000) == 0 or number == self.steps_in_all:
-                epoch = reached.epoch + reached.step / self.epoch_steps
-                reached.steps.append(
-                    {"step": number, "epoch": epoch, "loss": loss, "lr": self.current_lr, "grad_norm": norm})
-            return
-        reached.skipped += 1
-        if reached.skipped <= self.max_nonfinite_steps: raise CancelStepException
-        self.problem = FloatingPointError(
-            f"loss {loss} and gradient norm {norm} at step {number} of {self.steps_in_all} "
-            f"(epoch {reached.epoch + 1}, learning rate {self.current_lr:.3g})"
-            + (f", after {reached.skipped - 1} skipped steps" if reached.skipped > 1 else "")
-            + (f"; the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint
-               else "; there is no checkpoint yet"))
-        raise CancelFitException
-
-    def after_batch(self):
-        now = time.perf_counter()
-        self.reached.seconds, self.asked = self.reached.seconds + now - self.asked, now
-        if self.micro == self.accumulate: self.micro, self.reached.step = 0, self.reached.step + 1
-
-    @property
-    def steps_in_all(self): return self.choices.epochs * self.epoch_steps
-    @property
-    def steps_done(self): return self.reached.epoch * self.epoch_steps + self.reached.step
-    @property
-    def current_lr(self): return self.opt.hypers[-1]["lr"]
-    @property
-    def between_steps(self):
-        "Whether no batch of a step is accumulated yet."
-        return self.micro == 0
-
-    def state(self):
-        "The part of a checkpoint that belongs to the training."
-        return {"progress": dataclasses.asdict(self.reached), "optimizer": self.opt.opt.state_dict(),
-                "random": _random_state()}
-
-# %% ../../nbs/32_training.learner.ipynb #d8ce934b
-class RecordEpochsCallback(Callback):
-    "Sums metrics over processes and appends a row to the history for every epoch."
-    order = 45  # before fastai's Recorder reads the metrics
-    def __init__(self, follow): self.follow = follow
-
-    @property
-    def measured(self): return [self.recorder.loss, *self.recorder.metrics]
-
-    def after_validate(self):
-        for metric in self.measured:
-            if hasattr(metric, "total"):
-                sums = self.follow.distributed.sum(float(metric.total), float(metric.count))
-                metric.total, metric.count = sums
-
-    def after_epoch(self):
-        follow, reached = self.follow, self.follow.reached
-        images = reached.step * follow.accumulate * follow.distributed.world * self.dls.train.bs
-        if next(self.model.parameters()).is_cuda: peak = torch.cuda.max_memory_allocated()
-        else: peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        values = [metric.value for metric in self.measured]
-        names = ["valid_loss", *(metric.name for metric in self.recorder.metrics)]
-        counted, seconds = max(reached.counted, 1), max(reached.seconds, 1e-9)
-        reached.history.append({
-            "epoch": reached.epoch, "train_loss": reached.losses / counted,
-            **{n: float(v) for n, v in zip(names, values)},
-            "lr": follow.current_lr, "ema": follow.choices.ema or 0., "grad_norm": reached.norms / counted,
-            "skipped_steps": reached.skipped, "images_per_second": images / seconds,
-            "data_wait": reached.waited / seconds, "memory_gib": peak / 2**30, "seconds": reached.seconds})
-        reached.next_epoch()
-
-# %% ../../nbs/32_training.learner.ipynb #0400ee21
-def _check_precision(cbs):
-    "Refuse callbacks that set the precision."
-    if mixed := [cb for cb in cbs if isinstance(cb, (MixedPrecision, NonNativeMixedPrecision))]:
-        raise ValueError(
-            f'the recipe sets the precision, got the callback {type(mixed[0]).__name__}: '
-            'say precision="bf16" in the recipe instead of to_fp16 or to_bf16 (to_fp32 takes it out)')
-
-# %% ../../nbs/32_training.learner.ipynb #ded7302c
-def _memory_budget():
-    """Context manager: the compiler computes elementwise functions again in the backward pass.
-
-    It does not keep their results then (60_bench). The compiler looks at this at the first batch."""
-    return torch._functorch.config.patch(activation_memory_budget=0.95)
 
 # %% ../../nbs/32_training.learner.ipynb #a4ea37e6
 @patch
@@ -351,35 +107,428 @@ def fit_recipe(
     Raises `FloatingPointError` when a loss or gradient is not finite, and `ValueError` where the effective
     batch does not fit, the loaders are not fastai's, or a callback sets the precision."""
     recipe = getattr(self, "recipe", None)
-    if recipe is None: raise ValueError("fit_recipe needs a learner made by mamba2d_learner")
+    if recipe is None:
+        raise ValueError("fit_recipe needs a learner made by mamba2d_learner")
     distributed = Distributed() if distributed is None else distributed
     cbs = [cb() if isinstance(cb, type) else cb for cb in L(cbs)]
     _check_precision((*self.cbs, *cbs))
     with preserve_shards(self.dls):
         accumulate = shard_loaders(self.dls, recipe, distributed)  # raises before anything happens
-        on_gpu = torch.device(self.dls.device).type == "cuda"
-        set_seed(recipe.seed, reproducible=not on_gpu)
-        if isinstance(self.dls.train, KeyedDL): self.dls.train.seed = recipe.seed
-        else: self.dls.train.rng = random.Random(recipe.seed)  # fastai's own loaders draw their order from it
+        _seed_fit(self.dls, recipe)
         prepare = PrepareModelCallback(recipe, distributed, resume, limit)
         follow = FollowRecipeCallback(
             recipe, distributed, accumulate, resume=resume, limit=limit,
             max_nonfinite_steps=max_nonfinite_steps)
-        precision = [MixedPrecision(AMPMode.BF16)] if recipe.precision == "bf16" and on_gpu else []
-        cbs = [prepare, follow, RecordEpochsCallback(follow), *precision, *cbs]
-        recorder = vars(self.recorder)  # fastai would warn of an assignment, as the learner has a smooth_loss
-        bare, smooth_loss, recorder["smooth_loss"] = self.model, self.recorder.smooth_loss, _StepLoss()
-        try:
-            with _memory_budget() if recipe.compile else contextlib.nullcontext():
-                self.fit(recipe.epochs - follow.reached.epoch, lr=recipe.lr, wd=recipe.weight_decay, cbs=cbs)
-        finally: self.model, recorder["smooth_loss"] = bare, smooth_loss
+        own = [prepare, follow, RecordEpochsCallback(follow), *_mixed_precision(recipe, self.dls)]
+        epochs = recipe.epochs - follow.reached.epoch
+        with _losses_of_steps(self), _memory_budget(recipe):
+            self.fit(epochs, lr=recipe.lr, wd=recipe.weight_decay, cbs=[*own, *cbs])
     self.reached = follow.reached
-    if follow.problem: raise follow.problem
+    if follow.problem:
+        raise follow.problem
+
+# %% ../../nbs/32_training.learner.ipynb #a2fea838
+def _on_gpu(dls):
+    "Return whether the batches lie on a GPU."
+    return torch.device(dls.device).type == "cuda"
+
+def _seed_fit(dls, recipe):
+    "Seed every generator, and the loader's order, from the recipe."
+    set_seed(recipe.seed, reproducible=not _on_gpu(dls))
+    if isinstance(dls.train, KeyedDL):
+        dls.train.seed = recipe.seed
+    else:
+        dls.train.rng = random.Random(recipe.seed)
+
+# %% ../../nbs/32_training.learner.ipynb #0400ee21
+def _mixed_precision(recipe, dls):
+    "Return fastai's callback for bf16 in a list; an empty list for float32, and on a CPU."
+    return [MixedPrecision(AMPMode.BF16)] if recipe.precision == "bf16" and _on_gpu(dls) else []
+
+def _check_precision(cbs):
+    "Raise `ValueError` for a callback that sets the precision."
+    mixed = [cb for cb in cbs if isinstance(cb, (MixedPrecision, NonNativeMixedPrecision))]
+    if mixed:
+        raise ValueError(
+            f"the recipe sets the precision, got the callback {type(mixed[0]).__name__}: "
+            'say precision="bf16" in the recipe instead of to_fp16 or to_bf16 (to_fp32 takes it out)')
+
+# %% ../../nbs/32_training.learner.ipynb #ded7302c
+def _memory_budget(recipe):
+    """Context manager: the compiler computes elementwise functions again in the backward pass.
+
+    It does not keep their results then (60_bench). The compiler looks at this at the first batch."""
+    if not recipe.compile:
+        return contextlib.nullcontext()
+    return torch._functorch.config.patch(activation_memory_budget=0.95)
+
+# %% ../../nbs/32_training.learner.ipynb #981963cd
+class _StepLoss(AvgSmoothLoss):
+    "Smooths the loss as fastai does, over steps instead of batches."
+    def accumulate(self, learn):
+        loss = learn.follow_recipe.step_loss
+        if loss is None:
+            return
+        self.count += 1
+        self.val = torch.lerp(torch.tensor(loss), self.val, self.beta)
+
+@contextlib.contextmanager
+def _losses_of_steps(learn):
+    "Context manager: the recorder smooths losses of steps; afterwards recorder and `model` are as before."
+    recorder = vars(learn.recorder)  # fastai would warn of an assignment, as the learner has a smooth_loss
+    bare, smooth_loss = learn.model, learn.recorder.smooth_loss
+    recorder["smooth_loss"] = _StepLoss()
+    try:
+        yield
+    finally:
+        learn.model, recorder["smooth_loss"] = bare, smooth_loss
+
+# %% ../../nbs/32_training.learner.ipynb #25f145e5
+class PrepareModelCallback(Callback):
+    "Prepares the network for a fit: memory format, compilation, processes and EMA weights."
+    order = -5  # after fastai has moved the network to its device
+    def __init__(self, recipe, distributed, resume=None, limit=None):
+        self.choices, self.distributed, self.restored, self.limit = recipe, distributed, resume, limit
+
+    def before_fit(self):
+        self.bare = self.learn.model
+        if self.choices.channels_last:
+            self.bare.to(memory_format=torch.channels_last)
+        self.ema = None
+        if self.choices.ema is not None:
+            self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.choices.ema)).eval()
+        if self.restored:
+            self.restore()
+        self.wrapped = torch.compile(self.bare) if self.choices.compile else self.bare
+        if self.distributed.world > 1:
+            self.wrapped = self.data_parallel(self.wrapped)
+        self.skipped = False
+
+    def before_epoch(self):
+        self.learn.model = self.wrapped
+
+    def before_validate(self):
+        self.learn.model = self.ema.module if self.ema else self.bare
+
+    after_epoch = before_validate  # where there is no validation
+
+    def before_batch(self):
+        limited = self.limit is not None and self.iter >= self.limit
+        if limited and not self.training:
+            raise CancelValidException
+        images, targets = [b.as_subclass(Tensor) for b in (*self.xb, *self.yb)]
+        if self.choices.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.learn.xb, self.learn.yb = (images,), (targets,)
+
+    def state(self):
+        "Return the part of a checkpoint that belongs to the network."
+        ema = None
+        if self.ema:
+            ema = {"weights": self.ema.module.state_dict(), "updates": self.ema.n_averaged}
+        return {"model": self.bare.state_dict(), "ema": ema}
+
+# %% ../../nbs/32_training.learner.ipynb #d14a4d95
+@patch
+def restore(self: PrepareModelCallback):
+    "Load what `state` returned in another fit."
+    self.bare.load_state_dict(self.restored["model"])
+    if self.ema:
+        self.ema.module.load_state_dict(self.restored["ema"]["weights"])
+        self.ema.n_averaged.copy_(self.restored["ema"]["updates"])
+
+# %% ../../nbs/32_training.learner.ipynb #02622f26
+@patch
+def data_parallel(self: PrepareModelCallback, model):
+    "Wrap the network, so that the processes average their gradients."
+    device = next(self.bare.parameters()).device
+    # depthwise convolutions: costs a copy of few numbers
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+    # older versions of torch do not know the replacement
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+# %% ../../nbs/32_training.learner.ipynb #d19d63f7
+@patch
+def after_cancel_step(self: PrepareModelCallback):
+    "Remember that the step is skipped."
+    self.skipped = True
+
+@patch
+def after_step(self: PrepareModelCallback):
+    "Move the EMA weights towards the new weights."
+    if self.ema and not self.skipped:
+        self.ema.update_parameters(self.bare)
+    self.skipped = False
+
+@patch
+def after_fit(self: PrepareModelCallback):
+    "Give the bare network back, with the EMA weights unless the fit failed."
+    self.learn.model = self.bare
+    if self.ema and not self.follow_recipe.problem:
+        self.bare.load_state_dict(self.ema.module.state_dict())
+
+# %% ../../nbs/32_training.learner.ipynb #e52b18a4
+@dataclasses.dataclass
+class Progress:
+    "Says how far a training has come, and what it has measured."
+    epoch: int = 0  # epochs completed, validation included
+    step: int = 0  # steps done in the current epoch
+    skipped: int = 0  # steps that were skipped because something was not finite, in all epochs
+    losses: float = 0.  # sum over the finite steps of the current epoch
+    norms: float = 0.  # of the gradient, summed likewise
+    counted: int = 0  # how many steps were summed
+    seconds: float = 0.  # spent training in the current epoch
+    waited: float = 0.  # seconds of these that were spent waiting for data
+    history: list = dataclasses.field(default_factory=list)  # a row per epoch
+    steps: list = dataclasses.field(default_factory=list)  # a row per step, at most about 2000 to 4000 in all
+
+    def next_epoch(self):
+        self.epoch += 1
+        self.step = self.counted = 0
+        self.losses = self.norms = self.seconds = self.waited = 0.
+
+# %% ../../nbs/32_training.learner.ipynb #80da5968
+def _random_state() -> dict:
+    "Return the state of every random generator, as plain values and tensors."
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+# %% ../../nbs/32_training.learner.ipynb #ba6a25cf
+def _set_random_state(state: dict):
+    "Restore what `_random_state` returned; the states of GPUs only where there are as many."
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+# %% ../../nbs/32_training.learner.ipynb #51ef74c1
+class FollowRecipeCallback(Callback):
+    "Makes the steps of a fit as the recipe says; counts and records in `reached`, a `Progress`."
+    order, run_valid = 5, False  # before fastai's MixedPrecision
+    def __init__(
+        self,
+        recipe,
+        distributed,
+        accumulate,  # batches per step, from `shard_loaders`
+        *,
+        resume=None,  # what `state` returned in another fit
+        limit=None,  # steps of an epoch, and batches of a validation, at most
+        max_nonfinite_steps=0,  # steps with a loss or gradient that is not finite to skip, at most
+    ):
+        self.choices, self.distributed, self.accumulate = recipe, distributed, accumulate
+        self.restored, self.limit, self.max_nonfinite_steps = resume, limit, max_nonfinite_steps
+        self.reached = Progress(**resume["progress"]) if resume else Progress()
+        self.problem = self.last_checkpoint = None
+
+    @property
+    def steps_in_all(self):
+        return self.choices.epochs * self.epoch_steps
+
+    @property
+    def steps_done(self):
+        return self.reached.epoch * self.epoch_steps + self.reached.step
+
+    @property
+    def current_lr(self):
+        return self.opt.hypers[-1]["lr"]
+
+    @property
+    def between_steps(self):
+        "Return whether no batch of a step is accumulated yet."
+        return self.micro == 0
+
+# %% ../../nbs/32_training.learner.ipynb #c23ff51d
+@patch
+def before_fit(self: FollowRecipeCallback):
+    "Set the counters of the fit; restore optimizer and generators of a fit that resumes."
+    loader = self.dls.train
+    self.keyed = isinstance(loader, KeyedDL)
+    self.epoch_steps = min(len(loader) // self.accumulate, self.limit or len(loader))
+    self.rate = recipe_schedule(self.choices)
+    self.trained = [p for p in self.learn.model.parameters() if p.requires_grad]
+    self.micro = 0  # batches of the current step that are done
+    if self.restored:
+        self.opt.opt.load_state_dict(self.restored["optimizer"])
+        _set_random_state(self.restored["random"])
+
+@patch
+def before_train(self: FollowRecipeCallback):
+    "Let the loader start where the epoch stands."
+    if self.keyed:
+        self.dl.start(self.reached.epoch, self.reached.step * self.accumulate)
+    self.asked = time.perf_counter()
+
+# %% ../../nbs/32_training.learner.ipynb #1d05bb36
+@patch
+def state(self: FollowRecipeCallback):
+    "Return the part of a checkpoint that belongs to the training."
+    return {
+        "progress": dataclasses.asdict(self.reached),
+        "optimizer": self.opt.opt.state_dict(),
+        "random": _random_state(),
+    }
+
+# %% ../../nbs/32_training.learner.ipynb #33001715
+@patch
+def before_batch(self: FollowRecipeCallback):
+    "Set the learning rate of the step, seed the generators, and mix the images."
+    reached = self.reached
+    if reached.step == self.epoch_steps:
+        raise CancelTrainException
+    self.step_loss = None
+    reached.waited += self.dl.waited if self.keyed else time.perf_counter() - self.asked
+    batch = reached.step * self.accumulate + self.micro
+    if self.micro == 0:
+        self.opt.set_hypers(lr=self.rate(self.steps_done / self.steps_in_all))
+        self.loss_sum = 0.
+    torch.manual_seed(seed_from(self.choices.seed, reached.epoch, batch, self.distributed.rank))
+    if self.distributed.world > 1:
+        self.model.require_backward_grad_sync = self.micro == self.accumulate - 1
+    if self.choices.mixup or self.choices.cutmix:
+        self.mix(batch)
+
+# %% ../../nbs/32_training.learner.ipynb #a29536b4
+@patch
+def mix(
+    self: FollowRecipeCallback,
+    batch,  # its number in the epoch
+):
+    "Mix pairs of images of the batch, and their targets."
+    position = self.dl.position(batch) if self.keyed else batch * self.dl.bs
+    images, targets = mix_pairs(
+        *self.xb, *self.yb, self.dls.c, seed=self.choices.seed, epoch=self.reached.epoch,
+        position=position, mixup=self.choices.mixup, cutmix=self.choices.cutmix)
+    self.learn.xb, self.learn.yb = (images,), (targets,)
+
+# %% ../../nbs/32_training.learner.ipynb #fcc6de5e
+@patch
+def after_loss(self: FollowRecipeCallback):
+    "Scale the loss, so that the gradients of a step add up to their mean."
+    self.loss_sum += self.loss.detach()
+    self.learn.loss_grad = self.loss_grad / self.accumulate
+
+@patch
+def before_step(self: FollowRecipeCallback):
+    "Wait for all batches of the step, clip its gradient, and let it pass if it is finite."
+    self.micro += 1
+    if self.micro < self.accumulate:
+        raise CancelBatchException
+    norm = nn.utils.clip_grad_norm_(self.trained, self.choices.clip_grad or math.inf)
+    loss, norm = torch.stack([self.loss_sum / self.accumulate, norm]).tolist()
+    loss = self.distributed.sum(loss)[0] / self.distributed.world
+    if math.isfinite(loss) and math.isfinite(norm):
+        self.record(loss, norm)
+    else:
+        self.skip(loss, norm)
+
+# %% ../../nbs/32_training.learner.ipynb #449d2201
+@patch
+def after_batch(self: FollowRecipeCallback):
+    "Count the time, and the step if this batch was its last."
+    now = time.perf_counter()
+    self.reached.seconds += now - self.asked
+    self.asked = now
+    if self.micro == self.accumulate:
+        self.micro = 0
+        self.reached.step += 1
+
+# %% ../../nbs/32_training.learner.ipynb #858ccd8b
+@patch
+def record(self: FollowRecipeCallback, loss, norm):
+    "Add a step to the sums of the epoch, and now and then a row to the steps."
+    reached, number = self.reached, self.steps_done + 1
+    self.step_loss = loss
+    reached.losses += loss
+    reached.norms += norm
+    reached.counted += 1
+    if number % max(1, self.steps_in_all // 2000) == 0 or number == self.steps_in_all:
+        epoch = reached.epoch + reached.step / self.epoch_steps
+        reached.steps.append(
+            {"step": number, "epoch": epoch, "loss": loss, "lr": self.current_lr, "grad_norm": norm})
+
+# %% ../../nbs/32_training.learner.ipynb #64f52b70
+@patch
+def skip(self: FollowRecipeCallback, loss, norm):
+    "Skip a step that is not finite, or end the fit."
+    reached = self.reached
+    reached.skipped += 1
+    if reached.skipped <= self.max_nonfinite_steps:
+        raise CancelStepException
+    message = (f"loss {loss} and gradient norm {norm} at step {self.steps_done + 1} of {self.steps_in_all} "
+               f"(epoch {reached.epoch + 1}, learning rate {self.current_lr:.3g})")
+    if reached.skipped > 1:
+        message += f", after {reached.skipped - 1} skipped steps"
+    if self.last_checkpoint:
+        message += f"; the last good checkpoint is {self.last_checkpoint}"
+    else:
+        message += "; there is no checkpoint yet"
+    self.problem = FloatingPointError(message)
+    raise CancelFitException
+
+# %% ../../nbs/32_training.learner.ipynb #d8ce934b
+class RecordEpochsCallback(Callback):
+    "Sums metrics over processes and appends a row to the history for every epoch."
+    order = 45  # before fastai's Recorder reads the metrics
+    def __init__(self, follow):
+        self.follow = follow
+
+    @property
+    def measured(self):
+        return [self.recorder.loss, *self.recorder.metrics]
+
+    def after_validate(self):
+        for metric in self.measured:
+            if hasattr(metric, "total"):
+                sums = self.follow.distributed.sum(float(metric.total), float(metric.count))
+                metric.total, metric.count = sums
+
+# %% ../../nbs/32_training.learner.ipynb #ab6c8f5e
+def _peak_memory(model):
+    "Return the most bytes that were in use: of the GPU, or of the process where the network is on a CPU."
+    if next(model.parameters()).is_cuda:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+# %% ../../nbs/32_training.learner.ipynb #edd86424
+@patch
+def after_epoch(self: RecordEpochsCallback):
+    "Append the row of the epoch to the history, and count from zero again."
+    follow, reached = self.follow, self.follow.reached
+    images = reached.step * follow.accumulate * follow.distributed.world * self.dls.train.bs
+    names = ["valid_loss", *(metric.name for metric in self.recorder.metrics)]
+    values = [float(metric.value) for metric in self.measured]
+    counted, seconds = max(reached.counted, 1), max(reached.seconds, 1e-9)
+    reached.history.append({
+        "epoch": reached.epoch,
+        "train_loss": reached.losses / counted,
+        **dict(zip(names, values, strict=True)),
+        "lr": follow.current_lr,
+        "ema": follow.choices.ema or 0.,
+        "grad_norm": reached.norms / counted,
+        "skipped_steps": reached.skipped,
+        "images_per_second": images / seconds,
+        "data_wait": reached.waited / seconds,
+        "memory_gib": _peak_memory(self.model) / 2**30,
+        "seconds": reached.seconds,
+    })
+    reached.next_epoch()
 
 # %% ../../nbs/32_training.learner.ipynb #2ed9d0fe
 @patch
 def recipe_state(self: Learner) -> dict:
-    """What `fit_recipe(resume=...)` needs: network, EMA weights, optimizer, progress, random generators.
+    """Return what `fit_recipe(resume=...)` needs: network, EMA weights, optimizer, progress, generators.
 
     For use inside a callback of a running `fit_recipe`, between two steps."""
     return {**self.prepare_model.state(), **self.follow_recipe.state()}

@@ -10,17 +10,22 @@ import dataclasses
 import json
 import math
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from fastai.callback.schedule import combine_scheds, SchedCos, SchedLin
+from fastai.callback.schedule import SchedCos, SchedLin, combine_scheds
 from fastai.optimizer import OptimWrapper, set_item_pg
+from fastcore.basics import patch
 from torch import nn
+
+from ..scan.checks import is_integer
 
 # %% ../../nbs/30_training.recipe.ipynb #bc61871e
 @dataclasses.dataclass
 class Recipe:
-    "How to train. Raises `ValueError` naming the field and what it accepts."
+    "Says how to train. Raises `ValueError` naming the field and what it accepts."
     # schedule
     epochs: int = 10
     lr: float = 1e-3  # peak learning rate, reached after the warm-up
@@ -53,71 +58,116 @@ class Recipe:
     compile: bool = False  # torch.compile the network for training
 
     def __post_init__(self):
-        integer = lambda v: isinstance(v, int)
-        number = lambda v: isinstance(v, (int, float)) and abs(v) < math.inf
-        for names, accepted, fits in (
-            (("epochs", "randaugment_ops"), "an integer of at least 1", lambda v: integer(v) and v >= 1),
-            (("effective_batch", "image_size"), "an integer of at least 1, or None",
-             lambda v: v is None or integer(v) and v >= 1),
-            (("lr",), "a positive number", lambda v: number(v) and v > 0),
-            (("clip_grad",), "a positive number, or None", lambda v: v is None or number(v) and v > 0),
-            (("weight_decay", "min_lr", "mixup", "cutmix"), "a number of at least 0",
-             lambda v: number(v) and v >= 0),
-            (("warmup", "warmup_factor", "label_smoothing", "erasing"), "between 0 and 1",
-             lambda v: number(v) and 0 <= v <= 1),
-            (("min_scale",), "above 0 and at most 1", lambda v: number(v) and 0 < v <= 1),
-            (("beta1", "beta2"), "at least 0 and below 1", lambda v: number(v) and 0 <= v < 1),
-            (("drop_path", "head_dropout", "ema"), "at least 0 and below 1, or None",
-             lambda v: v is None or number(v) and 0 <= v < 1),
-            (("randaugment",), "an integer from 0 to 30", lambda v: integer(v) and 0 <= v <= 30),
-            (("seed",), "an integer of at least 0 and below 2**63",
-             lambda v: integer(v) and 0 <= v < 2 ** 63),
-            (("precision",), '"fp32" or "bf16"', lambda v: v in ("fp32", "bf16")),
-            (("channels_last", "compile"), "true or false", lambda v: isinstance(v, bool)),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if isinstance(value, float) and not math.isfinite(value): accepted += " (and finite)"
-                if isinstance(value, bool) and "true" not in accepted or not fits(value):
-                    raise ValueError(f"{name} must be {accepted}, got {value!r}")
+        _check_fields(self)
 
-    sections = {  # of the TOML file, and the first field of each
-        "schedule": "epochs", "optimizer": "effective_batch", "model": "drop_path", "data": "image_size",
-        "regime": "ema"}
+# %% ../../nbs/30_training.recipe.ipynb #8cc73193
+class _Rule(NamedTuple):
+    "Decides which values a field accepts."
+    accepted: str  # what is accepted, in words
+    fits: Callable  # function from a value to whether it is accepted
 
-    def toml(self) -> str:
-        "The recipe as TOML; fields that are None are left out."
-        lines, titles = [], {first: title for title, first in self.sections.items()}
-        for name, value in dataclasses.asdict(self).items():
-            if name in titles: lines += [*([""] if lines else []), f"[{titles[name]}]"]
-            if value is not None: lines.append(f"{name} = {json.dumps(value)}")
-        return "\n".join(lines) + "\n"
+def _is_number(value):
+    "Return whether the value is a finite number; `True` is none, although Python counts it as one."
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
-    def save(self, path: str | Path):
-        "Write the recipe as TOML."
-        Path(path).write_text(self.toml())
+def _or_none(rule):
+    "Return a rule that also accepts None."
+    return _Rule(f"{rule.accepted}, or None", lambda value: value is None or rule.fits(value))
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Recipe":
-        """Read a recipe that `save` wrote, or that you wrote.
+# %% ../../nbs/30_training.recipe.ipynb #fa27c109
+_count = _Rule("an integer of at least 1", lambda v: is_integer(v, 1))
+_seed = _Rule("an integer of at least 0 and below 2**63", lambda v: is_integer(v, 0, 2 ** 63 - 1))
+_magnitude = _Rule("an integer from 0 to 30", lambda v: is_integer(v, 0, 30))
+_positive = _Rule("a positive number", lambda v: _is_number(v) and v > 0)
+_not_negative = _Rule("a number of at least 0", lambda v: _is_number(v) and v >= 0)
+_fraction = _Rule("between 0 and 1", lambda v: _is_number(v) and 0 <= v <= 1)
+_positive_fraction = _Rule("above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1)
+_fraction_below_1 = _Rule("at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1)
+_switch = _Rule("true or false", lambda v: isinstance(v, bool))
+_precision = _Rule('"fp32" or "bf16"', lambda v: v in ("fp32", "bf16"))
 
-        Raises `ValueError` for an unknown section or field, and for a field that is given twice."""
-        try: content = tomllib.loads(Path(path).read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"recipe {str(path)!r} is not TOML: {error}") from error
-        values, known = {}, [f.name for f in dataclasses.fields(cls)]
-        for name, value in content.items():
-            if isinstance(value, dict) and name not in cls.sections:
-                accepted = ", ".join(cls.sections)
-                raise ValueError(f"recipe {str(path)!r} has a section {name!r}; accepted: {accepted}")
-            part = value if isinstance(value, dict) else {name: value}
-            if twice := [field for field in part if field in values]:
-                raise ValueError(f"recipe {str(path)!r} has the field {twice[0]!r} in two places")
-            values |= part
-        for name in values:
-            if name not in known:
-                raise ValueError(f"recipe {str(path)!r} has a field {name!r}; accepted: {', '.join(known)}")
-        return cls(**values)
+_rules = dict(
+    # schedule
+    epochs=_count, lr=_positive, warmup=_fraction, warmup_factor=_fraction, min_lr=_not_negative,
+    seed=_seed,
+    # optimizer
+    effective_batch=_or_none(_count), weight_decay=_not_negative, beta1=_fraction_below_1,
+    beta2=_fraction_below_1, clip_grad=_or_none(_positive), label_smoothing=_fraction,
+    # model
+    drop_path=_or_none(_fraction_below_1), head_dropout=_or_none(_fraction_below_1),
+    # data
+    image_size=_or_none(_count), min_scale=_positive_fraction, randaugment=_magnitude,
+    randaugment_ops=_count, erasing=_fraction, mixup=_not_negative, cutmix=_not_negative,
+    # regime
+    ema=_or_none(_fraction_below_1), precision=_precision, channels_last=_switch, compile=_switch,
+)
+
+# %% ../../nbs/30_training.recipe.ipynb #48482c39
+def _check_fields(recipe):
+    "Raise `ValueError` naming the first field whose value is not accepted."
+    for name, rule in _rules.items():
+        value = getattr(recipe, name)
+        if not rule.fits(value):
+            infinite = isinstance(value, float) and not math.isfinite(value)
+            accepted = f"{rule.accepted} (and finite)" if infinite else rule.accepted
+            raise ValueError(f"{name} must be {accepted}, got {value!r}")
+        if is_integer(value):
+            setattr(recipe, name, int(value))  # NumPy's integers cannot be written as TOML
+
+# %% ../../nbs/30_training.recipe.ipynb #978c4cad
+_sections = {  # of the TOML file, and the first field of each
+    "schedule": "epochs", "optimizer": "effective_batch", "model": "drop_path", "data": "image_size",
+    "regime": "ema",
+}
+
+@patch
+def toml(self: Recipe) -> str:
+    "Return the recipe as TOML; fields that are None are left out."
+    lines = []
+    titles = {first: title for title, first in _sections.items()}
+    for name, value in dataclasses.asdict(self).items():
+        if name in titles:
+            lines += [*([""] if lines else []), f"[{titles[name]}]"]
+        if value is not None:
+            lines.append(f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+@patch
+def save(self: Recipe, path: str | Path):
+    "Write the recipe as TOML."
+    Path(path).write_text(self.toml())
+
+# %% ../../nbs/30_training.recipe.ipynb #11fe7e84
+def _fields_of(path, content):
+    "Return the fields of a recipe file. Raises `ValueError` for a wrong section or a repeated field."
+    values = {}
+    for name, value in content.items():
+        if isinstance(value, dict) and name not in _sections:
+            accepted = ", ".join(_sections)
+            raise ValueError(f"recipe {str(path)!r} has a section {name!r}; accepted: {accepted}")
+        part = value if isinstance(value, dict) else {name: value}
+        twice = [field for field in part if field in values]
+        if twice:
+            raise ValueError(f"recipe {str(path)!r} has the field {twice[0]!r} in two places")
+        values |= part
+    return values
+
+# %% ../../nbs/30_training.recipe.ipynb #5104b80b
+@patch(cls_method=True)
+def load(cls: Recipe, path: str | Path) -> Recipe:
+    """Read a recipe that `save` wrote, or that you wrote.
+
+    Raises `ValueError` for an unknown section or field, and for a field that is given twice."""
+    try:
+        content = tomllib.loads(Path(path).read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {str(path)!r} is not TOML: {error}") from error
+    values = _fields_of(path, content)
+    for name in values:
+        if name not in _rules:
+            accepted = ", ".join(_rules)
+            raise ValueError(f"recipe {str(path)!r} has a field {name!r}; accepted: {accepted}")
+    return cls(**values)
 
 # %% ../../nbs/30_training.recipe.ipynb #a28fc05c
 _imagenet = dict(
@@ -139,7 +189,7 @@ def _decays(
     name: str,  # of the parameter, as in `model.named_parameters()`
     parameter: nn.Parameter,
 ) -> bool:
-    "Whether weight decay applies: not to A_log, D and parameters of fewer than two dimensions, as published."
+    "Return whether weight decay applies to the parameter, as published."
     return parameter.dim() >= 2 and not name.rpartition(".")[2].startswith("A_log")
 
 # %% ../../nbs/30_training.recipe.ipynb #18c6e1cb
@@ -147,53 +197,60 @@ def layer_groups(
     model: nn.Module,
     weight_decay: float = 0.05,
 ) -> list[dict]:  # parameter groups for AdamW, with keys `layer` and `decay` besides its own
-    "Backbone (layer 0) and head (layer 1), each split into parameters with and without weight decay."
+    "Return backbone (layer 0) and head (layer 1), each split by whether weight decay applies."
     groups = {}
     for name, parameter in model.named_parameters():
         layer = int(".head." in f".{name}")  # a compiled or wrapped model has a prefix
-        group = groups.setdefault((layer, _decays(name, parameter)), [])
-        group.append(parameter)
+        groups.setdefault((layer, _decays(name, parameter)), []).append(parameter)
     first = min(layer for layer, _ in groups)
-    in_order = sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))  # the decayed ones first
-    return [dict(params=params, layer=layer - first, decay=decay, weight_decay=weight_decay if decay else 0.)
-            for (layer, decay), params in in_order]
+    made = []
+    for layer, decay in sorted(groups, key=lambda key: (key[0], not key[1])):  # the decayed ones first
+        made.append(dict(params=groups[layer, decay], layer=layer - first, decay=decay,
+                         weight_decay=weight_decay if decay else 0.))
+    return made
 
 # %% ../../nbs/30_training.recipe.ipynb #7c383eb5
 class LayerGroupAdamW(OptimWrapper):
-    "torch's AdamW over the groups of `layer_groups`, seen by fastai as one group per layer."
+    "Runs torch's AdamW over the groups of `layer_groups`; fastai sees one group per layer."
     def __init__(
         self,
         groups: list[dict],  # from `layer_groups`
         lr: float = 1e-3,
         **kwargs,  # of `torch.optim.AdamW`
-    ): super().__init__(opt=torch.optim.AdamW(list(groups), lr=lr, **kwargs))
+    ):
+        super().__init__(opt=torch.optim.AdamW(list(groups), lr=lr, **kwargs))
 
     @property
     def layers(self):
-        "The torch groups of each layer, the decayed one first."
+        "Return the torch groups of each layer, the decayed one first."
         groups = self.opt.param_groups
-        return [[g for g in groups if g["layer"] == k] for k in sorted({g["layer"] for g in groups})]
+        numbers = sorted({group["layer"] for group in groups})
+        return [[group for group in groups if group["layer"] == number] for number in numbers]
 
     @property
-    def param_lists(self): return [[p for group in layer for p in group["params"]] for layer in self.layers]
+    def param_lists(self):
+        return [[p for group in layer for p in group["params"]] for layer in self.layers]
 
     @property
     def hypers(self):
-        everything = dict(zip((id(g) for g in self.opt.param_groups), super().hypers))
-        return [everything[id(layer[0])] for layer in self.layers]
+        of_group = dict(zip(map(id, self.opt.param_groups), super().hypers, strict=True))
+        return [of_group[id(layer[0])] for layer in self.layers]
 
     def _set_hyper(self, k, v):
-        for layer, value in zip(self.layers, v):
+        for layer, value in zip(self.layers, v, strict=True):
             for group in layer:
-                if k != "wd" or group["decay"]: set_item_pg(group, self.bwd_map[k], value)
+                if k != "wd" or group["decay"]:
+                    set_item_pg(group, self.bwd_map[k], value)
 
 # %% ../../nbs/30_training.recipe.ipynb #14f465bc
 def recipe_schedule(
     recipe: Recipe,
 ):  # -> function from the fraction of all steps that are done, 0 to 1, to the learning rate
-    "Linear from lr · warmup_factor to lr over the warm-up, then a cosine to min_lr."
+    "Return the schedule: linear from lr · warmup_factor to lr, then a cosine to min_lr."
     cosine = SchedCos(recipe.lr, min(recipe.min_lr, recipe.lr))
-    if recipe.warmup == 0: return cosine
+    if recipe.warmup == 0:
+        return cosine
     rise = SchedLin(recipe.lr * recipe.warmup_factor, recipe.lr)
-    if recipe.warmup == 1: return rise
+    if recipe.warmup == 1:
+        return rise
     return combine_scheds([recipe.warmup, 1 - recipe.warmup], [rise, cosine])

@@ -7,10 +7,14 @@ __all__ = ['load_image', 'ExplorerFigure', 'StateExplorer']
 
 # %% ../../nbs/42_viz.explorer.ipynb #81d78434
 import base64
+import dataclasses
 import html
+import importlib.util
 import io
+import itertools
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import matplotlib
@@ -20,72 +24,406 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn, Tensor
+from torch import Tensor, nn
 
+from ..scan.checks import check_integer
 from .plots import computed_until, even_colors, influence_norm, influence_ticks, signed_colors
 from mamba2d.viz.states import (
-    check_index, check_states, hidden_states, impulse_map, influence_map, readouts, scanning_mixers,
+    check_index,
+    check_states,
+    hidden_states,
+    impulse_map,
+    influence_map,
+    readouts,
+    require_scanning_mixers,
+    scanning_mixers,
 )
-
-# %% ../../nbs/42_viz.explorer.ipynb #0fdbf54e
-def _as_image(values) -> Image.Image:
-    "Pixel values as an image. Raises `ValueError` if they are none: nothing wraps around or is cut off."
-    values = np.asarray(values)
-    if values.ndim < 2 or 0 in values.shape or values.shape[2:] not in ((), (1,), (3,), (4,)):
-        raise ValueError(f"an array must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) with at least one pixel, got {values.shape}")
-    top = {"b": 1, "f": 1, "u": 255, "i": 255}.get(values.dtype.kind, 0)
-    if not top or not (values.min() >= 0 and values.max() <= top):  # not: NaN is neither
-        raise ValueError(f"values must be integers from 0 to 255 or floats from 0 to 1, got {values.dtype}" + (f" from {values.min()} to {values.max()}" if top else ""))
-    values = (values * (255 / top)).round().astype(np.uint8)
-    return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
 
 # %% ../../nbs/42_viz.explorer.ipynb #78cd671e
 def load_image(
-    image,  # a path, bytes of a file, a PIL image, or an array or tensor (H, W[, C]): integers 0 to 255, or floats 0 to 1
+    image,  # path, bytes of a file, PIL image, or array (H, W[, C]) of integers to 255 or floats to 1
     channels: int = 3,  # of the model: 1 or 3
-    size: int | None = None,  # resize the shorter side to so many pixels and crop the middle; None: as it is
-    mean: float | tuple = (0.485, 0.456, 0.406),  # of each channel, subtracted from values between 0 and 1; ImageNet's
+    size: int | None = None,  # pixels: resize the shorter side and crop the middle; None: as it is
+    mean: float | tuple = (0.485, 0.456, 0.406),  # of each channel, of values between 0 and 1; ImageNet's
     std: float | tuple = (0.229, 0.224, 0.225),
 ) -> tuple[Tensor, np.ndarray]:  # (C, H, W) normalised; (H, W) or (H, W, 3) between 0 and 1
-    """An image for a model and for the eye.
+    """Read an image for a model and for the eye.
 
-    Raises `ValueError` naming the argument that does not fit, and if the image cannot be read or shown as it is."""
-    if channels not in (1, 3): raise ValueError(f"channels must be 1 or 3, got {channels}")
-    if size is not None and not (isinstance(size, int) and size >= 1): raise ValueError(f"size must be an integer of at least 1, or None, got {size!r}")
-    centre, spread = [torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean, std)]
-    for name, v in (("mean", centre), ("std", spread)):
-        if len(v) not in (1, channels): raise ValueError(f"{name} must be one number or one for each of {channels} channels, got {len(v)}")
-    if not (spread > 0).all(): raise ValueError(f"std must be above 0, got {std}")
-    try:
-        if isinstance(image, (str, Path)): image = Image.open(image)
-        elif isinstance(image, (bytes, memoryview)): image = Image.open(io.BytesIO(bytes(image)))
-        with suppress(Exception): image = ImageOps.exif_transpose(image)  # upright; unless it is an array, or has garbage where the note should be
-        if not isinstance(image, Image.Image) or image.mode in ("I", "F"): image = _as_image(image)
-        elif image.mode.startswith("I;16"): image = _as_image(np.asarray(image) >> 8)  # Pillow would cut off at 255
-        image = image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:
-        unknown = isinstance(error, UnidentifiedImageError) and not isinstance(image, (str, Path))  # Pillow would name a path, but of bytes their address in memory
-        raise ValueError(f"image cannot be read: {'these bytes are of no format that is known' if unknown else error}") from error
+    Raises `ValueError` naming the argument that does not fit, and if the image cannot be read as it is."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None:
-        scale = size / min(image.size)
-        image = image.resize([max(size, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        left, top = [(side - size) // 2 for side in image.size]
-        image = image.crop((left, top, left + size, top + size))
-    values = np.asarray(image, dtype=np.float32) / 255
+        check_integer("size", size, 1)
+    centre, spread = _normalisation(mean, std, channels)
+    opened = _open(image, "L" if channels == 1 else "RGB")
+    if size is not None:
+        opened = _resized(opened, size)
+    values = np.asarray(opened, dtype=np.float32) / 255
     tensor = torch.from_numpy(values.copy()).view(*values.shape[:2], channels).permute(2, 0, 1)
     return (tensor - centre) / spread, values
 
+# %% ../../nbs/42_viz.explorer.ipynb #e8a787dc
+def _resized(image, size):
+    "The middle of an image, whose shorter side is resized to so many pixels."
+    scale = size / min(image.size)
+    sides = [max(size, round(side * scale)) for side in image.size]
+    left, top = [(side - size) // 2 for side in sides]
+    return image.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+# %% ../../nbs/42_viz.explorer.ipynb #a10c3a26
+def _normalisation(mean, std, channels):
+    "Mean and standard deviation as tensors (1 or C, 1, 1)."
+    found = {}
+    for name, value in (("mean", mean), ("std", std)):
+        found[name] = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1)
+        given = len(found[name])
+        if given not in (1, channels):
+            raise ValueError(f"{name} must be one number or one for each of {channels} channels, "
+                             f"got {given}")
+    if not (found["std"] > 0).all():
+        raise ValueError(f"std must be above 0, got {std}")
+    return found["mean"], found["std"]
+
+# %% ../../nbs/42_viz.explorer.ipynb #be1c168d
+def _open(image, mode):
+    "A PIL image, upright and of this mode, from anything that `load_image` takes."
+    try:
+        return _as_image(image).convert(mode)
+    except Exception as error:
+        unknown = isinstance(error, UnidentifiedImageError) and not isinstance(image, (str, Path))
+        reason = "these bytes are of no format that is known" if unknown else error
+        raise ValueError(f"image cannot be read: {reason}") from error
+
+# %% ../../nbs/42_viz.explorer.ipynb #baa86db6
+def _as_image(image):
+    "A PIL image of any mode; raises Pillow's errors."
+    if isinstance(image, (str, Path)):
+        image = Image.open(image)
+    elif isinstance(image, (bytes, memoryview)):
+        image = Image.open(io.BytesIO(bytes(image)))
+    with suppress(Exception):  # it is an array, or has garbage where the camera's note should be
+        image = ImageOps.exif_transpose(image)
+    if not isinstance(image, Image.Image) or image.mode in ("I", "F"):
+        return _from_array(image)
+    if image.mode.startswith("I;16"):  # Pillow would cut off at 255
+        return _from_array(np.asarray(image) >> 8)
+    return image
+
+# %% ../../nbs/42_viz.explorer.ipynb #0fdbf54e
+def _from_array(values) -> Image.Image:
+    "Pixel values as an image. Raises `ValueError` if they are none."
+    values = np.asarray(values)
+    if values.ndim < 2 or 0 in values.shape or values.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise ValueError("an array must have shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) "
+                         f"with at least one pixel, got {values.shape}")
+    top = {"b": 1, "f": 1, "u": 255, "i": 255}.get(values.dtype.kind)
+    accepted = "values must be integers from 0 to 255 or floats from 0 to 1"
+    if top is None:
+        raise ValueError(f"{accepted}, got {values.dtype}")
+    if not (values.min() >= 0 and values.max() <= top):  # not: NaN is neither
+        raise ValueError(f"{accepted}, got {values.dtype} from {values.min()} to {values.max()}")
+    values = (values * (255 / top)).round().astype(np.uint8)
+    return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
+
+# %% ../../nbs/42_viz.explorer.ipynb #c0079b96
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    "What an explorer shows."
+    stage: int
+    block: int
+    corner: str = "its own"  # from which the scan starts: "its own", "top-left", "bottom-right"
+    channel: int = 0
+    state: int = 0
+    of: str = "state"  # or "output"
+    pixel: tuple[int, int] = (0, 0)  # row and column in the map
+    step: int | None = None  # anti-diagonals to show; None: all
+
+    @property
+    def scan(self):
+        "What the states depend on."
+        return self.stage, self.block, self.corner
+
+    @property
+    def question(self):
+        "What is asked about the pixel: arguments of `influence_map` and `impulse_map`."
+        state = self.state if self.of == "state" else None
+        return dict(pixel=self.pixel, channel=self.channel, state=state, of=self.of)
+
+# %% ../../nbs/42_viz.explorer.ipynb #e7bb8765
+_choices = tuple(field.name for field in dataclasses.fields(_Choice))
+_corners = {"its own": None, "top-left": False, "bottom-right": True}  # -> reverse
+
+# %% ../../nbs/42_viz.explorer.ipynb #af3a9945
+_questions = {  # name of the map: its title, and the options of `influence_map`
+    "detached gates": ("what feeds the ring\ndetached gates", {}),
+    "full derivative": (
+        "what feeds the ring\nfull derivative: Δ, B, C too", dict(meaning="full derivative")),
+    "rows": ("what feeds the ring, 1D\nrow by row, detached gates", dict(order="rows")),
+}
+_titles = {name: title for name, (title, _) in _questions.items()}
+_titles["impulse"] = "where its input goes\ndetached gates"
+
+# %% ../../nbs/42_viz.explorer.ipynb #a7e13eba
+class _Answers(NamedTuple):
+    "What there is to say about a pixel."
+    maps: dict[str, Tensor]  # (H, W) by the names of the titles
+    value: float  # of the state or output at the pixel
+
+def _answer(states, choice):
+    "Ask all questions about the pixel that is chosen."
+    fed = {name: influence_map(states, **choice.question, **options)
+           for name, (_, options) in _questions.items()}
+    maps = {name: influence.signed for name, influence in fed.items()}
+    maps["impulse"] = impulse_map(states, **choice.question)
+    return _Answers(maps, fed["detached gates"].value)
+
+# %% ../../nbs/42_viz.explorer.ipynb #ae71d292
+class _Exploration:
+    "A model, an image and a choice, with the states and answers that belong to them. It draws nothing."
+    def __init__(self, model, **options):
+        self.choice = _Choice(*require_scanning_mixers(model)[0])
+        self.model, self.options = model, dict(channels=model.in_channels, **options)
+
+    def __getattr__(self, name):
+        if name not in _choices:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.choice, name)
+
+    def open(self, image):
+        "Look at another image. Raises `ValueError` if it cannot be read, and leaves everything as it was."
+        image, shown = load_image(image, **self.options)
+        self.model.check_images(image[None])
+        states = _states_of(self.model, image, self.choice)
+        self.image, self.shown, self.place = image, shown, (0.6, 0.6)
+        self._accept(_followed(self.choice, states, self.place), states)
+
+    def choose(self, **choices):
+        """Change any of stage, block, corner, channel, state, of, pixel and step.
+
+        Raises `ValueError` naming the choice that cannot be made, and leaves everything as it was."""
+        for name in choices:
+            if name not in _choices:
+                raise ValueError(f"there is no choice {name!r}, only {', '.join(_choices)}")
+        choice, states = dataclasses.replace(self.choice, **choices), self.states
+        if choice.scan != self.choice.scan:
+            states = _states_of(self.model, self.image, choice)
+            choice = _followed(choice, states, self.place, given=choices)
+        self._accept(choice, states, self.answers if choices.keys() == {"step"} else None)
+        if "pixel" in choices:
+            self.place = _place_of(choice.pixel, states.map_size)
+
+    def _accept(self, choice, states, answers=None):
+        "Keep a choice, if it can be made; the answers are computed where they are not given."
+        check_states(states, pixel=choice.pixel, channel=choice.channel, state=choice.state)
+        if choice.step is not None:
+            check_index("step", choice.step, sum(states.map_size))
+        answers = _answer(states, choice) if answers is None else answers
+        self.choice, self.states, self.answers = choice, states, answers
+
+# %% ../../nbs/42_viz.explorer.ipynb #c1c02c48
+def _states_of(model, image, choice):
+    "The states of the mixer that is chosen."
+    if choice.corner not in _corners:
+        accepted = ", ".join(map(repr, _corners))
+        raise ValueError(f"corner must be one of {accepted}, got {choice.corner!r}")
+    return hidden_states(model, image, choice.stage, choice.block, reverse=_corners[choice.corner],
+                         keep=("h", "delta_t", "delta_l", "y"))
+
+# %% ../../nbs/42_viz.explorer.ipynb #d862e171
+def _place_of(pixel, map_size):
+    "The middle of a map pixel, in fractions of the image's sides."
+    return tuple((p + 0.5) / side for p, side in zip(pixel, map_size, strict=True))
+
+def _followed(choice, states, place, given=()):
+    "The choice with what is not given fitted to other states."
+    fitting = dict(
+        pixel=tuple(int(p * side) for p, side in zip(place, states.map_size, strict=True)),
+        channel=min(choice.channel, states.x.shape[2] - 1),
+        step=None)
+    return dataclasses.replace(choice, **{name: fitting[name] for name in fitting if name not in given})
+
+# %% ../../nbs/42_viz.explorer.ipynb #a307dac4
+_places = {"image": (0, 0), "state": (0, 1), "step": (0, 2), "vector": (0, 3)}  # row and column
+_places |= {name: (1, column) for column, name in enumerate(_titles)}
+_left, _bottom, _width, _height = (0.055, 0.275, 0.515, 0.75), (0.575, 0.09), 0.183, 0.312
+
+def _add_axes(figure, name):
+    "An empty panel with its labels and its title."
+    row, column = _places[name]
+    ax = figure.add_axes([_left[column], _bottom[row], _width, _height])
+    ax.tick_params(labelsize=8)
+    if name == "vector":
+        ax.tick_params(labelleft=False, left=False, labelright=True, right=True)
+    elif column > 0:
+        ax.tick_params(labelleft=False)
+    else:
+        ax.set_ylabel("row (pixels)", fontsize=9)
+    if row == 1:
+        ax.set_xlabel("column (pixels)", fontsize=9)
+    ax.set_title(_titles.get(name, ""), fontsize=9, animated=row == 0)
+    return ax
+
+# %% ../../nbs/42_viz.explorer.ipynb #afdc93ff
+def _add_color_bar(figure, name, norm, *, colors, ticks):
+    "A color bar to the right of a panel."
+    row, column = _places[name]
+    place = figure.add_axes([_left[column] + _width + 0.006, _bottom[row], 0.009, _height])
+    bar = figure.colorbar(ScalarMappable(norm, colors), cax=place, ticks=ticks, format="%g")
+    bar.ax.tick_params(labelsize=8, pad=1, length=2)
+    return bar
+
+# %% ../../nbs/42_viz.explorer.ipynb #ce0107ae
+def _add_color_bars(figure):
+    "The three color bars: all maps are relative to their largest value."
+    _add_color_bar(figure, "state", Normalize(-1, 1), colors=signed_colors, ticks=(-1, 0, 1))
+    _add_color_bar(figure, "step", Normalize(0, 1), colors=even_colors, ticks=(0, 0.5, 1))
+    bar = _add_color_bar(figure, "impulse", influence_norm(), colors=signed_colors, ticks=influence_ticks)
+    bar.set_label("relative to the largest", fontsize=8, labelpad=4)
+
+# %% ../../nbs/42_viz.explorer.ipynb #ee84fa63
+class _Panels:
+    "The panels of an explorer's figure, and the artists in them that a choice changes."
+    def __init__(self, figure):
+        self.figure, self.background = figure, None
+        self.axes = {name: _add_axes(figure, name) for name in _places}
+        _add_color_bars(figure)
+        self.heads = {name: ax.title for name, ax in self.axes.items()}
+        self.maps, self.rings = {}, {}
+
+    def show_image(self, shown, states):
+        "Empty the panels and begin with another image, and with bars for so many states."
+        self.background = None  # it shows the image before
+        for ax in self.axes.values():
+            for artist in [*ax.images, *ax.lines, *ax.patches]:
+                artist.remove()
+        for name, ax in self.axes.items():
+            if name != "vector":
+                self.maps[name], self.rings[name] = _new_map(ax, name, shown), _new_ring(ax)
+        self.bars = _new_bars(self.axes["vector"], states)
+
+    def show(self, choice, states, answers):
+        "Put the arrays of a choice into the panels."
+        arrays = _arrays(choice, states, answers)
+        for name in arrays.keys() - {"vector"}:
+            self.maps[name].set_data(arrays[name])
+            self.maps[name].set_norm(_scale(name, _largest(arrays[name])))
+        heights = arrays["vector"] / _largest(arrays["vector"])
+        for bar, height in zip(self.bars, heights.tolist(), strict=True):
+            bar.set_height(height)
+        for ring in itertools.chain(*self.rings.values()):
+            ring.set_data(*_middle(choice.pixel, states))
+        for name, text in _heads(choice, states, arrays).items():
+            self.heads[name].set_text(text)
+        self.redraw()
+
+    def redraw(self, event=None):
+        "Draw what has changed; with `event`, after the whole figure was drawn, keep a new background."
+        canvas = self.figure.canvas
+        if canvas.is_saving():
+            return  # to a file: everything is drawn anyway
+        if event is not None:
+            self.background = canvas.copy_from_bbox(self.figure.bbox)
+        if self.background is None:
+            return
+        canvas.restore_region(self.background)
+        for ax in self.axes.values():
+            for artist in [*ax.images, *ax.patches, *ax.lines, ax.title]:
+                if artist.get_animated():
+                    ax.draw_artist(artist)
+        if event is None:
+            canvas.blit(self.figure.bbox)
+
+# %% ../../nbs/42_viz.explorer.ipynb #cbeaed9f
+def _new_map(ax, name, shown):
+    "An empty map in pixels of the image, over the image itself in the panel of the state."
+    height, width = shown.shape[:2]
+    extent = (0, width, height, 0)
+    ax.set(xlim=extent[:2], xticks=[0, width // 2, width])
+    ax.set(ylim=extent[2:], yticks=[0, height // 2, height])
+    if name in ("image", "state"):
+        background = ax.imshow(shown, cmap="gray", extent=extent, vmin=0, vmax=1)
+    if name == "image":
+        return background
+    colors = even_colors if name == "step" else signed_colors
+    return ax.imshow(np.zeros((2, 2)), cmap=colors, extent=extent, interpolation="nearest",
+                     animated=True)
+
+# %% ../../nbs/42_viz.explorer.ipynb #d6f64701
+def _new_ring(ax):
+    "Two circles, so that the ring is seen on every color."
+    return [ax.plot([], [], "o", mfc="none", mec=color, ms=9, mew=edge, animated=True)[0]
+            for color, edge in (("black", 3), ("#00c853", 1.6))]
+
+def _new_bars(ax, states):
+    "A bar for each state."
+    bars = ax.bar(range(states), [0.] * states, color="#0072b2", animated=True)
+    ax.set(xlim=(-0.6, states - 0.4), ylim=(-1.05, 1.05), yticks=(-1, 0, 1))
+    ax.set_xlabel("state", fontsize=9, labelpad=1)
+    ax.axhline(0, color="black", lw=0.6)
+    return bars
+
+# %% ../../nbs/42_viz.explorer.ipynb #b4ac97b6
+def _as_array(values):
+    return values.detach().float().cpu().numpy()
+
+# %% ../../nbs/42_viz.explorer.ipynb #b279eea2
+def _arrays(choice, states, answers):
+    "The arrays by the names of their panels."
+    h = states.h[..., choice.state] if choice.of == "state" else states.y
+    state = _as_array(h[..., choice.channel])
+    hidden = False
+    if choice.step is not None:
+        hidden = ~computed_until(states.map_size, choice.step, states.reverse).numpy()
+    step_sizes = (states.delta_t + states.delta_l) / 2
+    return {
+        "state": np.ma.array(state, mask=hidden),
+        "step": _as_array(step_sizes[..., choice.channel]),
+        "vector": _as_array(states.h[*choice.pixel, choice.channel]),
+        **{name: _as_array(values) for name, values in answers.maps.items()},
+    }
+
+# %% ../../nbs/42_viz.explorer.ipynb #c34e0dab
+def _largest(values):
+    "The largest magnitude, masked or not."
+    return max(float(np.abs(np.ma.getdata(values)).max()), 1e-30)
+
+def _scale(name, largest):
+    "The scale of a map whose values go as far as this."
+    if name == "step":
+        return Normalize(0, largest)
+    return Normalize(-largest, largest) if name == "state" else influence_norm(largest)
+
+def _middle(pixel, states):
+    "Where the middle of a map pixel lies in the image, as x and y of a curve of one point."
+    row, column = [(p + 0.5) * (pixels / side)
+                   for p, pixels, side in zip(pixel, states.image_size, states.map_size, strict=True)]
+    return [column], [row]
+
+# %% ../../nbs/42_viz.explorer.ipynb #a622fc42
+def _heads(choice, states, arrays):
+    "The titles of the panels in the upper row."
+    channel, (row, column), (height, width) = choice.channel, choice.pixel, states.map_size
+    value = f"h, channel {channel}, state {choice.state}"
+    if choice.of == "output":
+        value = f"y, channel {channel}"
+    largest = {name: np.abs(np.ma.getdata(values)).max() for name, values in arrays.items()}
+    return {
+        "image": f"stage {choice.stage}, block {choice.block}\npixel {row}, {column} of {height}×{width}",
+        "state": f"{value}\nfrom the {states.corner}, largest {largest['state']:.3g}",
+        "step": f"Δ (mean of both), channel {channel}\nlargest {largest['step']:.3g}",
+        "vector": f"states at the ring, channel {channel}\nrelative to {largest['vector']:.3g}",
+    }
+
 # %% ../../nbs/42_viz.explorer.ipynb #51eb8a5d
-class ExplorerFigure:
+class ExplorerFigure(_Exploration):
     """The figure of a `StateExplorer`: what is chosen, and the maps that belong to it.
 
-    `maps` holds the matplotlib images by name: "image", "state", "step", "detached gates", "full derivative", "rows",
-    "impulse". Raises `ValueError` for a model without a mixer that scans, and for an image that `load_image` or the model
-    refuses."""
-    corners = {"its own": None, "top-left": False, "bottom-right": True}  # -> reverse
-    titles = {"detached gates": "what feeds the ring\ndetached gates", "full derivative": "what feeds the ring\nfull derivative: Δ, B, C too",
-              "rows": "what feeds the ring, 1D\nrow by row, detached gates", "impulse": "where its input goes\ndetached gates"}
+    What is chosen can be read as attributes: stage, block, corner, channel, state, of, pixel, step.
+    `maps` holds the matplotlib images by name: "image", "state", "step", "detached gates",
+    "full derivative", "rows", "impulse".
 
+    Raises `TypeError` for a model that is no `Mamba2D`, and `ValueError` for one without a mixer that
+    scans, or for an image that `load_image` or the model refuses."""
     def __init__(
         self,
         model: nn.Module,  # a `Mamba2D`
@@ -94,254 +432,214 @@ class ExplorerFigure:
         mean: float | tuple = (0.485, 0.456, 0.406),  # normalisation that the model was trained with
         std: float | tuple = (0.229, 0.224, 0.225),
     ):
-        self.model, self.options = model, dict(channels=model.in_channels, size=size, mean=mean, std=std)
-        mixers = scanning_mixers(model)
-        if not mixers: raise ValueError("model must have a mixer that scans, got one without")
-        (self.stage, self.block), self.corner, self.channel, self.state, self.of = mixers[0], "its own", 0, 0, "state"
-        self.step = None
+        super().__init__(model, size=size, mean=mean, std=std)
         self.figure = Figure(figsize=(10.4, 6.1), dpi=90)
-        self._axes()
+        self.panels = _Panels(self.figure)
+        self.axes, self.maps, self.heads = self.panels.axes, self.panels.maps, self.panels.heads
         self.open(image)
-
-    def _axes(self):
-        "Axes, color bars and the artists that a choice changes."
-        width, height, left, bottom = 0.183, 0.312, (0.055, 0.275, 0.515, 0.75), (0.575, 0.09)
-        place = lambda row, column, **kwargs: self.figure.add_axes([left[column], bottom[row], width, height], **kwargs)
-        axes = {"image": place(0, 0), "state": place(0, 1), "step": place(0, 2), "vector": place(0, 3)}
-        axes |= {name: place(1, column) for column, name in enumerate(self.titles)}
-        for name, ax in axes.items():
-            ax.tick_params(labelsize=8)
-            if name not in ("image", "detached gates", "vector"): ax.tick_params(labelleft=False)
-        axes["vector"].tick_params(labelleft=False, left=False, labelright=True, right=True)
-        axes["image"].set_ylabel("row (pixels)", fontsize=9)
-        axes["detached gates"].set_ylabel("row (pixels)", fontsize=9)
-        for name in self.titles: axes[name].set_xlabel("column (pixels)", fontsize=9)
-        for column, norm, colors, ticks, row in ((1, Normalize(-1, 1), signed_colors, (-1, 0, 1), 0), (2, Normalize(0, 1), even_colors, (0, 0.5, 1), 0),
-                                                  (3, influence_norm(), signed_colors, influence_ticks, 1)):
-            bar = self.figure.colorbar(ScalarMappable(norm, colors), cax=self.figure.add_axes([left[column] + width + 0.006, bottom[row], 0.009, height]),
-                                       ticks=ticks, format="%g")
-            bar.ax.tick_params(labelsize=8, pad=1, length=2)
-            if row: bar.set_label("relative to the largest", fontsize=8, labelpad=4)
-        self.axes, self.maps, self.rings, self.heads = axes, {}, {}, {}
 
     def open(self, image):
         "Show another image. Raises `ValueError` if it cannot be read, and leaves everything as it was."
-        image, shown = load_image(image, **self.options)
-        self.model.check_images(image[None])
-        self.image, self.shown, self.background = image, shown, None  # none: it shows the image before
-        for ax in self.axes.values():
-            for artist in [*ax.images, *ax.lines, *ax.patches]: artist.remove()
-        extent, blank = (0, shown.shape[1], shown.shape[0], 0), np.zeros((2, 2))
-        # whatever a click changes is animated: left out of the background, and drawn on top of it
-        for name, ax in self.axes.items():
-            if name == "vector": continue
-            if name in ("image", "state"): under = ax.imshow(shown, cmap="gray", extent=extent, vmin=0, vmax=1)
-            self.maps[name] = under if name == "image" else ax.imshow(
-                blank, cmap=even_colors if name == "step" else signed_colors, extent=extent, interpolation="nearest", animated=True)
-            self.rings[name] = [ax.plot([], [], "o", mfc="none", mec=color, ms=9, mew=edge, animated=True)[0] for color, edge in (("black", 3), ("#00c853", 1.6))]
-            ax.set(xlim=extent[:2], ylim=extent[2:], xticks=[0, extent[1] // 2, extent[1]], yticks=[0, extent[2] // 2, extent[2]])
-        states = self.model.stages[self.stage].blocks[self.block].mixer.scans[0].A_log_t.shape[1]
-        self.bars = self.axes["vector"].bar(range(states), [0.] * states, color="#0072b2", animated=True)
-        self.axes["vector"].set(xlim=(-0.6, states - 0.4), ylim=(-1.05, 1.05), yticks=(-1, 0, 1))
-        self.axes["vector"].set_xlabel("state", fontsize=9, labelpad=1)
-        self.axes["vector"].axhline(0, color="black", lw=0.6)
-        for name, ax in self.axes.items():
-            if name not in self.heads: self.heads[name] = ax.set_title(self.titles.get(name, ""), fontsize=9, animated=name not in self.titles)
-        self.place = (0.6, 0.6)  # of the ring, as fractions of the image's sides: on a coarser map and back it returns to the pixel where it was
-        self._look()
+        super().open(image)
+        self.panels.show_image(self.shown, self.states.h.shape[3])
+        self.panels.show(self.choice, self.states, self.answers)
         self.figure.canvas.draw()
 
-    def _look(self, given=frozenset()):
-        "Compute the states of the mixer that is chosen. What is not given follows: the ring to the same place of the image, or the middle, the channel to one that there is."
-        if self.corner not in self.corners: raise ValueError(f"corner must be one of {', '.join(map(repr, self.corners))}, got {self.corner!r}")
-        self.states = hidden_states(self.model, self.image, self.stage, self.block, reverse=self.corners[self.corner], keep=("h", "delta_t", "delta_l", "y"))
-        if "pixel" not in given: self.pixel = tuple(int(p * side) for p, side in zip(self.place, self.states.map_size))
-        if "channel" not in given: self.channel = min(self.channel, self.states.x.shape[2] - 1)
-        if "step" not in given: self.step = None
-        self._show()
-
     def choose(self, **choices):
-        """Change any of stage, block, corner, channel, state, of, pixel (row and column in the map) and step (anti-diagonals to show; None: all); redraws.
+        """Change any of stage, block, corner, channel, state, of, pixel and step, and redraw.
 
         Raises `ValueError` naming the choice that cannot be made, and leaves everything as it was."""
-        for name in choices:
-            if name not in ("stage", "block", "corner", "channel", "state", "of", "pixel", "step"): raise ValueError(f"there is no choice {name!r}")
-        before = vars(self).copy()
-        vars(self).update(choices)
-        try: self._look(choices) if any(vars(self)[name] != before[name] for name in ("stage", "block", "corner")) else self._show(set(choices))
-        except Exception:
-            vars(self).update(before)
-            raise
-        if "pixel" in choices: self.place = tuple((p + 0.5) / side for p, side in zip(self.pixel, self.states.map_size))
+        super().choose(**choices)
+        self.panels.show(self.choice, self.states, self.answers)
 
     def click(self, event):
-        "Answer a matplotlib button press on a map or on the image."
-        if event.inaxes is None or event.inaxes is self.axes["vector"] or event.xdata is None: return False
-        if event.inaxes not in self.axes.values(): return False
+        "Choose the pixel at which a mouse button was pressed. Returns whether there was one."
+        maps = [ax for name, ax in self.axes.items() if name != "vector"]
+        if event.inaxes not in maps or event.xdata is None:
+            return False
         self.choose(pixel=self.states.map_pixel(event.ydata, event.xdata))
         return True
 
-    def _show(self, changed: set = frozenset()):
-        "Put the arrays of what is chosen into the figure, if it can be."
-        check_states(self.states, pixel=self.pixel, channel=self.channel, state=self.state)
-        if self.step is not None: check_index("step", self.step, sum(self.states.map_size))
-        if changed != {"step"}: self._influence()
-        h = self.states.h[..., self.channel, self.state] if self.of == "state" else self.states.y[..., self.channel]
-        h = h.detach().float().cpu().numpy()
-        done = slice(None) if self.step is None else ~computed_until(h.shape, self.step, self.states.reverse).numpy()
-        self._set("state", np.ma.array(h, mask=False if self.step is None else done), Normalize)
-        what = f"h, channel {self.channel}, state {self.state}" if self.of == "state" else f"y, channel {self.channel}"
-        self.heads["state"].set_text(f"{what}\nfrom the {self.states.corner}, largest {np.abs(h).max():.3g}")
-        self.draw()
-
-    def _set(self, name, values, norm):
-        largest = max(float(np.abs(np.ma.getdata(values)).max()), 1e-30)  # of all of it, masked or not: colors stay while the wavefront plays
-        self.maps[name].set_data(values)
-        self.maps[name].set_norm(Normalize(-largest, largest) if norm is Normalize else norm(largest))
-
-    def _influence(self):
-        states, pixel, channel = self.states, self.pixel, self.channel
-        state = self.state if self.of == "state" else None
-        question = dict(channel=channel, state=state, of=self.of)
-        self.influence = {name: influence_map(states, pixel, **question, **options) for name, options in
-                          (("detached gates", {}), ("full derivative", dict(meaning="full derivative")), ("rows", dict(order="rows")))}
-        self.impulse = impulse_map(states, pixel, **question)
-        for name in self.titles:
-            values = self.impulse if name == "impulse" else self.influence[name].signed
-            self._set(name, values.detach().float().cpu().numpy(), influence_norm)
-        delta = ((states.delta_t + states.delta_l) / 2)[..., channel].detach().float().cpu().numpy()
-        self.maps["step"].set_data(delta)
-        self.maps["step"].set_norm(Normalize(0, max(delta.max(), 1e-30)))
-        self.heads["step"].set_text(f"Δ (mean of both), channel {channel}\nlargest {delta.max():.3g}")
-        vector = states.h[*pixel, channel].detach().float().cpu()
-        largest = vector.abs().max().clamp_min(1e-30)
-        for bar, value in zip(self.bars, (vector / largest).tolist()): bar.set_height(value)
-        self.heads["vector"].set_text(f"states at the ring, channel {channel}\nrelative to {largest:.3g}")
-        self.heads["image"].set_text(f"stage {self.stage}, block {self.block}\npixel {pixel[0]}, {pixel[1]} of {states.map_size[0]}×{states.map_size[1]}")
-        scale = [pixels / side for pixels, side in zip(states.image_size, states.map_size)]
-        for rings in self.rings.values():
-            for ring in rings: ring.set_data([(pixel[1] + 0.5) * scale[1]], [(pixel[0] + 0.5) * scale[0]])
-
     def describe(self) -> str:
-        "What is shown, in words."
-        states, (row, column) = self.states, self.pixel
-        value = self.influence["detached gates"].value
-        what = f"h (channel {self.channel}, state {self.state})" if self.of == "state" else f"y (channel {self.channel})"
-        return (f"stage {self.stage}, block {self.block}, from the {states.corner}; pixel ({row}, {column}): {what} = {value:.4g}, "
-                f"Δ_t = {states.delta_t[row, column, self.channel]:.4g}, Δ_l = {states.delta_l[row, column, self.channel]:.4g}")
-
-    def draw(self, event=None):
-        "Redraw what has changed over the background; take a new background after the whole figure was drawn (`event`)."
-        canvas = self.figure.canvas
-        if canvas.is_saving(): return  # to a file: everything is drawn anyway
-        if event is not None: self.background = canvas.copy_from_bbox(self.figure.bbox)
-        if self.background is None: return
-        canvas.restore_region(self.background)
-        for ax in self.axes.values():
-            for artist in [*ax.images, *ax.patches, *ax.lines, ax.title]:
-                if artist.get_animated(): ax.draw_artist(artist)
-        if event is None: canvas.blit(self.figure.bbox)
+        "Say what is shown, in words."
+        return _described(self.choice, self.states, self.answers.value)
 
     def png(self) -> bytes:
-        "The figure as it is, as a PNG file."
+        "Return the figure as it is, as a PNG file."
         file = io.BytesIO()
         self.figure.savefig(file, format="png")
         return file.getvalue()
 
-# %% ../../nbs/42_viz.explorer.ipynb #1ea1627a
-def _missing_packages() -> list[str]:
-    "Which of the packages that a clickable figure needs are not installed."
-    import importlib.util
-    return [name for name in ("ipywidgets", "ipympl") if importlib.util.find_spec(name) is None]
+# %% ../../nbs/42_viz.explorer.ipynb #c6bb368d
+def _described(choice, states, value):
+    "What is shown, in words."
+    what = "h (channel {}, state {})" if choice.of == "state" else "y (channel {})"
+    what = what.format(choice.channel, choice.state)
+    delta_t = states.delta_t[*choice.pixel, choice.channel]
+    delta_l = states.delta_l[*choice.pixel, choice.channel]
+    return (f"stage {choice.stage}, block {choice.block}, from the {states.corner}; "
+            f"pixel ({choice.pixel[0]}, {choice.pixel[1]}): {what} = {value:.4g}, "
+            f"Δ_t = {delta_t:.4g}, Δ_l = {delta_l:.4g}")
 
-# %% ../../nbs/42_viz.explorer.ipynb #a8b77ed9
-class StateExplorer:
-    """An image to click on, with menus, sliders and a player: an `ExplorerFigure` in widgets.
+# %% ../../nbs/42_viz.explorer.ipynb #f9f927ad
+def _menu(name, options, value):
+    from ipywidgets import Dropdown, Layout
+    return Dropdown(options=options, value=value, description=name, layout=Layout(width="210px"))
 
-    `figure` is the matplotlib figure, `view` the `ExplorerFigure`. Without `ipywidgets` and `ipympl`
-    it shows the figure as it is, and says what to install. Raises `ValueError` as `ExplorerFigure` and its `choose` do."""
-    def __init__(
-        self,
-        model: nn.Module,  # a `Mamba2D`
-        image,  # a path, an array or tensor of integers from 0 to 255 or floats from 0 to 1, or a PIL image
-        size: int | None = None,  # pixels of the image's sides; None: as it is
-        mean: float | tuple = (0.485, 0.456, 0.406),  # normalisation that the model was trained with; ImageNet's
-        std: float | tuple = (0.229, 0.224, 0.225),
-        **choices,  # what to show first, as in `ExplorerFigure.choose`: stage, block, corner, channel, state, of, pixel, step
-    ):
-        self.view = ExplorerFigure(model, image, size, mean, std)
-        self.figure = self.view.figure
-        if choices: self.view.choose(**choices)
-        self.missing = _missing_packages()
-        if not self.missing: self._widgets()
+def _slider(name, last, value):
+    from ipywidgets import IntSlider, Layout
+    return IntSlider(value, 0, last, description=name, layout=Layout(width="300px"))
 
-    def _widgets(self):
-        "Build the widgets; every change goes through `_guarded`."
-        import ipywidgets as widgets
-        with mock.patch.object(matplotlib, "use"):  # ipympl, as it is imported, would make itself the backend of every later plot
-            from ipympl.backend_nbagg import Canvas, FigureManager
-        view, model = self.view, self.view.model
-        canvas = Canvas(self.figure)
-        FigureManager(canvas, 0)
-        canvas.header_visible = canvas.footer_visible = canvas.toolbar_visible = canvas.resizable = False
-        canvas.mpl_connect("draw_event", view.draw)
-        canvas.mpl_connect("button_press_event", lambda event: self._guarded(view.click, event))
-        mixers = scanning_mixers(model)
-        menu = lambda options, value, name: widgets.Dropdown(options=options, value=value, description=name, layout=widgets.Layout(width="210px"))
-        slider = lambda value, top, name: widgets.IntSlider(value, 0, top, description=name, layout=widgets.Layout(width="300px"))
-        stages = sorted({stage for stage, _ in mixers})
-        self.controls = controls = {
-            "stage": menu(stages, view.stage, "stage"), "block": menu([b for s, b in mixers if s == view.stage], view.block, "block"),
-            "corner": menu(list(view.corners), view.corner, "scan from"), "of": menu(list(readouts), view.of, "look at"),
-            "channel": slider(view.channel, view.states.x.shape[2] - 1, "channel"), "state": slider(view.state, view.states.h.shape[3] - 1, "state"),
-            "step": slider(sum(view.states.map_size) - 1, sum(view.states.map_size) - 1, "diagonals")}
-        self.player = widgets.Play(min=0, max=controls["step"].max, step=1, interval=80, description="wavefront")
-        self.open_button = widgets.FileUpload(accept="image/*", multiple=False, description="open an image")
-        self.save_button = widgets.Button(description="save the figure", icon="save")
-        self.message = widgets.HTML(view.describe())
-        self._following = False
-        for name, control in controls.items(): control.observe(lambda change, name=name: self._changed(name, change["new"]), "value")
-        self.player.observe(lambda change: setattr(controls["step"], "value", change["new"]), "value")
-        self.open_button.observe(lambda change: self._guarded(self._open, change["new"]), "value")
-        self.save_button.on_click(lambda button: self._guarded(self.save))
-        rows = ([controls[name] for name in ("stage", "block", "corner", "of")], [controls["channel"], controls["state"], self.open_button], [self.player, controls["step"], self.save_button])
-        # in a narrow window controls go to the next line, and the figure, whose width is fixed, scrolls
-        self.widget = widgets.VBox([*(widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap")) for row in rows), self.message,
-                                    widgets.Box([canvas], layout=widgets.Layout(overflow="auto"))])
+# %% ../../nbs/42_viz.explorer.ipynb #b005be20
+def _blocks(view, stage):
+    "The blocks of a stage that can be chosen."
+    return [block for where, block in scanning_mixers(view.model) if where == stage]
+
+def _lasts(view):
+    "The last channel, state and anti-diagonal of the mixer that is chosen."
+    return dict(channel=view.states.x.shape[2] - 1, state=view.states.h.shape[3] - 1,
+                step=sum(view.states.map_size) - 1)
+
+# %% ../../nbs/42_viz.explorer.ipynb #ac0db88a
+def _controls(view):
+    "Menus and sliders by what they choose."
+    stages, last = sorted({stage for stage, _ in scanning_mixers(view.model)}), _lasts(view)
+    return {
+        "stage": _menu("stage", stages, view.stage),
+        "block": _menu("block", _blocks(view, view.stage), view.block),
+        "corner": _menu("scan from", list(_corners), view.corner),
+        "of": _menu("look at", list(readouts), view.of),
+        "channel": _slider("channel", last["channel"], view.channel),
+        "state": _slider("state", last["state"], view.state),
+        "step": _slider("diagonals", last["step"], last["step"]),
+    }
+
+# %% ../../nbs/42_viz.explorer.ipynb #d57f0541
+def _clickable(figure):
+    "A canvas of ipympl for the figure, without its toolbar."
+    with mock.patch.object(matplotlib, "use"):
+        from ipympl.backend_nbagg import Canvas, FigureManager
+    canvas = Canvas(figure)
+    FigureManager(canvas, 0)
+    canvas.header_visible = canvas.footer_visible = canvas.toolbar_visible = canvas.resizable = False
+    return canvas
+
+# %% ../../nbs/42_viz.explorer.ipynb #aecef59e
+def _arranged(rows, message, canvas):
+    "The widgets below each other."
+    from ipywidgets import Box, HBox, Layout, VBox
+    lines = [HBox(row, layout=Layout(flex_flow="row wrap")) for row in rows]
+    return VBox([*lines, message, Box([canvas], layout=Layout(overflow="auto"))])
+
+def _in_red(text):
+    return f'<span style="color: #c02020">{html.escape(text)}</span>'
+
+# %% ../../nbs/42_viz.explorer.ipynb #eca81c15
+class _ExplorerWidgets:
+    "The widgets around an `ExplorerFigure`, which is `view`."
+    def _build(self):
+        "Make the widgets."
+        from ipywidgets import HTML, Button, FileUpload, Play
+        self.controls, self._following = _controls(self.view), False
+        last = self.controls["step"].max
+        self.player = Play(min=0, max=last, step=1, interval=80, description="wavefront")
+        self.open_button = FileUpload(accept="image/*", multiple=False, description="open an image")
+        self.save_button = Button(description="save the figure", icon="save")
+        self.message = HTML(self.view.describe())
+        menus = [self.controls[name] for name in ("stage", "block", "corner", "of")]
+        sliders = [self.controls["channel"], self.controls["state"], self.open_button]
+        wavefront = [self.player, self.controls["step"], self.save_button]
+        canvas = _clickable(self.view.figure)
+        self.widget = _arranged((menus, sliders, wavefront), self.message, canvas)
 
     def _guarded(self, action, *arguments):
         "Do something; show what is seen now, or the error, in the widget."
         try:
             told = action(*arguments)
             self.message.value = told if isinstance(told, str) else self.view.describe()
-        except Exception as error: self.message.value = f'<span style="color: #c02020">{html.escape(f"{type(error).__name__}: {error}")}</span>'
+        except Exception as error:
+            self.message.value = _in_red(f"{type(error).__name__}: {error}")
         self._follow()
 
     def _follow(self):
         "Make the controls say what is chosen, without answering to that."
-        view, controls, self._following = self.view, self.controls, True
-        controls["block"].options = [block for stage, block in scanning_mixers(view.model) if stage == view.stage]
-        controls["channel"].max, last = view.states.x.shape[2] - 1, sum(view.states.map_size) - 1
-        controls["step"].max = self.player.max = last
-        for name, control in controls.items(): control.value = last if name == "step" and view.step is None else getattr(view, name)
+        self._following, last = True, _lasts(self.view)
+        self.controls["block"].options = _blocks(self.view, self.view.stage)
+        self.controls["channel"].max = last["channel"]
+        self.controls["step"].max = self.player.max = last["step"]
+        for name, control in self.controls.items():
+            value = getattr(self.view, name)
+            control.value = last["step"] if name == "step" and value is None else value
         self._following = False
 
     def _changed(self, name, value):
-        if self._following or value is None: return
+        "Choose what a menu or a slider says; another stage begins with its first block that scans."
+        if self._following or value is None:
+            return
         choices = {name: value}
-        if name == "stage": choices["block"] = next(block for stage, block in scanning_mixers(self.view.model) if stage == value)
+        if name == "stage":
+            choices["block"] = _blocks(self.view, value)[0]
         self._guarded(lambda: self.view.choose(**choices))
 
     def _open(self, files):
-        if files: self.view.open(files[0]["content"])
+        "Show the image that was uploaded."
+        if files:
+            self.view.open(files[0]["content"])
+
+# %% ../../nbs/42_viz.explorer.ipynb #a5b230f5
+def _connect(explorer):
+    "Let every widget say what it is for."
+    controls, guarded = explorer.controls, explorer._guarded
+    for name, control in controls.items():
+        control.observe(lambda change, name=name: explorer._changed(name, change["new"]), "value")
+    explorer.player.observe(lambda change: setattr(controls["step"], "value", change["new"]), "value")
+    explorer.open_button.observe(lambda change: guarded(explorer._open, change["new"]), "value")
+    explorer.save_button.on_click(lambda button: guarded(explorer.save))
+    canvas = explorer.figure.canvas
+    canvas.mpl_connect("draw_event", explorer.view.panels.redraw)
+    canvas.mpl_connect("button_press_event", lambda event: guarded(explorer.view.click, event))
+
+# %% ../../nbs/42_viz.explorer.ipynb #a8b77ed9
+class StateExplorer(_ExplorerWidgets):
+    """An image to click on, with menus, sliders and a player: an `ExplorerFigure` in widgets.
+
+    `figure` is the matplotlib figure, `view` the `ExplorerFigure`. Without `ipywidgets` and `ipympl` it
+    shows the figure as it is, and says what to install. Raises `TypeError` and `ValueError` as
+    `ExplorerFigure` and its `choose` do."""
+    def __init__(
+        self,
+        model: nn.Module,  # a `Mamba2D`
+        image,  # anything that `load_image` takes: a path, an array, a tensor, a PIL image
+        size: int | None = None,  # pixels of the image's sides; None: as it is
+        mean: float | tuple = (0.485, 0.456, 0.406),  # normalisation of the training; ImageNet's
+        std: float | tuple = (0.229, 0.224, 0.225),
+        **choices,  # what to show first: stage, block, corner, channel, state, of, pixel, step
+    ):
+        self.view = ExplorerFigure(model, image, size, mean, std)
+        self.figure = self.view.figure
+        if choices:
+            self.view.choose(**choices)
+        self.missing = _missing_packages()
+        if not self.missing:
+            self._build()
+            _connect(self)
 
     def save(self) -> str:
         "Write the figure as a PNG into the current folder, under a name that is free, and say which."
-        name = next(name for name in ("states.png", *(f"states-{k}.png" for k in range(2, 10000))) if not Path(name).exists())
+        names = itertools.chain(["states.png"], (f"states-{k}.png" for k in itertools.count(2)))
+        name = next(name for name in names if not Path(name).exists())
         Path(name).write_bytes(self.view.png())
         return f"saved as {name}"
 
     def _repr_mimebundle_(self, **kwargs):
-        if self.missing: print(f"To click on this figure, install {' and '.join(self.missing)}: pip install {' '.join(self.missing)}. This is the figure as it is.")
         bundle = {} if self.missing else self.widget._repr_mimebundle_(**kwargs)
-        return {**bundle, "text/plain": f"StateExplorer({self.view.describe()})", "image/png": base64.b64encode(self.view.png()).decode()}
+        if self.missing:
+            print(f"To click on this figure, install {' and '.join(self.missing)}: "
+                  f"pip install {' '.join(self.missing)}. This is the figure as it is.")
+        text = f"StateExplorer({self.view.describe()})"
+        return {**bundle, "text/plain": text, "image/png": base64.b64encode(self.view.png()).decode()}
+
+# %% ../../nbs/42_viz.explorer.ipynb #1ea1627a
+def _missing_packages() -> list[str]:
+    "Which of the packages that a clickable figure needs are not installed."
+    return [name for name in ("ipywidgets", "ipympl") if importlib.util.find_spec(name) is None]

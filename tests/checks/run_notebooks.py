@@ -18,7 +18,7 @@ from pathlib import Path
 
 tests = str(Path(__file__).resolve().parents[1])
 sys.path[0] = tests  # instead of tests/checks, whose modules have common names
-from checks.project import kill_family, name_of  # noqa: E402
+from checks.project import kill_family, name_of  # noqa: E402  found on the path above
 
 large_libraries = ("torch", "torchvision", "matplotlib.pyplot", "sklearn.datasets", "fastai.vision.all")
 most_lines = 200  # printed of a notebook that fails
