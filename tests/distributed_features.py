@@ -38,7 +38,7 @@ def check(make, wrap, images):
     mine = images[dist.get_rank()::dist.get_world_size()]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (alone, wrapped)]
     for _ in range(2):
-        for model, batch, optimizer in zip((alone, wrapped), (images, mine), optimizers):
+        for model, batch, optimizer in zip((alone, wrapped), (images, mine), optimizers, strict=True):
             optimizer.zero_grad()
             loss_of(model(batch)).backward()
             assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -1,5 +1,8 @@
-"""What a sceptic tries on a task before believing that it needs long distances: simple classifiers that look at
-statistics of pixels, or at small patches wherever they are, trained and tested like any network."""
+"""What a sceptic tries on a task before believing that it needs long distances.
+
+Simple classifiers look at statistics of pixels, or at small patches wherever they are. They are trained and
+tested like any network.
+"""
 import torch
 import torch.nn.functional as F
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -44,7 +47,8 @@ def train_patch_bag(train, test, steps=300, batch_size=32, seed=0):
 def pixel_statistics(images):
     "Histogram, moments, sums of rows and of columns of images (n, 1, size, size): (n, features)."
     pixels = images[:, 0].double() / 255
-    histogram = torch.stack([((pixels >= k / 8) & (pixels < (k + 1) / 8)).double().mean((1, 2)) for k in range(8)], 1)
+    in_bins = [(pixels >= k / 8) & (pixels < (k + 1) / 8) for k in range(8)]
+    histogram = torch.stack([in_bin.double().mean((1, 2)) for in_bin in in_bins], 1)
     moments = torch.stack([pixels.mean((1, 2)), pixels.square().mean((1, 2))], 1)
     return torch.cat([histogram, moments, pixels.mean(1), pixels.mean(2)], 1).numpy()
 

@@ -1,11 +1,14 @@
-"""A sceptic's checks of the tasks: whoever looks at small patches or at statistics of pixels must be at chance where
-a task is said to need long distances, and be good where a task is said to need none."""
+"""A sceptic's checks of the tasks.
+
+Whoever looks at small patches or at statistics of pixels must be at chance where a task is said to need long
+distances, and be good where a task is said to need none.
+"""
 import pytest
 import torch
+from shortcuts import statistics_score, train_patch_bag
 
 from mamba2d.data.pathfinder import pathfinder_images
 from mamba2d.data.tasks import TaskSet, task_set
-from shortcuts import statistics_score, train_patch_bag
 
 count = 2500
 chance = 0.5 + 4 * 0.5 / count ** 0.5  # four standard deviations of coin tosses
@@ -52,7 +55,8 @@ def test_dots_without_contours_are_at_chance():
 
 @pytest.mark.parametrize("task", ["pathfinder", "signs"])
 def test_no_image_is_in_training_and_test(task, request):
-    train, test = ({image.numpy().tobytes() for image in part.images} for part in request.getfixturevalue(task))
+    parts = request.getfixturevalue(task)
+    train, test = ({image.numpy().tobytes() for image in part.images} for part in parts)
     assert len(train) == len(test) == count and not train & test
 
 

@@ -14,13 +14,19 @@ from typing import NamedTuple
 
 from .arguments import make_parser
 from mamba2d.cli.common import (
-    build_model, print_table, quiet_imports, resolve_weights, run_command, UsageError,
+    UsageError,
+    build_model,
+    print_table,
+    quiet_imports,
+    resolve_weights,
+    run_command,
 )
 
 # %% ../../nbs/58_cli.conversion.ipynb #9c8cccae
 def _write_published(model, config, out):
     "Write the published names, as a Lightning checkpoint has them."
     import torch
+
     from mamba2d.models.weights import published_state_dict
     torch.save({"state_dict": published_state_dict(model)}, out)
 
@@ -28,6 +34,7 @@ def _write_published(model, config, out):
 def _write_ours(model, config, out):
     "Write our names and the configuration; a .safetensors file, or one of torch.save."
     import json
+
     import safetensors.torch
     import torch
     if out.suffix.lower() == ".safetensors":
@@ -40,7 +47,8 @@ def _write_ours(model, config, out):
 def _write_timm(model, config, out):
     "Write a folder for `timm.create_model(\"local-dir:FOLDER\", pretrained=True)`."
     import timm
-    import mamba2d.integrations.timm  # registers the networks
+
+    import mamba2d.integrations.timm  # noqa: F401  registers the networks
     converted = timm.create_model(f"mamba2d_{config['size']}", num_classes=model.num_classes,
                                   in_chans=model.in_channels)
     converted.load_state_dict(model.state_dict())
@@ -50,6 +58,7 @@ def _write_timm(model, config, out):
 def _write_transformers(model, config, out):
     "Write a folder for `AutoModelForImageClassification.from_pretrained` and `AutoImageProcessor`."
     from transformers.utils import logging
+
     from mamba2d.integrations.huggingface import image_processor, to_transformers
     logging.disable_progress_bar()
     size, classes = config.get("image_size", 224), config.get("classes")
@@ -98,6 +107,7 @@ def _resolve(args):
 def _check(model, form, out):
     "Read back what was written. Raises `RuntimeError` if a number differs."
     import torch
+
     from mamba2d.models.backbone import Mamba2D
     from mamba2d.models.weights import load_published
     again = Mamba2D(**model.config)

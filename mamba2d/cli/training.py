@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import train_parser
 from mamba2d.cli.common import (
@@ -33,6 +34,10 @@ from mamba2d.cli.common import (
     result_rows,
     run_command,
 )
+
+if TYPE_CHECKING:  # they load fastai, which takes seconds
+    from mamba2d.training.distributed import Distributed
+    from mamba2d.training.recipe import Recipe
 
 # %% ../../nbs/52_cli.training.ipynb #0a38a27f
 @dataclasses.dataclass

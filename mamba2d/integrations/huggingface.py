@@ -10,7 +10,7 @@ __all__ = ['imagenet_mean', 'imagenet_std', 'with_transformers', 'Mamba2DConfig'
 from importlib.util import find_spec
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..models.backbone import Mamba2D
 from ..models.blocks import Block, DeltaProjection, SelectiveScan, StarReLU
@@ -179,7 +179,7 @@ class Mamba2DBackbone(BackboneMixin, _PreTrained):
     ):
         "The maps (B, dim, h, w) of the chosen stages."
         maps = self.mamba2d.forward_features(pixel_values)
-        chosen = tuple(m for name, m in zip(self.stage_names, maps) if name in self.out_features)
+        chosen = tuple(m for name, m in zip(self.stage_names, maps, strict=True) if name in self.out_features)
         hidden = tuple(maps) if output_hidden_states else None
         output = BackboneOutput(feature_maps=chosen, hidden_states=hidden)
         return output.to_tuple() if return_dict is False else output

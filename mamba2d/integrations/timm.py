@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..models.backbone import Mamba2D
 from ..models.sizes import builders, weights_enums

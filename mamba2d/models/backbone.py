@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn, Tensor
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Attention, Block, M2DMixer, mixers as mixer_types
+from .blocks import Attention, Block, M2DMixer
+from .blocks import mixers as mixer_types
 from .controls import control_mixers, make_control
 from ..scan.checks import check_fraction, check_integer, is_integer
 
@@ -142,7 +143,7 @@ def _check_stages(depths, dims, mixers):
     for name, values in (("depths", depths), ("dims", dims)):
         if not all(is_integer(value, 1) for value in values):
             raise ValueError(f"{name} must be integers of at least 1, got {values}")
-    for name, dim in zip(mixers, dims):
+    for name, dim in zip(mixers, dims, strict=True):
         if name not in mixer_types:
             raise ValueError(f"mixers must be among {', '.join(map(repr, mixer_types))}, got {name!r}")
         if name == "attention" and dim % 32:
@@ -306,7 +307,7 @@ class Mamba2D(_Adaptable, nn.Module):
                                 shared_input_matrix)
         rates = iter(_drop_path_rates(drop_path, sum(self.depths)))
         self.stages = nn.ModuleList()
-        for k, (depth, dim, kind) in enumerate(zip(self.depths, self.dims, mixers)):
+        for k, (depth, dim, kind) in enumerate(zip(self.depths, self.dims, mixers, strict=True)):
             before = self.dims[k - 1] if k > 0 else in_channels
             downsample = _downsample(k, before, dim, downsample_norm)
             blocks = [Block(dim, options.make(kind, dim, j), next(rates), scaled[k]) for j in range(depth)]

@@ -18,7 +18,12 @@ from torchvision.transforms._presets import ImageClassification
 
 from .backbone import FeaturePyramid, Mamba2D
 from mamba2d.models.weights import (
-    adapt_input_channels, in_our_names, load_published, read_weights, tensors_in, unwrapped,
+    adapt_input_channels,
+    in_our_names,
+    load_published,
+    read_weights,
+    tensors_in,
+    unwrapped,
 )
 
 # %% ../../nbs/13_models.sizes.ipynb #676c1f6b
@@ -39,23 +44,23 @@ def _published_weights(url, num_params, top1):
     return Weights(url=f"{_releases}/{url}", transforms=transforms, meta=meta)
 
 # %% ../../nbs/13_models.sizes.ipynb #460cb8ef
-class Mamba2D_N_Weights(WeightsEnum):
+class Mamba2D_N_Weights(WeightsEnum):  # noqa: N801  named as torchvision names them
     "Weights of M2D-N (release 2.0.0)."
     IMAGENET1K_V1 = _published_weights("v2.0.0/M2D-N-backbone.ckpt", 7_178_496, 79.6)
     DEFAULT = IMAGENET1K_V1
 
-class Mamba2D_T_Weights(WeightsEnum):
+class Mamba2D_T_Weights(WeightsEnum):  # noqa: N801  named as torchvision names them
     "Weights of M2D-T (release 2.0.0)."
     IMAGENET1K_V1 = _published_weights("v2.0.0/M2D-T-backbone.ckpt", 26_523_136, 84.0)
     DEFAULT = IMAGENET1K_V1
 
 # %% ../../nbs/13_models.sizes.ipynb #40b77218
-class Mamba2D_S_Weights(WeightsEnum):
+class Mamba2D_S_Weights(WeightsEnum):  # noqa: N801  named as torchvision names them
     "Weights of M2D-S (release 2.0.0)."
     IMAGENET1K_V1 = _published_weights("v2.0.0/M2D-S-backbone.ckpt", 50_273_636, 85.3)
     DEFAULT = IMAGENET1K_V1
 
-class Mamba2D_T_V1_Weights(WeightsEnum):
+class Mamba2D_T_V1_Weights(WeightsEnum):  # noqa: N801  named as torchvision names them
     "Weights of version 1 of M2D-T (release 1.0.0)."
     IMAGENET1K_V1 = _published_weights("v1.0.0/M2D-T.ckpt", 26_687_880, 82.4)
     DEFAULT = IMAGENET1K_V1

@@ -8,8 +8,6 @@ __all__ = ['layer_decay_groups']
 # %% ../../nbs/16_models.tuning.ipynb #3b946a0b
 import re
 
-from torch import nn
-
 from .backbone import Mamba2D
 from ..scan.checks import check_fraction
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .build import build_once, KernelError, source_folder
+from .build import KernelError, build_once, source_folder
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #eae43bf8
 def _nvrtc_folders(major):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 from ..scan.checks import check_integer
 from .plots import image_to_rgb

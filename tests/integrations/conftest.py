@@ -1,4 +1,6 @@
-"""Tests with other libraries, which the extra `integrations` installs. Only `pytest -m integrations` collects them.
+"""Tests with other libraries, which the extra `integrations` installs.
+
+Only `pytest -m integrations` collects them.
 
 A library that is missing is an error when a file is collected, never a reason to skip."""
 import os

@@ -26,5 +26,6 @@ def correlation(a, b):
 def close(a, b):
     """Whether two outputs are the same up to rounding.
 
-    Weights that lie in a mapped file are aligned differently in memory, and are then added in another order."""
+    Weights that lie in a mapped file are aligned differently in memory, and are then added in another
+    order."""
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -13,10 +13,14 @@ from mamba2d.models import DeltaProjection
 
 delta_layers = ["delta_proj_t", "delta_proj_l"]
 
+every_kind = pytest.mark.parametrize(
+    "options", ({}, {"use_dora": True}, {"lora_bias": True}), ids=("lora", "dora", "bias"))
+
 
 def adapted(**options):
     "The small network with adapters at the layers of the step sizes, and the same network without."
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=delta_layers, init_lora_weights=False, **options)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=delta_layers, init_lora_weights=False, **options)
     return peft.get_peft_model(small(), config).eval(), small()
 
 
@@ -24,7 +28,7 @@ def scans(model):
     return [module for module in model.modules() if type(module).__name__ == "SelectiveScan"]
 
 
-@pytest.mark.parametrize("options", ({}, {"use_dora": True}, {"lora_bias": True}), ids=("lora", "dora", "bias"))
+@every_kind
 def test_lora_takes_effect_everywhere(options):
     model, plain = adapted(**options)
     model(images()).square().sum().backward()
@@ -35,14 +39,15 @@ def test_lora_takes_effect_everywhere(options):
     assert (model(images()) - plain(images())).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("options", ({}, {"use_dora": True}, {"lora_bias": True}), ids=("lora", "dora", "bias"))
+@every_kind
 def test_merged_adapters_compute_the_same(options):
     model, plain = adapted(**options)
     before = model(images())
     with model.disable_adapter():
         torch.testing.assert_close(model(images()), plain(images()), rtol=1e-4, atol=1e-5)
     merged = model.merge_and_unload()
-    assert all(isinstance(getattr(scan, name), DeltaProjection) for scan in scans(merged) for name in delta_layers)
+    layers = [getattr(scan, name) for scan in scans(merged) for name in delta_layers]
+    assert all(isinstance(layer, DeltaProjection) for layer in layers)
     torch.testing.assert_close(merged(images()), before, rtol=1e-4, atol=1e-5)
 
 
@@ -87,7 +92,7 @@ def test_dynamic_quantisation():
     kinds = {name: type(module) for name, module in quantized.named_modules()}
     scan = "stages.0.blocks.0.mixer.scans.0"
     assert kinds[f"{scan}.x_proj"] is torch.ao.nn.quantized.dynamic.Linear
-    assert kinds[f"{scan}.delta_proj_t"] is DeltaProjection  # of another type than nn.Linear: it stays as it is
+    assert kinds[f"{scan}.delta_proj_t"] is DeltaProjection  # no nn.Linear: it stays as it is
     error = (quantized(images()) - plain(images())).norm() / plain(images()).norm()
     assert 0 < error < 0.1
 

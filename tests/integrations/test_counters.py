@@ -3,9 +3,10 @@ import pytest
 import torch
 import torchinfo
 from fvcore.nn import FlopCountAnalysis
-from mamba2d.scan import count_scans, fvcore_handles, scan_flops
 from networks import images, small
 from torch.utils.flop_counter import FlopCounterMode
+
+from mamba2d.scan import count_scans, fvcore_handles, scan_flops
 
 
 def scans_of(model, batch):

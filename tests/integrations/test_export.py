@@ -1,10 +1,11 @@
 """Programs of torch.export that run in a process without mamba2d."""
 import pytest
 import torch
-from mamba2d.cli import export
-from mamba2d.models import check_file, export_model, Mamba2D, save_package, save_pt2
 from networks import small
 from published import corners, published, unseen
+
+from mamba2d.cli import export
+from mamba2d.models import Mamba2D, check_file, export_model, save_package, save_pt2
 
 
 def written(size, model, folder):

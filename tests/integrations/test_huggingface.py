@@ -12,10 +12,15 @@ from PIL import Image
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from mamba2d.integrations import (
-    config_of, HubMamba2D, image_processor, Mamba2DBackbone, Mamba2DConfig, Mamba2DForImageClassification,
+    HubMamba2D,
+    Mamba2DBackbone,
+    Mamba2DConfig,
+    Mamba2DForImageClassification,
+    config_of,
+    image_processor,
     to_transformers,
 )
-from mamba2d.models import load_published, Mamba2D, Mamba2D_N_Weights
+from mamba2d.models import Mamba2D, Mamba2D_N_Weights, load_published
 
 
 @pytest.fixture
@@ -51,7 +56,8 @@ def test_the_configuration_travels(folder):
 
 def test_a_new_head_is_initialised(folder):
     torch.manual_seed(0)
-    model = AutoModelForImageClassification.from_pretrained(folder, num_labels=9, ignore_mismatched_sizes=True)
+    model = AutoModelForImageClassification.from_pretrained(
+        folder, num_labels=9, ignore_mismatched_sizes=True)
     old, new = small().state_dict(), model.mamba2d.state_dict()
     assert new["head.fc2.weight"].shape == (9, 384) and new["head.fc2.weight"].isfinite().all()
     assert 0 < new["head.fc2.weight"].abs().max() <= 384 ** -0.5
@@ -92,8 +98,10 @@ def test_a_detector_of_transformers_takes_the_backbone(folder):
     config = AutoConfig.from_pretrained(folder, out_indices=(3,))
     sizes = dict(encoder_layers=1, decoder_layers=1, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16,
                  encoder_attention_heads=2, decoder_attention_heads=2, num_queries=4)
-    detr = transformers.DetrForObjectDetection(transformers.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=config, **sizes))
+    detr_config = transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=config,
+        **sizes)
+    detr = transformers.DetrForObjectDetection(detr_config)
     assert any(isinstance(module, Mamba2DBackbone) for module in detr.modules())
     assert detr.eval()(images(1)).pred_boxes.shape == (1, 4, 4)
 
@@ -167,8 +175,8 @@ def test_the_plain_class_and_the_hub(tmp_path, monkeypatch):
 def test_a_classifier_is_pushed_to_the_hub(folder, tmp_path, monkeypatch):
     model, hub = AutoModelForImageClassification.from_pretrained(folder), Uploads(tmp_path / "hub")
     monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: SimpleNamespace(
-        save=lambda path: None))
+    card = SimpleNamespace(save=lambda path: None)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
     model.push_to_hub("owner/mamba2d-small")
     assert hub.calls == [("create_repo", "owner/mamba2d-small"), ("create_commit", "owner/mamba2d-small")]
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "hub")

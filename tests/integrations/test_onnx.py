@@ -7,11 +7,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from mamba2d.models import check_file, save_onnx
-from mamba2d.scan import random_problem, scan_translations, selective_scan_2d
 from networks import small
 from published import corners, published, unseen
 from torch.export import Dim
+
+from mamba2d.models import check_file, save_onnx
+from mamba2d.scan import random_problem, scan_translations, selective_scan_2d
 
 
 @pytest.mark.parametrize("size", ("n", "t", "t_v1"))
@@ -52,7 +53,7 @@ class Scanner(torch.nn.Module):
         self.names, self.options = names, options
 
     def forward(self, *values):
-        return selective_scan_2d(**dict(zip(self.names, values)), **self.options)
+        return selective_scan_2d(**dict(zip(self.names, values, strict=True)), **self.options)
 
 
 def session_of(problem, options):
@@ -60,8 +61,8 @@ def session_of(problem, options):
     axes = [{0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC} if t.dim() == 4 else None
             for t in problem.values()]
     program = torch.onnx.export(
-        Scanner(tuple(problem), options).eval(), tuple(problem.values()), dynamic_shapes=((*axes,),), dynamo=True,
-        opset_version=18, custom_translation_table=scan_translations(), verbose=False)
+        Scanner(tuple(problem), options).eval(), tuple(problem.values()), dynamic_shapes=((*axes,),),
+        dynamo=True, opset_version=18, custom_translation_table=scan_translations(), verbose=False)
     file = io.BytesIO()
     program.save(file)
     return onnxruntime.InferenceSession(file.getvalue())

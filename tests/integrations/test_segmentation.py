@@ -15,7 +15,7 @@ from mamba2d.models import features
 
 def loaders(targets):
     "Eight images in two batches, for training and for validation."
-    data = list(zip(images(8, height=64, width=64), targets))
+    data = list(zip(images(8, height=64, width=64), targets, strict=True))
     dls = DataLoaders.from_dsets(data, data, bs=4, num_workers=0)
     dls.c = 3
     return dls

@@ -8,7 +8,7 @@ from networks import close, images, sizes, small
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import mamba2d.integrations.timm  # noqa: F401
-from mamba2d.models import builders, layer_decay_groups, load_published, Mamba2D, published_state_dict
+from mamba2d.models import Mamba2D, builders, layer_decay_groups, load_published, published_state_dict
 from mamba2d.training.recipe import _decays
 
 names = [f"mamba2d_{size}" for size in builders]
@@ -85,7 +85,8 @@ def test_pretrained_weights_from_a_file(tmp_path, form):
     overlay = dict(file=str(tmp_path / "weights.pth"))
     model = timm.create_model("mamba2d_n", pretrained=True, pretrained_cfg_overlay=overlay, **sizes).eval()
     assert close(model(images()), source(images()))
-    seven = timm.create_model("mamba2d_n", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=7, **sizes)
+    loaded = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    seven = timm.create_model("mamba2d_n", num_classes=7, **loaded, **sizes)
     assert close(seven.eval().forward_features(images()), source.forward_features(images())[-1])
     features = timm.create_model("mamba2d_n", pretrained=True, pretrained_cfg_overlay=overlay,
                                  features_only=True, **sizes).eval()
@@ -97,7 +98,8 @@ def test_other_input_channels_are_converted_as_timm_does(tmp_path, channels):
     source = small(num_classes=1000)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     overlay = dict(file=str(tmp_path / "weights.pth"))
-    theirs = timm.create_model("mamba2d_n", pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, **sizes)
+    loaded = dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    theirs = timm.create_model("mamba2d_n", in_chans=channels, **loaded, **sizes)
     ours = builders["n"](weights=source.state_dict(), in_channels=channels, **sizes)
     name = "stages.0.downsample.conv.weight"
     torch.testing.assert_close(theirs.state_dict()[name], ours.state_dict()[name])
