@@ -90,3 +90,25 @@ def choose_plan(monkeypatch, options):
         monkeypatch.setattr(cuda, "_apart_pixels", 0)
     if "processors" in options:
         monkeypatch.setattr(cuda, "_card", an_h100(options["processors"]))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ to compile the kernels with")
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradients_in_one_tensor_are_the_same(emulated, monkeypatch, reverse, chained):
+    "Inputs that are slices of one tensor, and gradients written into one, give the bits of separate tensors."
+    choose_plan(monkeypatch, {"chained": chained})
+    problem = random_problem((1, 18, 17, 24, 16), dtype=bf16, requires_grad=False)
+    arguments = [problem.get(name) for name in names]
+    images = ("delta_t", "delta_l", "B_t", "B_l", "C")
+    joined = torch.cat([problem[name] for name in images], -1)
+    parts = joined.split([problem[name].shape[-1] for name in images], -1)
+    sliced_problem = problem | dict(zip(images, parts, strict=True))
+    sliced = [sliced_problem.get(name) for name in names]
+    y, _, saved = cuda.cuda_forward(*arguments, True, reverse, False, True)
+    assert torch.equal(cuda.cuda_forward(*sliced, True, reverse, False, True)[0], y)
+    grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(bf16)
+    expected = cuda.cuda_backward(grad_y, *arguments, saved, True, reverse)
+    joint, *others = cuda.cuda_backward_joined(grad_y, *sliced, saved, True, reverse)
+    assert torch.equal(joint, torch.cat([expected[k] for k in (0, 1, 2, 5, 6, 7)], -1))
+    assert all(torch.equal(found, expected[k]) for found, k in zip(others, (3, 4, 8, 9, 10), strict=True))

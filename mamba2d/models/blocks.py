@@ -181,20 +181,6 @@ class SelectiveScan(nn.Module):
         delta_l, bias_l = _raw_delta(self.delta_proj_l, parts[1])
         return (delta_t, delta_l, -self.A_log_t.exp(), -self.A_log_l.exp(), B_t, B_l, C), (bias_t, bias_l)
 
-    def folded_weight(self, dtype):
-        "One matrix (2 E + 3 N, E) that takes x to raw step sizes, B and C, in `dtype`."
-        rank, channels = self.splits[0], self.D.shape[0]
-        narrow = self.x_proj.weight[:2 * rank].view(2, rank, channels)
-        wide = torch.stack([self.delta_proj_t.weight, self.delta_proj_l.weight])
-        with torch.autocast(self.D.device.type, enabled=False):
-            return torch.cat([(wide @ narrow).flatten(0, 1), self.x_proj.weight[2 * rank:]]).to(dtype)
-
-    def can_fold(self, x):
-        "Whether x may be projected by one product: on a GPU, while all layers are plain and E is small."
-        layers = self.x_proj, self.delta_proj_t, self.delta_proj_l
-        return (all(map(_is_plain, layers)) and self.x_proj.bias is None and self.D.shape[0] <= 256
-                and x.is_cuda and _may_fuse())
-
     def inputs(self, x: Tensor) -> ScanInputs:  # x (B, H, W, E)
         "Everything the scan of x depends on."
         (delta_t, delta_l, *matrices), (bias_t, bias_l) = self.project(x)
@@ -203,10 +189,10 @@ class SelectiveScan(nn.Module):
         return ScanInputs(x, delta_t, delta_l, *matrices, self.D)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, E) -> (B, H, W, E)
-        if self.can_fold(x):
+        if _can_fold(self, x):
             A_t, A_l = -torch.stack([self.A_log_t, self.A_log_l]).exp()
             return scan_projected(
-                x, F.linear(x, self.folded_weight(x.dtype)), A_t, A_l, self.D, reverse=self.reverse,
+                x, F.linear(x, _folded_weight(self, x.dtype)), A_t, A_l, self.D, reverse=self.reverse,
                 delta_bias_t=self.delta_proj_t.bias, delta_bias_l=self.delta_proj_l.bias)
         projected, (bias_t, bias_l) = self.project(x)
         return selective_scan_2d(x, *projected, self.D, delta_bias_t=bias_t, delta_bias_l=bias_l,
@@ -214,6 +200,21 @@ class SelectiveScan(nn.Module):
 
     def extra_repr(self):
         return f"from the {'bottom-right' if self.reverse else 'top-left'} corner"
+
+# %% ../../nbs/10_models.blocks.ipynb #d0000006
+def _can_fold(scan, x):
+    "Whether one product may project x: compiled, on a GPU, all layers of the scan plain, E at most 256."
+    layers = scan.x_proj, scan.delta_proj_t, scan.delta_proj_l
+    return (_may_fuse() and all(map(_is_plain, layers)) and scan.x_proj.bias is None
+            and scan.D.shape[0] <= 256 and x.is_cuda)
+
+def _folded_weight(scan, dtype):
+    "One matrix (2 E + 3 N, E) from the input of a `SelectiveScan` to raw step sizes, B and C, in `dtype`."
+    rank, channels = scan.splits[0], scan.D.shape[0]
+    narrow = scan.x_proj.weight[:2 * rank].view(2, rank, channels)
+    wide = torch.stack([scan.delta_proj_t.weight, scan.delta_proj_l.weight])
+    with torch.autocast(scan.D.device.type, enabled=False):
+        return torch.cat([(wide @ narrow).flatten(0, 1), scan.x_proj.weight[2 * rank:]]).to(dtype)
 
 # %% ../../nbs/10_models.blocks.ipynb #4929de88
 class StarReLU(nn.Module):

@@ -266,7 +266,7 @@ _lockstep = os.environ.get("MAMBA2D_LOCKSTEP", "0") not in ("", "0")
 _dtype_macros = ("X_T", "DT_T", "DL_T", "AT_T", "AL_T", "BT_T", "BL_T", "C_T", "D_T", "ZT_T", "ZL_T")
 
 def _alike(inputs, like_x):
-    "Which inputs of E channels have the same strides: 1: all; 2: the step sizes, and x and `like_x`; 0: others."
+    "Strides of the inputs of E channels: 1: all equal; 2: those of the step sizes, and of x and `like_x`."
     x, deltas = [inputs.x, like_x], [inputs.delta_t, inputs.delta_l]
     if _have_same_strides(x + deltas):
         return 1
@@ -643,7 +643,7 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
 def _run_backward(grad_y, inputs, saved, grads, options):
     """Start the kernels of the backward pass, which write into `grads`, those of the eleven inputs.
 
-    The options are delta_softplus, reverse and whether the gradients of the images are slices of one tensor."""
+    The options: delta_softplus, reverse, and whether the gradients of images are slices of one tensor."""
     x = inputs[0]
     device = x.device.index
     if device != torch._C._cuda_getDevice():
@@ -681,8 +681,8 @@ def cuda_backward(grad_y, *arguments):
 
     The arguments are the gradient of y, the eleven tensors, `saved`, delta_softplus and reverse."""
     inputs = arguments[:11]
-    grads = [inputs[0].new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-             for t in inputs]
+    empty, layout = inputs[0].new_empty(0), torch.contiguous_format
+    grads = [empty if t is None else torch.empty_like(t, memory_format=layout) for t in inputs]
     _run_backward(grad_y, inputs, arguments[11], grads, (*arguments[12:], False))
     return tuple(grads)
 
