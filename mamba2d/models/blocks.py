@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn, Tensor
+from torch import Tensor, fx, nn
 from torch._C import _are_functorch_transforms_active
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
@@ -164,9 +164,7 @@ class SelectiveScan(nn.Module):
 
     @torch.no_grad()
     def reset_delta_proj(self):
-        """Weights uniform in ±R^-1/2, biases shared by both directions.
-
-        Of these, softplus(bias) is log-uniform in [1e-3, 1e-1]."""
+        "Draw weights uniform in ±R^-1/2, and shared biases whose softplus is log-uniform in [1e-3, 1e-1]."
         low, high = math.log(self.delta_min), math.log(self.delta_max)
         delta = torch.empty_like(self.D).uniform_(low, high).exp().clamp_min(self.delta_floor)
         for proj in (self.delta_proj_t, self.delta_proj_l):
@@ -190,10 +188,7 @@ class SelectiveScan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, E) -> (B, H, W, E)
         if _can_fold(self, x):
-            A_t, A_l = -torch.stack([self.A_log_t, self.A_log_l]).exp()
-            return scan_projected(
-                x, F.linear(x, _folded_weight(self, x.dtype)), A_t, A_l, self.D, reverse=self.reverse,
-                delta_bias_t=self.delta_proj_t.bias, delta_bias_l=self.delta_proj_l.bias)
+            return _scan_folded(self, x)
         projected, (bias_t, bias_l) = self.project(x)
         return selective_scan_2d(x, *projected, self.D, delta_bias_t=bias_t, delta_bias_l=bias_l,
                                  delta_softplus=True, reverse=self.reverse)
@@ -215,6 +210,13 @@ def _folded_weight(scan, dtype):
     wide = torch.stack([scan.delta_proj_t.weight, scan.delta_proj_l.weight])
     with torch.autocast(scan.D.device.type, enabled=False):
         return torch.cat([(wide @ narrow).flatten(0, 1), scan.x_proj.weight[2 * rank:]]).to(dtype)
+
+def _scan_folded(scan, x):
+    "The output of a `SelectiveScan` by one product with the folded matrix."
+    A_t, A_l = -torch.stack([scan.A_log_t, scan.A_log_l]).exp()
+    return scan_projected(
+        x, F.linear(x, _folded_weight(scan, x.dtype)), A_t, A_l, scan.D, reverse=scan.reverse,
+        delta_bias_t=scan.delta_proj_t.bias, delta_bias_l=scan.delta_proj_l.bias)
 
 # %% ../../nbs/10_models.blocks.ipynb #4929de88
 class StarReLU(nn.Module):
@@ -338,9 +340,9 @@ def _channel_tables(cosine, sine):
     return cosine.repeat_interleave(2, -1)[:, None], signed[:, None]
 
 # %% ../../nbs/10_models.blocks.ipynb #c0000004
-def _rotate_normalise(x, weight, bias, cosine, sine, eps):
+def _rotate_normalise(x, weight, bias, angles, eps):
     "The output of `_RotateNormalise`, the mean of each head's rotated channels, and 1 over their deviation."
-    turned = _turn(x.float(), cosine, sine)
+    turned = _turn(x.float(), *angles)
     variance, mean = torch.var_mean(turned, -1, correction=0, keepdim=True)
     scale = (variance + eps).rsqrt()
     return ((turned - mean) * scale * weight + bias).to(x.dtype), mean, scale
@@ -351,7 +353,7 @@ class _RotateNormalise(torch.autograd.Function):
     Arithmetic is float32, the output has the dtype of x."""
     @staticmethod
     def forward(ctx, x, weight, bias, cosine, sine, eps):
-        placed, mean, scale = _rotate_normalise(x, weight, bias, cosine, sine, eps)
+        placed, mean, scale = _rotate_normalise(x, weight, bias, (cosine, sine), eps)
         ctx.save_for_backward(x, weight, cosine, sine, mean, scale)
         return placed
 
@@ -393,10 +395,10 @@ class Attention(nn.Module):
 
     def place_compiled(self, t, norm, angles):
         "The same by `_RotateNormalise`."
-        arguments = t.transpose(1, 2), norm.weight, norm.bias, *_channel_tables(*angles), norm.eps
+        t, tables = t.transpose(1, 2), _channel_tables(*angles)
         if torch.is_grad_enabled():
-            return _RotateNormalise.apply(*arguments).transpose(1, 2)
-        return _rotate_normalise(*arguments)[0].transpose(1, 2)
+            return _RotateNormalise.apply(t, norm.weight, norm.bias, *tables, norm.eps).transpose(1, 2)
+        return _rotate_normalise(t, norm.weight, norm.bias, tables, norm.eps)[0].transpose(1, 2)
 
     def can_place_compiled(self):
         "Whether a graph is compiled in which both norms are plain LayerNorms in float32."

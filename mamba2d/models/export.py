@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn, Tensor
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from ..scan.decomposition import scan_decompositions
@@ -198,7 +198,7 @@ def check_file(
                for b, h, w in shapes]
     found, seconds = _run_elsewhere(path, batches)
     checks = []
-    for images, values, there in zip(batches, found, seconds):
+    for images, values, there in zip(batches, found, seconds, strict=True):
         expected, here = _timed(model, images)
         pairs = [(a.float(), b.float()) for a, b in zip(values, expected, strict=True)]
         largest = max((a - b).abs().max().item() for a, b in pairs)

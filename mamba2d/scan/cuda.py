@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .build import cache_folder, KernelError
+from .build import KernelError, cache_folder
 from .cpu import largest_n
 from .nvrtc import check_driver, compile_cuda, cuda_driver, make_context_current, nvrtc_version
-from .reference import compute_dtype, ScanTensors
+from .reference import ScanTensors, compute_dtype
 
 # %% ../../nbs/04_scan.cuda.ipynb #dc83cc6a
 class _Lanes(NamedTuple):
@@ -198,7 +198,8 @@ def _strides_of(tensor):
 # %% ../../nbs/04_scan.cuda.ipynb #690e50dc
 def _largest_offset(tensor):
     "The offset in elements of the last element of an image."
-    return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape[1:], _strides_of(tensor)[1:]))
+    axes = zip(tensor.shape[1:], _strides_of(tensor)[1:], strict=True)
+    return sum((size - 1) * abs(stride) for size, stride in axes)
 
 def _have_same_strides(tensors):
     return len({_strides_of(t) for t in tensors}) == 1
@@ -274,8 +275,8 @@ def _alike(inputs, like_x):
 
 def _tensor_macros(inputs, like_x):
     "Macros that say which of the inputs there are, their dtypes, and whether they lie in memory alike."
-    dtypes = {name: "f32" if t is None else _type_names[t.dtype] for name, t in zip(_dtype_macros, inputs)}
-    return dtypes | dict(
+    dtypes = ["f32" if t is None else _type_names[t.dtype] for t in inputs]
+    return dict(zip(_dtype_macros, dtypes, strict=True)) | dict(
         SKIP=int(inputs.D is not None),
         BIAS_T=int(inputs.delta_bias_t is not None),
         BIAS_L=int(inputs.delta_bias_l is not None),
@@ -339,8 +340,8 @@ class ForwardPlan(CudaPlan):
 class BackwardPlan(CudaPlan):
     """The plan of a backward pass.
 
-    A second kernel adds the gradients of A, D and the biases over all blocks. For small images it also adds those of
-    B and C over the channel groups."""
+    A second kernel adds the gradients of A, D and the biases over all blocks. For small images it also adds
+    those of B and C over the channel groups."""
     saved_shape: tuple  # of what the forward pass keeps
     carry: int  # bytes for the states that one strip hands to the next
     partial: int  # bytes for the sums of each block
@@ -483,7 +484,7 @@ def _plan_forward(inputs, y, options, *, is_aligned, device):
 def _is_aligned(pointers, tensors):
     "Whether all addresses are multiples of four elements."
     return all(t is None or t.element_size() == 8 or pointer % (4 * t.element_size()) == 0
-               for pointer, t in zip(pointers, tensors))
+               for pointer, t in zip(pointers, tensors, strict=True))
 
 # %% ../../nbs/04_scan.cuda.ipynb #a425d399
 def _plan_key(inputs, like_x):
@@ -523,7 +524,7 @@ def _dense_copy(tensor):
 def _dense_copies(tensors):
     "The tensors with copies where they are needed; None if nothing has to be copied."
     dense = [_dense_copy(t) for t in tensors]
-    return dense if any(a is not b for a, b in zip(dense, tensors)) else None
+    return dense if any(a is not b for a, b in zip(dense, tensors, strict=True)) else None
 
 # %% ../../nbs/04_scan.cuda.ipynb #616fef24
 try:
@@ -545,13 +546,13 @@ def _allocate_room(plan, x, stream):
     return room, flags, flags + plan.counters
 
 # %% ../../nbs/04_scan.cuda.ipynb #e302d39b
-def cuda_forward(
-    x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l,  # the eleven tensors
-    delta_softplus, reverse, return_states, for_backward,
-):
-    "The operator `mamba2d::scan_forward` on CUDA: y, h and saved, the latter two empty unless asked for."
-    inputs = x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l
-    options = delta_softplus, reverse, return_states, for_backward
+def cuda_forward(*arguments):
+    """The operator `mamba2d::scan_forward` on CUDA: y, h and saved, the latter two empty unless asked for.
+
+    The arguments are those of the operator without the last: the eleven tensors, then `delta_softplus`,
+    `reverse`, `return_states` and `for_backward`."""
+    inputs, options = arguments[:11], arguments[11:]
+    x = inputs[0]
     device = x.device.index
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
@@ -617,7 +618,7 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
     grid = b * groups * strips
     carry = b * w * saved.channels * padded_n * size if strips > 1 else 0
     partial = b * strips * (2 * padded_n + 3) * saved.channels * size
-    # small images: the channel groups do not wait for each other's sums of B and C; the second kernel adds them
+    # in small images the channel groups do not wait for each other's sums: the second kernel adds them
     apart = groups > 1 and grid <= 2 * problem.processors and b * h * w * groups <= _apart_pixels
     shared_sums = b * h * w * 3 * n * size * (groups if apart else 1) if groups > 1 else 0
     sum_blocks = -(-(2 * e * n + 3 * e) // 32)
@@ -695,11 +696,11 @@ def cuda_backward_joined(grad_y, *arguments):
     inputs = x, *_, A_t, A_l, _, _, _, D, bias_t, bias_l = arguments[:11]
     e, n = A_t.shape
     joint = x.new_empty((*x.shape[:3], 3 * (e + n)))
-    of_x, of_t, of_l, of_B_t, of_B_l, of_C = joint.split((e, e, e, n, n, n), -1)
-    of_A_t, of_A_l, of_D, of_bias_t, of_bias_l = others = [
+    images = joint.split((e, e, e, n, n, n), -1)
+    others = [
         x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t in (A_t, A_l, D, bias_t, bias_l)]
-    grads = of_x, of_t, of_l, of_A_t, of_A_l, of_B_t, of_B_l, of_C, of_D, of_bias_t, of_bias_l
+    grads = *images[:3], *others[:2], *images[3:], *others[2:]  # in the order of the inputs
     _run_backward(grad_y, inputs, arguments[11], grads, (*arguments[12:], True))
     return joint, *others
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import scan_operators
-from .reference import compute_dtype, ScanTensors
+from .reference import ScanTensors, compute_dtype
 
 # %% ../../nbs/07_scan.decomposition.ipynb #b98ea752
 def _places(

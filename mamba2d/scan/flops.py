@@ -24,7 +24,7 @@ def scan_flops(
     return batch * height * width * channels * (per_state * states + per_channel + per_skip * skip)
 
 # %% ../../nbs/08_scan.flops.ipynb #0e9b356a
-for _name in ("scan_forward", "scan_backward"):
+for _name in ("scan_forward", "scan_backward", "scan_projected_forward", "scan_projected_backward"):
     flop_registry.pop(getattr(scan_operators, _name), None)
 
 @register_flop_formula(scan_operators.scan_forward)
@@ -36,6 +36,16 @@ def _forward_formula(*shapes, out_shape=None, **kwargs):
 def _backward_formula(*shapes, out_shape=None, **kwargs):
     "The formula of `scan_backward`, whose first argument is the gradient of y."
     return scan_flops(shapes[1], shapes[4][1], skip=shapes[9] is not None, backward=True)
+
+@register_flop_formula(scan_operators.scan_projected_forward)
+def _projected_forward_formula(*shapes, out_shape=None, **kwargs):
+    "The formula of `scan_projected_forward`: x is its first argument, A_t the third, D the fifth."
+    return scan_flops(shapes[0], shapes[2][1], skip=shapes[4] is not None)
+
+@register_flop_formula(scan_operators.scan_projected_backward)
+def _projected_backward_formula(*shapes, out_shape=None, **kwargs):
+    "The formula of `scan_projected_backward`, whose first argument is the gradient of y."
+    return scan_flops(shapes[1], shapes[3][1], skip=shapes[5] is not None, backward=True)
 
 # %% ../../nbs/08_scan.flops.ipynb #9133a7b8
 def _traced_scan(inputs, outputs):

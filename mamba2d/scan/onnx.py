@@ -16,7 +16,8 @@ onnx_opset = 18
 def require_onnx():
     "Raise an `ImportError` that says what to install, if a package for ONNX is missing."
     try:
-        import onnx, onnxscript  # noqa: E401, F401
+        import onnx  # noqa: F401  whether it is there
+        import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(f"ONNX needs the packages onnx, onnxscript and onnxruntime ({error}): "
                           "pip install mamba2d[integrations]") from error

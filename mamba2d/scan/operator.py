@@ -20,14 +20,26 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
 from mamba2d.scan.cpu import (
-    cpu_backward, cpu_forward, cpu_kernel_status, cpu_saved_shape, cpu_unsupported_reason,
+    cpu_backward,
+    cpu_forward,
+    cpu_kernel_status,
+    cpu_saved_shape,
+    cpu_unsupported_reason,
 )
 from mamba2d.scan.cuda import (
-    cuda_backward, cuda_backward_joined, cuda_forward, cuda_kernel_status, cuda_saved_shape,
+    cuda_backward,
+    cuda_backward_joined,
+    cuda_forward,
+    cuda_kernel_status,
+    cuda_saved_shape,
     cuda_unsupported_reason,
 )
 from mamba2d.scan.reference import (
-    backward_by_diagonals, check_arguments, compute_dtype, forward_by_diagonals, ScanTensors,
+    ScanTensors,
+    backward_by_diagonals,
+    check_arguments,
+    compute_dtype,
+    forward_by_diagonals,
     selective_scan_2d_ref,
 )
 
@@ -103,7 +115,7 @@ _forced_backend = _default_backend
 _forcing = ()  # the `scan_backend`s that are entered
 
 # %% ../../nbs/05_scan.operator.ipynb #087bc59c
-class scan_backend:
+class scan_backend:  # noqa: N801  used like a function, as torch.no_grad
     """Context manager: every scan inside runs on the named backend, or on the best there is.
 
     The names are "cpu", "cuda", "reference" and "auto". It holds for the whole process, other threads
@@ -222,7 +234,7 @@ def _autograd_backward(ctx, grad_y, grad_h, grad_saved):
     inputs = ctx.saved_tensors
     grads = scan_operators.scan_backward(grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
     wanted = [g if needed and t is not None else None for g, t,
-              needed in zip(grads, inputs, ctx.needs_input_grad)]
+              needed in zip(grads, inputs, ctx.needs_input_grad, strict=True)]
     return (*wanted, None, None, None, None, None)
 
 def _no_second_derivative(ctx, *grads):
@@ -302,7 +314,7 @@ def _projected_autograd(ctx, grad_y, grad_saved):
         grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
     grads = joint[..., :channels], joint[..., channels:], *grads
     wanted = [g if needed and t is not None else None
-              for g, t, needed in zip(grads, inputs, ctx.needs_input_grad)]
+              for g, t, needed in zip(grads, inputs, ctx.needs_input_grad, strict=True)]
     return (*wanted, None, None, None, None)
 
 # %% ../../nbs/05_scan.operator.ipynb #a1b2c307
