@@ -11,8 +11,15 @@ import importlib.util
 from pathlib import Path
 
 from .arguments import make_parser
-from .common import (
-    build_model, check_forced_backend, print_table, quiet_imports, resolve_weights, run_command, UsageError)
+from mamba2d.cli.common import (
+    UsageError,
+    build_model,
+    check_forced_backend,
+    print_table,
+    quiet_imports,
+    resolve_weights,
+    run_command,
+)
 
 # %% ../../nbs/57_cli.exporting.ipynb #68b30e92
 _examples = """\

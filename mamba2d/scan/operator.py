@@ -227,15 +227,20 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
+def _wanted(grads, inputs, needed):
+    "The gradients of those inputs that are there and need one, None for the others."
+    needed = needed[:len(inputs)]  # options follow the tensors
+    return [grad if need and value is not None else None
+            for grad, value, need in zip(grads, inputs, needed, strict=True)]
+
 def _autograd_backward(ctx, grad_y, grad_h, grad_saved):
     "The gradient of each argument of `scan_forward`, None where none is wanted."
     if grad_y is None:
         return (None,) * 16
-    inputs = ctx.saved_tensors
-    grads = scan_operators.scan_backward(grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
-    wanted = [g if needed and t is not None else None for g, t,
-              needed in zip(grads, inputs, ctx.needs_input_grad, strict=True)]
-    return (*wanted, None, None, None, None, None)
+    *inputs, saved = ctx.saved_tensors
+    grads = scan_operators.scan_backward(
+        grad_y, *inputs, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
+    return (*_wanted(grads, inputs, ctx.needs_input_grad), None, None, None, None, None)
 
 def _no_second_derivative(ctx, *grads):
     raise NotImplementedError("selective_scan_2d has no second derivative; "
@@ -309,13 +314,12 @@ def _projected_autograd(ctx, grad_y, grad_saved):
     "The gradient of each argument of `scan_projected_forward`, None where none is wanted."
     if grad_y is None:
         return (None,) * 11
-    inputs, channels = ctx.saved_tensors, ctx.saved_tensors[0].shape[3]
+    *inputs, saved = ctx.saved_tensors
     joint, *grads = scan_operators.scan_projected_backward(
-        grad_y, *inputs, ctx.delta_softplus, ctx.reverse, ctx.backend)
+        grad_y, *inputs, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
+    channels = inputs[0].shape[3]
     grads = joint[..., :channels], joint[..., channels:], *grads
-    wanted = [g if needed and t is not None else None
-              for g, t, needed in zip(grads, inputs, ctx.needs_input_grad, strict=True)]
-    return (*wanted, None, None, None, None)
+    return (*_wanted(grads, inputs, ctx.needs_input_grad), None, None, None, None)
 
 # %% ../../nbs/05_scan.operator.ipynb #a1b2c307
 for _name, _real, _fake in (
