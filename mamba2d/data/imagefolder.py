@@ -278,7 +278,7 @@ def _find_parts(path, root, evaluate):
     valid = next((names[name] for name in _valid_names if name in names), None)
     part = train or evaluate and valid
     if part and _is_class(part, root):
-        return _Tree(path, root)  # so is the other one: it is a part only beside a training part
+        return _Tree(path, root)  # without a training part, `val` is a class like any other
     return _Tree(path, root, train, valid)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #a0874a52

@@ -1,9 +1,10 @@
-"""The published networks with seeded weights, for the tests of exported files."""
+"""Networks for the tests of exported files: the published ones with seeded weights, and a tiny one."""
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 from mamba2d.models import builders
+from networks import small
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 from seeded import seeded_state_dict  # noqa: E402
@@ -16,6 +17,11 @@ unseen = ((1, 96, 64), (3, 64, 70), (1, 77, 97))
 def published(size):
     "A published network with seeded weights, in evaluation mode."
     return builders[size](weights=seeded_state_dict(size)).eval()
+
+
+def tiny(**options):
+    "One scan and one attention, always with the same values: quick to export."
+    return small(depths=(1, 1), dims=(16, 32), mixers=("m2d", "attention"), **options)
 
 
 def corners(model):

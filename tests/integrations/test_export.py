@@ -1,8 +1,14 @@
 """Programs of torch.export that run in a process without mamba2d."""
 import pytest
 import torch
+<<<<<<< HEAD
 from networks import small
 from published import corners, published, unseen
+=======
+from mamba2d.cli import export
+from mamba2d.models import check_file, export_model, Mamba2D, save_package, save_pt2
+from published import corners, published, tiny, unseen
+>>>>>>> features
 
 from mamba2d.cli import export
 from mamba2d.models import Mamba2D, check_file, export_model, save_package, save_pt2
@@ -29,33 +35,32 @@ def test_published_networks_run_without_mamba2d(size, tmp_path):
 
 
 def test_the_check_sees_other_weights(tmp_path):
-    path = save_pt2(small(), tmp_path / "program.pt2")
-    other = small()
+    path = save_pt2(tiny(), tmp_path / "program.pt2")
+    other = tiny()
     torch.nn.init.normal_(other.stages[0].blocks[0].mixer.scans[0].x_proj.weight)
-    assert check_file(path, small(), shapes=unseen[:1])[0].difference < 1e-5
     assert check_file(path, other, shapes=unseen[:1])[0].difference > 1e-3
 
 
 def test_a_program_with_the_operator_does_not_run_without_mamba2d(tmp_path):
-    torch.export.save(export_model(small(), decompose=False), tmp_path / "program.pt2")
+    torch.export.save(export_model(tiny(), decompose=False), tmp_path / "program.pt2")
     with pytest.raises(RuntimeError, match="cannot run in a process without mamba2d"):
-        check_file(tmp_path / "program.pt2", small(), shapes=unseen[:1])
+        check_file(tmp_path / "program.pt2", tiny(), shapes=unseen[:1])
 
 
 def test_half(tmp_path):
-    path = save_pt2(small(), tmp_path / "program.pt2", half=True)
-    for check in check_file(path, small(), half=True, shapes=unseen):
+    path = save_pt2(tiny(), tmp_path / "program.pt2", half=True)
+    for check in check_file(path, tiny(), half=True, shapes=unseen):
         assert check.difference < 1e-2 * max(1, check.scale)
 
 
 def test_the_pyramid(tmp_path):
-    features = small().features(out_indices=(0, 2))
+    features = tiny().features(out_indices=(0, 1))
     path = save_pt2(features.eval(), tmp_path / "program.pt2")
     assert max(check.difference for check in check_file(path, features, shapes=unseen)) < 1e-4
 
 
 def test_averaged_scans_without_a_local_path(tmp_path):
-    model = small(scans=2, local_path=False)
+    model = tiny(scans=2, local_path=False)
     assert corners(model) == {False, True}
     path = save_pt2(model, tmp_path / "program.pt2")
     assert max(check.difference for check in check_file(path, model, shapes=unseen)) < 1e-4
