@@ -3,8 +3,9 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from mamba2d.models import builders
 from networks import small
+
+from mamba2d.models import builders
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 from seeded import seeded_state_dict  # noqa: E402

@@ -1,14 +1,7 @@
 """Programs of torch.export that run in a process without mamba2d."""
 import pytest
 import torch
-<<<<<<< HEAD
-from networks import small
-from published import corners, published, unseen
-=======
-from mamba2d.cli import export
-from mamba2d.models import check_file, export_model, Mamba2D, save_package, save_pt2
 from published import corners, published, tiny, unseen
->>>>>>> features
 
 from mamba2d.cli import export
 from mamba2d.models import Mamba2D, check_file, export_model, save_package, save_pt2

@@ -7,7 +7,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import small
 from published import corners, published, tiny, unseen
 from torch.export import Dim
 
