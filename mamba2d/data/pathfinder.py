@@ -302,10 +302,10 @@ def _make_chunk(seed, number, size, length, contours):
         made += len(kept)
     return [np.concatenate(arrays) for arrays in zip(*parts)]
 
-# %% ../../nbs/28_data.pathfinder.ipynb #d8d451ef
+# %% ../../nbs/28_data.pathfinder.ipynb #175a3c30
 def _check_pathfinder(count, size, length):
     check_integer("count", count, 1)
-    check_integer("length", length, 3, 18)
+    check_integer("length", length, 2, 18)
     if size not in pathfinder_styles:
         raise ValueError(f"size must be one of {', '.join(map(str, pathfinder_styles))}, got {size!r}")
 

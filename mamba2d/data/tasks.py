@@ -169,13 +169,24 @@ def _canvases(count, seed, size, held_out=False, **options):
     options = dict(digits=4, gap=28) if size >= 128 else dict(digits=2, gap=16) | options
     return digit_canvases(count, seed, held_out, size, **options)
 
-# %% ../../nbs/29_data.tasks.ipynb #5428cf9e
+# %% ../../nbs/29_data.tasks.ipynb #3336756b
+def _mixture(count, options):
+    "(count, options) of each part of a set: an option that is a tuple has one value in each part."
+    several = {name: values for name, values in options.items() if isinstance(values, tuple)}
+    if len(several) > 1:
+        raise ValueError(f"only one option may be a tuple, got {', '.join(several)}")
+    for name, values in several.items():
+        sizes = [count // len(values) + (k < count % len(values)) for k in range(len(values))]
+        return [(number, options | {name: value}) for number, value in zip(sizes, values) if number]
+    return [(count, options)]
+
+# %% ../../nbs/29_data.tasks.ipynb #9808c1c6
 def task_set(
     name: str,  # "pathfinder", "signs", "textures" or "canvases"
     part: str,  # "train", "valid" or "test"
     count: int,  # images
     size: int = 64,  # pixels of a side
-    **options,  # of the task's generator: `length` of a Pathfinder contour, for example
+    **options,  # of the task's generator; a tuple makes a mixture of equal parts, one after the other
 ) -> TaskSet:
     """Generate one part of a task; the three parts have no random numbers in common.
 
@@ -191,8 +202,9 @@ def task_set(
              "canvases": (0.054, 0.2)}
     if name == "canvases":
         options["held_out"] = part != "train"
-    task = make[name](count, _parts[part], size, **options)
-    return TaskSet(task.images, task.labels, classes.get(name, 2), *scale[name])
+    tasks = [make[name](number, _parts[part], size, **one) for number, one in _mixture(count, options)]
+    images, labels = (torch.cat([getattr(task, field) for task in tasks]) for field in ("images", "labels"))
+    return TaskSet(images, labels, classes.get(name, 2), *scale[name])
 
 # %% ../../nbs/29_data.tasks.ipynb #c966c401
 def digest(task) -> str:
