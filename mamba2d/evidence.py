@@ -138,13 +138,14 @@ def normalise(images: Tensor, data: TaskSet) -> Tensor:
     "Images of uint8 as float32 with the mean and standard deviation of the task."
     return (images.float() / 255 - data.mean) / data.std
 
-# %% ../nbs/61_evidence.ipynb #9000d20d
+# %% ../nbs/61_evidence.ipynb #da798a59
 def _capture(training, stream):
     "Capture a step as a CUDA graph and take back the steps that warmed up."
     weights = [p.detach().clone() for p in training.model.parameters()]
     with torch.cuda.stream(stream):
         for _ in range(2):
             training.step()
+            training.counter.zero_()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         training.optimizer.zero_grad(set_to_none=True)

@@ -47,9 +47,15 @@ def _spread(rng, n, marks, size):
     distinct = free + np.arange(marks) * _least_gap
     return np.minimum(distinct, size - _side) + _side // 2
 
-# %% ../../nbs/29_data.tasks.ipynb #13f5f72c
-def _permutations(rng, n, marks):
-    "Random permutations (n, marks), all equally likely, and their signs: 1 where the inversions are odd."
+# %% ../../nbs/29_data.tasks.ipynb #324bb9df
+def _permutations(rng, n, marks, chain=False):
+    """Random permutations (n, marks), all equally likely, and their signs: 1 where the inversions are odd.
+
+    With `chain` there are two permutations only, the identity and its reversal, labelled 0 and 1."""
+    if chain:
+        labels = (rng.random(n) < 0.5).astype(np.int64)
+        order = np.arange(marks) + labels[:, None] * (marks - 1 - 2 * np.arange(marks))
+        return order, labels
     order = np.argsort(rng.random((n, marks)), 1, kind="stable")
     inversions = np.zeros(n, dtype=np.int64)
     for later in range(1, marks):
@@ -75,13 +81,15 @@ class Signs(NamedTuple):
     rows: np.ndarray  # (count, marks), sorted: rows of the crosses
     columns: np.ndarray  # (count, marks), in the order of the rows
 
-# %% ../../nbs/29_data.tasks.ipynb #c4d70d71
+# %% ../../nbs/29_data.tasks.ipynb #c2dc57a7
 def permutation_signs(
     count: int,
     seed: int = 0,  # the same seed gives the same images
     size: int = 64,  # pixels of a side
     marks: int = 3,  # crosses
     rings: int = 6,  # clutter
+    *,
+    chain: bool = False,  # easier: the crosses fall (label 0) or rise (label 1) from the left to the right
 ) -> Signs:
     """Generate images of crosses whose label is the sign of the permutation that they form.
 
@@ -96,7 +104,7 @@ def permutation_signs(
     images = np.zeros((count, size, size))
     for center in _clutter(rng, grid, rings, size).transpose(1, 0, 2):
         _stamp(images, center, glyphs["ring"])
-    order, labels = _permutations(rng, count, marks)
+    order, labels = _permutations(rng, count, marks, chain)
     columns = np.take_along_axis(columns, order, 1)
     for k in range(marks):
         _stamp(images, np.stack([rows[:, k], columns[:, k]], 1), glyphs["cross"])
