@@ -138,13 +138,14 @@ def normalise(images: Tensor, data: TaskSet) -> Tensor:
     "Images of uint8 as float32 with the mean and standard deviation of the task."
     return (images.float() / 255 - data.mean) / data.std
 
-# %% ../nbs/61_evidence.ipynb #9000d20d
+# %% ../nbs/61_evidence.ipynb #da798a59
 def _capture(training, stream):
     "Capture a step as a CUDA graph and take back the steps that warmed up."
     weights = [p.detach().clone() for p in training.model.parameters()]
     with torch.cuda.stream(stream):
         for _ in range(2):
             training.step()
+            training.counter.zero_()
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         training.optimizer.zero_grad(set_to_none=True)
@@ -278,7 +279,7 @@ def first_phase(
     return [Trial(task, mixer, dim, lr, local_path=local, **settings)
             for task, settings in tasks.items() for (mixer, local), lr in product(mixers, rates)]
 
-# %% ../nbs/61_evidence.ipynb #67201bc3
+# %% ../nbs/61_evidence.ipynb #5209444a
 def best_rates(
     results: list[dict],  # as `read_results` returns
 ) -> dict[Trial, float]:  # cell -> learning rate
@@ -293,7 +294,11 @@ def best_rates(
 def trial_of(result: dict) -> Trial:
     "The trial of a line of JSON."
     settings = dict(result["trial"])
-    return Trial(**settings | dict(options=tuple(map(tuple, settings["options"]))))
+    return Trial(**settings | dict(options=_as_tuples(settings["options"])))
+
+def _as_tuples(value):
+    "Lists within lists, as JSON has them, as tuples within tuples."
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 # %% ../nbs/61_evidence.ipynb #86d18aeb
 def next_seed(
@@ -399,11 +404,10 @@ def paired_difference(
         raise ValueError("one and other must have at least one seed in common")
     return bootstrap_interval(np.stack([one[s].astype(float) - other[s] for s in seeds]))
 
-# %% ../nbs/61_evidence.ipynb #88de1913
+# %% ../nbs/61_evidence.ipynb #31de46c9
 grid_tasks = {
-    "pathfinder": dict(options=(("length", 6),), steps=3000),
-    "signs": dict(options=(("marks", 3),), steps=2000),
-    "textures": dict(steps=1000),
+    "signs": dict(options=(("marks", (2, 3, 4)), ("chain", True)), images=20000, steps=2000, batch_size=32),
+    "textures": dict(images=20000, steps=1000, batch_size=32),
 }
 
 def make_sets(

@@ -286,10 +286,14 @@ def _many_targets(rng, size, length, table):
         setattr(canvas, name, np.concatenate([getattr(part, name) for part in parts]))
     return canvas
 
-# %% ../../nbs/28_data.pathfinder.ipynb #237aaedd
-def _make_chunk(seed, number, size, length, contours):
-    "A chunk of images with both labels equally often: (images, labels, dots) of NumPy."
+# %% ../../nbs/28_data.pathfinder.ipynb #3b762a02
+def _make_chunk(seed, number, size, length, draw):
+    """A chunk of images with both labels equally often: (images, labels, dots) of NumPy.
+
+    `draw` says whether to draw the contours and the distractors."""
+    contours, distractors = draw
     style, parts, made = pathfinder_styles[size], [], 0
+    plan = distractor_plan(style, length) if distractors else (0, 1)
     rng = np.random.default_rng([seed, number, size, length])
     table = _turn_table(style.continuity)
     while made < _chunk:
@@ -297,19 +301,19 @@ def _make_chunk(seed, number, size, length, contours):
         labels, dots = _mark(canvas, rng, length)
         kept = _even_out(labels, dots, size).flatten()[:_chunk - made]
         canvas.keep(kept)
-        _add_distractors(canvas, rng, distractor_plan(style, length), table)
+        _add_distractors(canvas, rng, plan, table)
         parts.append((_render(canvas, dots[kept], contours), labels[kept], dots[kept]))
         made += len(kept)
     return [np.concatenate(arrays) for arrays in zip(*parts)]
 
-# %% ../../nbs/28_data.pathfinder.ipynb #d8d451ef
+# %% ../../nbs/28_data.pathfinder.ipynb #175a3c30
 def _check_pathfinder(count, size, length):
     check_integer("count", count, 1)
-    check_integer("length", length, 3, 18)
+    check_integer("length", length, 2, 18)
     if size not in pathfinder_styles:
         raise ValueError(f"size must be one of {', '.join(map(str, pathfinder_styles))}, got {size!r}")
 
-# %% ../../nbs/28_data.pathfinder.ipynb #32be6100
+# %% ../../nbs/28_data.pathfinder.ipynb #756c14db
 def pathfinder_images(
     count: int,
     seed: int = 0,  # the same seed gives the same images
@@ -317,6 +321,7 @@ def pathfinder_images(
     length: int = 14,  # dashes of a long contour; published: 6 (easy), 9 and 14 (hard)
     *,
     contours: bool = True,  # False: the dots alone, to look for shortcuts
+    distractors: bool = True,  # False, easier: no short contours
     workers: int = 1,  # processes
 ) -> Pathfinder:
     """Generate Pathfinder images (Linsley et al. 2018, arXiv 1805.08315), half of them with joined dots.
@@ -324,7 +329,7 @@ def pathfinder_images(
     Raises `ValueError` naming a bad argument."""
     _check_pathfinder(count, size, length)
     numbers = range(-(-count // _chunk))
-    jobs = [(seed, number, size, length, contours) for number in numbers]
+    jobs = [(seed, number, size, length, (contours, distractors)) for number in numbers]
     if workers > 1:
         import multiprocessing
         with multiprocessing.get_context("fork").Pool(workers) as pool:

@@ -47,9 +47,15 @@ def _spread(rng, n, marks, size):
     distinct = free + np.arange(marks) * _least_gap
     return np.minimum(distinct, size - _side) + _side // 2
 
-# %% ../../nbs/29_data.tasks.ipynb #13f5f72c
-def _permutations(rng, n, marks):
-    "Random permutations (n, marks), all equally likely, and their signs: 1 where the inversions are odd."
+# %% ../../nbs/29_data.tasks.ipynb #324bb9df
+def _permutations(rng, n, marks, chain=False):
+    """Random permutations (n, marks), all equally likely, and their signs: 1 where the inversions are odd.
+
+    With `chain` there are two permutations only, the identity and its reversal, labelled 0 and 1."""
+    if chain:
+        labels = (rng.random(n) < 0.5).astype(np.int64)
+        order = np.arange(marks) + labels[:, None] * (marks - 1 - 2 * np.arange(marks))
+        return order, labels
     order = np.argsort(rng.random((n, marks)), 1, kind="stable")
     inversions = np.zeros(n, dtype=np.int64)
     for later in range(1, marks):
@@ -75,13 +81,15 @@ class Signs(NamedTuple):
     rows: np.ndarray  # (count, marks), sorted: rows of the crosses
     columns: np.ndarray  # (count, marks), in the order of the rows
 
-# %% ../../nbs/29_data.tasks.ipynb #c4d70d71
+# %% ../../nbs/29_data.tasks.ipynb #c2dc57a7
 def permutation_signs(
     count: int,
     seed: int = 0,  # the same seed gives the same images
     size: int = 64,  # pixels of a side
     marks: int = 3,  # crosses
     rings: int = 6,  # clutter
+    *,
+    chain: bool = False,  # easier: the crosses fall (label 0) or rise (label 1) from the left to the right
 ) -> Signs:
     """Generate images of crosses whose label is the sign of the permutation that they form.
 
@@ -96,7 +104,7 @@ def permutation_signs(
     images = np.zeros((count, size, size))
     for center in _clutter(rng, grid, rings, size).transpose(1, 0, 2):
         _stamp(images, center, glyphs["ring"])
-    order, labels = _permutations(rng, count, marks)
+    order, labels = _permutations(rng, count, marks, chain)
     columns = np.take_along_axis(columns, order, 1)
     for k in range(marks):
         _stamp(images, np.stack([rows[:, k], columns[:, k]], 1), glyphs["cross"])
@@ -169,13 +177,24 @@ def _canvases(count, seed, size, held_out=False, **options):
     options = dict(digits=4, gap=28) if size >= 128 else dict(digits=2, gap=16) | options
     return digit_canvases(count, seed, held_out, size, **options)
 
-# %% ../../nbs/29_data.tasks.ipynb #5428cf9e
+# %% ../../nbs/29_data.tasks.ipynb #3336756b
+def _mixture(count, options):
+    "(count, options) of each part of a set: an option that is a tuple has one value in each part."
+    several = {name: values for name, values in options.items() if isinstance(values, tuple)}
+    if len(several) > 1:
+        raise ValueError(f"only one option may be a tuple, got {', '.join(several)}")
+    for name, values in several.items():
+        sizes = [count // len(values) + (k < count % len(values)) for k in range(len(values))]
+        return [(number, options | {name: value}) for number, value in zip(sizes, values) if number]
+    return [(count, options)]
+
+# %% ../../nbs/29_data.tasks.ipynb #9808c1c6
 def task_set(
     name: str,  # "pathfinder", "signs", "textures" or "canvases"
     part: str,  # "train", "valid" or "test"
     count: int,  # images
     size: int = 64,  # pixels of a side
-    **options,  # of the task's generator: `length` of a Pathfinder contour, for example
+    **options,  # of the task's generator; a tuple makes a mixture of equal parts, one after the other
 ) -> TaskSet:
     """Generate one part of a task; the three parts have no random numbers in common.
 
@@ -191,8 +210,9 @@ def task_set(
              "canvases": (0.054, 0.2)}
     if name == "canvases":
         options["held_out"] = part != "train"
-    task = make[name](count, _parts[part], size, **options)
-    return TaskSet(task.images, task.labels, classes.get(name, 2), *scale[name])
+    tasks = [make[name](number, _parts[part], size, **one) for number, one in _mixture(count, options)]
+    images, labels = (torch.cat([getattr(task, field) for task in tasks]) for field in ("images", "labels"))
+    return TaskSet(images, labels, classes.get(name, 2), *scale[name])
 
 # %% ../../nbs/29_data.tasks.ipynb #c966c401
 def digest(task) -> str:
