@@ -117,7 +117,7 @@ class _Run:
 def _train(run):
     "Train in a run folder that is locked, and return the result."
     identity = _identity_of(run)
-    checkpoint = _find_checkpoint(run.out, identity)
+    checkpoint, path = _find_checkpoint(run.out, identity)
     recipe = _with_effective_batch(run, checkpoint)
     if checkpoint:
         if _is_complete(run.out, checkpoint, recipe):
@@ -125,7 +125,7 @@ def _train(run):
         _check_batches(run, recipe)
     run.learn.recipe = recipe
     identity["recipe"] = dataclasses.asdict(recipe)
-    keep = CheckpointCallback(run.out, run.distributed, identity, run.config,
+    keep = CheckpointCallback(run.out, run.distributed, identity, run.config, resumed_from=path,
                               checkpoint_minutes=run.checkpoint_minutes)
     try:
         _fit(run, keep, checkpoint)
@@ -271,15 +271,17 @@ def _identity_of(run):
 
 # %% ../../nbs/35_training.runs.ipynb #83a0c935
 def _find_checkpoint(out, identity):
-    "Return the newest checkpoint, or None. Raises `IncompatibleRunError` where it is of another run."
+    """Return the newest checkpoint and its path, or None twice.
+
+    Raises `IncompatibleRunError` where it is of another run."""
     found = load_checkpoint(out)
     if found is None:
-        return None
+        return None, None
     different = differences(found[0]["identity"], identity)
     if different:
         raise IncompatibleRunError(f"run folder {str(out)!r} holds another run: {'; '.join(different)}. "
                                    "Give another folder (--out), or let it be overwritten (--overwrite)")
-    return found[0]
+    return found
 
 # %% ../../nbs/35_training.runs.ipynb #03b58ed1
 def _is_complete(out, checkpoint, recipe):
@@ -359,16 +361,19 @@ class CheckpointCallback(Callback):
         identity: dict,  # what the run is, for `differences`
         config: dict,  # what is needed to build the network again
         *,
+        resumed_from: Path | None = None,  # the checkpoint from which the run resumes
         checkpoint_minutes: float | None = None,  # between checkpoints in an epoch; None: only after epochs
     ):
         self.folder, self.distributed = Path(folder), distributed
-        self.identity, self.config = identity, config
+        self.identity, self.config, self.resumed_from = identity, config, resumed_from
         self.minutes, self.asked_to_stop, self.previous_handlers = checkpoint_minutes, None, {}
         self.answer = "finishing this step and writing a checkpoint"
 
     def before_fit(self):
         self.set_handlers()
         self.saved_at = time.monotonic()
+        if self.resumed_from and self.distributed.rank == 0:
+            self.guard(self.complete)
 
     def after_batch(self):
         if self.training and not self.follow_recipe.between_steps:
@@ -385,9 +390,7 @@ class CheckpointCallback(Callback):
             self.stop()
 
     def after_epoch(self):
-        history = self.follow_recipe.reached.history
-        scores = [row.get("accuracy", -row["valid_loss"]) for row in history]
-        self.save(best=all(scores[-1] > earlier for earlier in scores[:-1]))
+        self.save(best=self.is_best())
         if self.distributed.rank == 0:
             self.guard(self.draw)
         if self.distributed.sum(self.asked_to_stop is not None)[0]:
@@ -404,7 +407,7 @@ def save(self: CheckpointCallback, best=False):
 @patch
 def write(self: CheckpointCallback, best):
     "Write a checkpoint, and history and steps."
-    folder, reached = self.folder / "checkpoints", self.follow_recipe.reached
+    folder = self.folder / "checkpoints"
     folder.mkdir(exist_ok=True)
     content = {"format": checkpoint_format, "identity": self.identity, "config": self.config}
     content |= self.recipe_state()
@@ -413,10 +416,31 @@ def write(self: CheckpointCallback, best):
     self.follow_recipe.last_checkpoint = str(last)
     if best:
         link_as(last, folder / "best.pth")
+    self.write_tables()
+
+@patch
+def write_tables(self: CheckpointCallback):
+    "Write history and steps."
+    reached = self.follow_recipe.reached
     for name, rows in (("history.csv", reached.history), ("steps.csv", reached.steps)):
         if rows:
             table = _csv(rows)
             write_atomically(self.folder / name, lambda file, table=table: file.write(table))
+
+# %% ../../nbs/35_training.runs.ipynb #35c0b1e7
+@patch
+def is_best(self: CheckpointCallback):
+    "Whether the epoch that ended last has the best score: its accuracy, or else its loss."
+    scores = [row.get("accuracy", -row["valid_loss"]) for row in self.follow_recipe.reached.history]
+    return all(scores[-1] > earlier for earlier in scores[:-1])
+
+@patch
+def complete(self: CheckpointCallback):
+    "Write what belongs to the checkpoint that the run resumes from: a kill may have come in between."
+    reached = self.follow_recipe.reached
+    if reached.history and reached.step == 0 and self.is_best():
+        link_as(self.resumed_from, self.folder / "checkpoints/best.pth")
+    self.write_tables()
 
 # %% ../../nbs/35_training.runs.ipynb #77912ea5
 @patch
