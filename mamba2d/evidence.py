@@ -17,20 +17,20 @@ import os
 import subprocess
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__
-from .data.tasks import task_set, TaskSet
+from .data.tasks import TaskSet, task_set
 from .models.backbone import Mamba2D
-from .models.controls import count_parameters, match_parameters, WithLocalPath
+from .models.controls import WithLocalPath, count_parameters, match_parameters
 from .training.recipe import layer_groups
 
 # %% ../nbs/61_evidence.ipynb #4b5277f6
@@ -152,7 +152,7 @@ def _capture(training, stream):
         with torch.cuda.graph(graph, stream=stream):
             training.step()
     with torch.no_grad():
-        for p, weight in zip(training.model.parameters(), weights):
+        for p, weight in zip(training.model.parameters(), weights, strict=True):
             p.copy_(weight)
         for state in training.optimizer.state.values():
             for moment in state.values():
@@ -176,11 +176,11 @@ def train_together(
         return trainings
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in trainings]
-    for training, stream in zip(trainings, streams):
+    for training, stream in zip(trainings, streams, strict=True):
         _capture(training, stream)
     torch.cuda.synchronize()
     for _ in range(trials[0].steps):
-        for training, stream in zip(trainings, streams):
+        for training, stream in zip(trainings, streams, strict=True):
             with torch.cuda.stream(stream):
                 training.graph.replay()
     torch.cuda.synchronize()
@@ -191,7 +191,7 @@ def train_together(
 def right_answers(model: nn.Module, data: TaskSet, batch_size: int = 1000) -> Tensor:
     "Which images of a set the network gets right: (count,) of bool, on the CPU."
     model.eval()
-    parts = zip(data.images.split(batch_size), data.labels.split(batch_size))
+    parts = zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True)
     right = torch.cat([model(normalise(images, data)).argmax(1) == labels for images, labels in parts])
     model.train()
     return right.cpu()
@@ -423,7 +423,7 @@ def make_sets(
     sets = {}
     for name, settings in tasks.items():
         options = dict(settings.get("options", ())) | (dict(workers=workers) if name == "pathfinder" else {})
-        counts = dict(zip(("train", "valid", "test"), (images, *held_out)))
+        counts = dict(zip(("train", "valid", "test"), (images, *held_out), strict=True))
         sets[name] = {part: task_set(name, part, count, size, **options) for part, count in counts.items()}
     return {name: {part: to_device(data, device) for part, data in parts.items()}
             for name, parts in sets.items()}

@@ -138,7 +138,8 @@ def _grow(canvas, rng, rows, seeds, length, *, table):
     for dash in range(first + 1, first + length):
         canvas.used = dash
         going = np.flatnonzero(whole)
-        whole[going], degrees[going] = _extend(canvas, rng, rows[going], dash - 1, degrees[going], table=table)
+        whole[going], degrees[going] = _extend(
+            canvas, rng, rows[going], dash - 1, degrees[going], table=table)
     undone = rows[~whole]
     for array in (canvas.tails, canvas.heads, canvas.points):
         array[undone, first:first + length] = _far
@@ -159,7 +160,7 @@ def _seeds_near_first(canvas, rng, rows):
 def _add_contour(canvas, rng, draw_seeds, length, *, table, attempts):
     "Try several times to add a contour to each image; returns which images got it."
     missing = np.arange(len(canvas.tails))
-    for attempt in range(attempts):
+    for _ in range(attempts):
         seeds = draw_seeds(canvas, rng, missing)
         missing = missing[~_grow(canvas, rng, missing, seeds, length, table=table)]
     canvas.used += length
@@ -178,7 +179,7 @@ def _add_targets(canvas, rng, length, table):
 def _add_distractors(canvas, rng, plan, table):
     "Put short contours where there is room."
     number, length = plan
-    for k in range(number):
+    for _ in range(number):
         _add_contour(canvas, rng, _seeds_anywhere, length, table=table, attempts=_distractor_attempts)
 
 # %% ../../nbs/28_data.pathfinder.ipynb #67e2e79a
@@ -304,7 +305,7 @@ def _make_chunk(seed, number, size, length, draw):
         _add_distractors(canvas, rng, plan, table)
         parts.append((_render(canvas, dots[kept], contours), labels[kept], dots[kept]))
         made += len(kept)
-    return [np.concatenate(arrays) for arrays in zip(*parts)]
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 # %% ../../nbs/28_data.pathfinder.ipynb #175a3c30
 def _check_pathfinder(count, size, length):
@@ -336,5 +337,6 @@ def pathfinder_images(
             chunks = pool.starmap(_make_chunk, jobs, chunksize=1)
     else:
         chunks = [_make_chunk(*job) for job in jobs]
-    images, labels, dots = (torch.from_numpy(np.concatenate(arrays)[:count]) for arrays in zip(*chunks))
+    joined = [np.concatenate(arrays)[:count] for arrays in zip(*chunks, strict=True)]
+    images, labels, dots = map(torch.from_numpy, joined)
     return Pathfinder(images[:, None], labels, dots)

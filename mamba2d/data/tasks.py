@@ -185,7 +185,8 @@ def _mixture(count, options):
         raise ValueError(f"only one option may be a tuple, got {', '.join(several)}")
     for name, values in several.items():
         sizes = [count // len(values) + (k < count % len(values)) for k in range(len(values))]
-        return [(number, options | {name: value}) for number, value in zip(sizes, values) if number]
+        parts = zip(sizes, values, strict=True)
+        return [(number, options | {name: value}) for number, value in parts if number]
     return [(count, options)]
 
 # %% ../../nbs/29_data.tasks.ipynb #9808c1c6

@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
-from .blocks import Block, MLP, mixers, SelectiveScan, SeparableConv
+from .blocks import MLP, Block, SelectiveScan, SeparableConv, mixers
 from ..scan.operator import selective_scan_2d
 
 # %% ../../nbs/19_models.controls.ipynb #939e0b42
@@ -90,7 +90,7 @@ class SequenceMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, D) -> (B, H, W, D)
         inner = F.gelu(self.in_proj(x))
-        y = sum(self.along(route, scan, inner) for route, scan in zip(self.routes, self.scans))
+        y = sum(self.along(route, scan, inner) for route, scan in zip(self.routes, self.scans, strict=True))
         return self.out_proj(F.gelu(y / len(self.scans)))
 
     def along(self, route, scan, inner):
