@@ -10,7 +10,6 @@ __all__ = ['control_mixers', 'SequenceScan', 'SequenceMixer', 'GatedConv', 'With
 import math
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
