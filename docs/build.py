@@ -66,8 +66,18 @@ def signature_of(name, target):
     text = without_addresses(f"{name}{signature}")
     if len(text) <= widest_signature:
         return text
-    parts = [without_addresses(str(part)) for part in signature.parameters.values()]
+    parts = [without_addresses(part) for part in parameters_of(signature)]
     return f"{name}(\n    " + ",\n    ".join(parts) + "\n)"
+
+
+def parameters_of(signature):
+    "The parameters as they stand in a definition, with the star before those that are passed by keyword only."
+    parameters = list(signature.parameters.values())
+    kinds = [parameter.kind for parameter in parameters]
+    parts = list(map(str, parameters))
+    if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        parts.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    return parts
 
 
 def describe_callable(name, target, level):

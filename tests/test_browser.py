@@ -171,14 +171,22 @@ class Lab:
             self.errors.append(f"console: {message.text} ({message.location.get('url')})")
 
     def run_all(self):
-        self.page.click('.lm-MenuBar-itemLabel:text-is("Run")')
-        self.page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
         last = self.page.locator(".jp-CodeCell .jp-InputPrompt").last
         running = self.page.locator('.jp-InputPrompt:has-text("[*]")')
 
-        def is_done():
-            return last.inner_text().strip("[]: ").isdigit() and not running.count()
+        def has_run():
+            return last.inner_text().strip("[]: ").isdigit()
 
+        def has_started():
+            "Click, and look for a while: on a busy machine the click can come before the menu listens."
+            self.page.click('.lm-MenuBar-itemLabel:text-is("Run")')
+            self.page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+            return any(running.count() or has_run() or time.sleep(0.3) for _ in range(100))
+
+        def is_done():
+            return has_run() and not running.count()
+
+        wait_until(has_started, "no cell runs after a click on Run All Cells")
         wait_until(is_done, "the notebook does not run to its end", pause=0.3)
         self._connect_to_kernel()
 
