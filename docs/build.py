@@ -71,7 +71,7 @@ def signature_of(name, target):
 
 
 def parameters_of(signature):
-    "The parameters as they stand in a definition, with the star before those that are passed by keyword only."
+    "The parameters as in a definition, with the star before those that are passed by keyword only."
     parameters = list(signature.parameters.values())
     kinds = [parameter.kind for parameter in parameters]
     parts = list(map(str, parameters))
