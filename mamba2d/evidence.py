@@ -404,10 +404,12 @@ def paired_difference(
         raise ValueError("one and other must have at least one seed in common")
     return bootstrap_interval(np.stack([one[s].astype(float) - other[s] for s in seeds]))
 
-# %% ../nbs/61_evidence.ipynb #31de46c9
+# %% ../nbs/61_evidence.ipynb #895309b3
 grid_tasks = {
     "signs": dict(options=(("marks", (2, 3, 4)), ("chain", True)), images=20000, steps=2000, batch_size=32),
     "textures": dict(images=20000, steps=1000, batch_size=32),
+    "pathfinder": dict(options=(("length", (2, 3, 4)), ("distractors", False)), images=20000, steps=3000,
+                       batch_size=32),
 }
 
 def make_sets(
