@@ -434,7 +434,7 @@ def to_device(data: TaskSet, device) -> TaskSet:
     "The set with its images and labels on a device."
     return data._replace(images=data.images.to(device), labels=data.labels.to(device))
 
-# %% ../nbs/61_evidence.ipynb #50b03097
+# %% ../nbs/61_evidence.ipynb #4ed1c8a8
 def run_grid(
     runner: Runner,
     tasks: dict[str, dict] = grid_tasks,
@@ -446,7 +446,8 @@ def run_grid(
         if not runner.run(first_phase(tasks, dim)):
             return False
         for seed in range(1, seeds):
-            if not runner.run(next_seed(runner.results, seed, dim)):
+            trials = [trial for trial in next_seed(runner.results, seed, dim) if trial.task in tasks]
+            if not runner.run(trials):
                 return False
     return True
 
