@@ -404,10 +404,12 @@ def paired_difference(
         raise ValueError("one and other must have at least one seed in common")
     return bootstrap_interval(np.stack([one[s].astype(float) - other[s] for s in seeds]))
 
-# %% ../nbs/61_evidence.ipynb #31de46c9
+# %% ../nbs/61_evidence.ipynb #895309b3
 grid_tasks = {
     "signs": dict(options=(("marks", (2, 3, 4)), ("chain", True)), images=20000, steps=2000, batch_size=32),
     "textures": dict(images=20000, steps=1000, batch_size=32),
+    "pathfinder": dict(options=(("length", (2, 3, 4)), ("distractors", False)), images=20000, steps=3000,
+                       batch_size=32),
 }
 
 def make_sets(
@@ -432,7 +434,7 @@ def to_device(data: TaskSet, device) -> TaskSet:
     "The set with its images and labels on a device."
     return data._replace(images=data.images.to(device), labels=data.labels.to(device))
 
-# %% ../nbs/61_evidence.ipynb #50b03097
+# %% ../nbs/61_evidence.ipynb #4ed1c8a8
 def run_grid(
     runner: Runner,
     tasks: dict[str, dict] = grid_tasks,
@@ -444,7 +446,8 @@ def run_grid(
         if not runner.run(first_phase(tasks, dim)):
             return False
         for seed in range(1, seeds):
-            if not runner.run(next_seed(runner.results, seed, dim)):
+            trials = [trial for trial in next_seed(runner.results, seed, dim) if trial.task in tasks]
+            if not runner.run(trials):
                 return False
     return True
 

@@ -10,7 +10,7 @@ from shortcuts import statistics_score, train_patch_bag
 from mamba2d.data.pathfinder import pathfinder_images
 from mamba2d.data.tasks import TaskSet, task_set
 
-count = 2500
+count = 2000
 chance = 0.5 + 4 * 0.5 / count ** 0.5  # four standard deviations of coin tosses
 
 
