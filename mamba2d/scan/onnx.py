@@ -252,8 +252,9 @@ def _translate_scan(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D=None, delta_bi
     tensors = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     kind = _kind_of(tensors, delta_softplus, reverse, return_states)
     outputs = _call_function(kind, [t for t in tensors if t is not None])
-    y, states = outputs if return_states else (outputs[0], opset18.Constant(value_floats=[]))
-    return y, states, opset18.Constant(value_floats=[])
+    unused = opset18.Constant(value_float=0.)  # stands for an output that no node reads
+    y, states = outputs if return_states else (outputs[0], unused)
+    return y, states, unused
 
 # %% ../../nbs/09_scan.onnx.ipynb #56259c3b
 def scan_translations() -> dict:  # of operators and functions
