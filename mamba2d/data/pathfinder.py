@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..scan.checks import check_integer
+from .random import check_integer
 
 # %% ../../nbs/28_data.pathfinder.ipynb #dd5225c7
 class PathfinderStyle(NamedTuple):
@@ -128,7 +128,7 @@ def _extend(canvas, rng, rows, last, degrees, *, table):
     tails = canvas.heads[rows, last][:, None] + gap
     return _place(canvas, rows, tails, turned, skip=last)
 
-# %% ../../nbs/28_data.pathfinder.ipynb #937990e2
+# %% ../../nbs/28_data.pathfinder.ipynb #9dd7f264
 def _grow(canvas, rng, rows, seeds, length, *, table):
     """Try to grow a contour in each of these images; returns in which it got its full length.
 
@@ -138,8 +138,8 @@ def _grow(canvas, rng, rows, seeds, length, *, table):
     for dash in range(first + 1, first + length):
         canvas.used = dash
         going = np.flatnonzero(whole)
-        whole[going], degrees[going] = _extend(
-            canvas, rng, rows[going], dash - 1, degrees[going], table=table)
+        found = _extend(canvas, rng, rows[going], dash - 1, degrees[going], table=table)
+        whole[going], degrees[going] = found
     undone = rows[~whole]
     for array in (canvas.tails, canvas.heads, canvas.points):
         array[undone, first:first + length] = _far
