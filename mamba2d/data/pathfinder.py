@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .random import check_integer
+from ..scan.checks import check_integer
 
 # %% ../../nbs/28_data.pathfinder.ipynb #dd5225c7
 class PathfinderStyle(NamedTuple):

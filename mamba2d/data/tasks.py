@@ -14,7 +14,7 @@ import torch
 
 from .datasets import digit_canvases
 from .pathfinder import pathfinder_images
-from .random import check_integer
+from ..scan.checks import check_integer
 
 # %% ../../nbs/29_data.tasks.ipynb #3a686c2f
 _side = 5  # pixels of a glyph
