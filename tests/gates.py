@@ -41,7 +41,8 @@ usual_seconds = {
 }
 # Two processes share the notebooks: they are busy to the end if the longest notebooks come first.
 longest_first = (
-    "tutorials/03_inside", "32_training.learner", "35_training.runs", "tutorials/01_digits",
+    "tutorials/03_inside", "32_training.learner", "35_training.runs", "28_data.pathfinder",
+    "tutorials/09_does_2d_matter", "tutorials/08_pipeline", "tutorials/01_digits", "17_models.export",
     "52_cli.training", "34_training.checkpoints", "tutorials/04_receptive_field",
     "tutorials/05_canvases", "53_cli.validation",
     "33_training.evaluation", "24_data.imagefolder", "tutorials/02_wavefront", "54_cli.prediction",
