@@ -179,7 +179,7 @@ class Mamba2DBackbone(BackboneMixin, _PreTrained):
     ):
         "The maps (B, dim, h, w) of the chosen stages."
         maps = self.mamba2d.forward_features(pixel_values)
-        named = zip(self.stage_names, maps, strict=False)  # the maps end with the last stage that is asked for
+        named = zip(self.stage_names, maps, strict=False)  # maps end with the last stage asked for
         chosen = tuple(m for name, m in named if name in self.out_features)
         hidden = tuple(maps) if output_hidden_states else None
         output = BackboneOutput(feature_maps=chosen, hidden_states=hidden)
