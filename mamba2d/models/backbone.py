@@ -226,6 +226,11 @@ class FeaturePyramid(nn.Module):
                 maps[name] = x
         return maps
 
+# %% ../../nbs/11_models.backbone.ipynb #0a11ce07
+def is_decayed(name, parameter):
+    "Whether weight decay applies to a parameter of `model.named_parameters()`, as published."
+    return parameter.dim() >= 2 and not name.rpartition(".")[2].startswith("A_log")
+
 # %% ../../nbs/11_models.backbone.ipynb #00c9ff9c
 class _Adaptable:
     "The methods of a network by which libraries adapt it; it has `stages` and a `head`."
@@ -241,8 +246,7 @@ class _Adaptable:
 
     def no_weight_decay(self) -> set[str]:
         "Parameters without weight decay, as published: A_log, D and all of fewer than two dimensions."
-        return {name for name, parameter in self.named_parameters()
-                if parameter.dim() < 2 or ".A_log_" in name or name.endswith(".D")}
+        return {name for name, parameter in self.named_parameters() if not is_decayed(name, parameter)}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         "How timm sorts parameters into layers: the stem, each block (coarse: each stage), the head."

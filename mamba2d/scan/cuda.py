@@ -677,13 +677,17 @@ def _run_backward(grad_y, inputs, saved, grads, options):
     plan.sum_kernel(plan.sum_grid, 512, 0, stream, sums)
 
 # %% ../../nbs/04_scan.cuda.ipynb #8889c5c8
+def _empty_gradients(inputs):
+    "Room for the gradients of inputs, of which the first is there; empty for None."
+    empty, layout = inputs[0].new_empty(0), torch.contiguous_format
+    return [empty if t is None else torch.empty_like(t, memory_format=layout) for t in inputs]
+
 def cuda_backward(grad_y, *arguments):
     """The operator `mamba2d::scan_backward` on CUDA: gradients of the inputs, empty for None.
 
     The arguments are the gradient of y, the eleven tensors, `saved`, delta_softplus and reverse."""
     inputs = arguments[:11]
-    empty, layout = inputs[0].new_empty(0), torch.contiguous_format
-    grads = [empty if t is None else torch.empty_like(t, memory_format=layout) for t in inputs]
+    grads = _empty_gradients(inputs)
     _run_backward(grad_y, inputs, arguments[11], grads, (*arguments[12:], False))
     return tuple(grads)
 
@@ -697,9 +701,7 @@ def cuda_backward_joined(grad_y, *arguments):
     e, n = A_t.shape
     joint = x.new_empty((*x.shape[:3], 3 * (e + n)))
     images = joint.split((e, e, e, n, n, n), -1)
-    others = [
-        x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (A_t, A_l, D, bias_t, bias_l)]
+    others = _empty_gradients((A_t, A_l, D, bias_t, bias_l))
     grads = *images[:3], *others[:2], *images[3:], *others[2:]  # in the order of the inputs
     _run_backward(grad_y, inputs, arguments[11], grads, (*arguments[12:], True))
     return joint, *others

@@ -20,6 +20,7 @@ from fastai.optimizer import OptimWrapper, set_item_pg
 from fastcore.basics import patch
 from torch import nn
 
+from ..models.backbone import is_decayed
 from ..scan.checks import is_integer
 
 # %% ../../nbs/30_training.recipe.ipynb #bc61871e
@@ -184,14 +185,6 @@ recipes = {
     "digits": Recipe(epochs=12, image_size=32),
 }
 
-# %% ../../nbs/30_training.recipe.ipynb #05b091f7
-def _decays(
-    name: str,  # of the parameter, as in `model.named_parameters()`
-    parameter: nn.Parameter,
-) -> bool:
-    "Return whether weight decay applies to the parameter, as published."
-    return parameter.dim() >= 2 and not name.rpartition(".")[2].startswith("A_log")
-
 # %% ../../nbs/30_training.recipe.ipynb #18c6e1cb
 def layer_groups(
     model: nn.Module,
@@ -201,7 +194,7 @@ def layer_groups(
     groups = {}
     for name, parameter in model.named_parameters():
         layer = int(".head." in f".{name}")  # a compiled or wrapped model has a prefix
-        groups.setdefault((layer, _decays(name, parameter)), []).append(parameter)
+        groups.setdefault((layer, is_decayed(name, parameter)), []).append(parameter)
     first = min(layer for layer, _ in groups)
     made = []
     for layer, decay in sorted(groups, key=lambda key: (key[0], not key[1])):  # the decayed ones first

@@ -6,8 +6,6 @@
 __all__ = ['reshape_transform', 'grad_cam', 'plot_grad_cam']
 
 # %% ../../nbs/43_viz.gradcam.ipynb #2e4a2db4
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from ..scan.checks import check_integer
 from .plots import image_to_rgb
+from .states import evaluation_mode
 
 # %% ../../nbs/43_viz.gradcam.ipynb #06760327
 def reshape_transform(
@@ -24,25 +23,13 @@ def reshape_transform(
     "A channels-last map with the channels first, for libraries that hook a stage, as grad-cam does."
     return features.permute(0, 3, 1, 2)
 
-# %% ../../nbs/43_viz.gradcam.ipynb #cba7ae14
-@contextmanager
-def _evaluating(model):
-    "The model in evaluation mode, within."
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
 # %% ../../nbs/43_viz.gradcam.ipynb #3a621d47
 def _class_gradient(model, image, target, stage):
     "The map of a stage (h, w, C), and the gradient of the class's logit with respect to it."
     kept = []
     hook = model.stages[stage].register_forward_hook(lambda module, inputs, output: kept.append(output))
     try:
-        with _evaluating(model), torch.enable_grad():
+        with evaluation_mode(model), torch.enable_grad():
             logits = model(image.detach()[None].clone().requires_grad_())[0]
             if target is not None:
                 check_integer("target", target, 0, len(logits) - 1)

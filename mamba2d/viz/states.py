@@ -85,7 +85,7 @@ def hidden_states(
     chosen = model.stages[stage].blocks[block]
     layer = chosen.mixer.scans[scan]
     reverse = layer.reverse if reverse is None else reverse
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         features = _features(model, images, stage, block)
         inputs = chosen.mixer.scan_inputs(chosen.norm1(features), scan)
         kept = {"x": inputs.x, **_compute(inputs, reverse, keep)}
@@ -111,7 +111,7 @@ def _compute(inputs, reverse, keep):
 
 # %% ../../nbs/40_viz.states.ipynb #8f1790b0
 @contextmanager
-def _evaluation_mode(model):
+def evaluation_mode(model):
     """No gradients, and the model in evaluation mode; afterwards each module is in the mode it was in.
 
     What is computed can be differentiated later, under `inference_mode` too."""
@@ -580,7 +580,7 @@ def effective_receptive_field(
     Raises `TypeError` for a model that is no `Mamba2D`, `ValueError` for an argument that does not fit."""
     _check_field(model, images, stage, blocks, probes)
     images = _for_model(model, images.detach())
-    with _evaluation_mode(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         source = images.clone().requires_grad_()
         features = _features(model, source, stage % len(model.stages), blocks)
         height, width = features.shape[1:3]

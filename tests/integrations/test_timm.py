@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import mamba2d.integrations.timm  # noqa: F401
 from mamba2d.models import Mamba2D, builders, layer_decay_groups, load_published, published_state_dict
-from mamba2d.training.recipe import _decays
+from mamba2d.training.recipe import layer_groups
 
 names = [f"mamba2d_{size}" for size in builders]
 
@@ -121,7 +121,8 @@ def test_the_optimizer_leaves_out_what_the_published_regime_leaves_out(make):
     groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups
     undecayed = {named[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
     assert undecayed == model.no_weight_decay()
-    assert undecayed == {name for name, p in model.named_parameters() if not _decays(name, p)}
+    trained = layer_groups(model)
+    assert undecayed == {named[id(p)] for group in trained if not group["decay"] for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(named)
 
 
