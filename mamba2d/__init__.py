@@ -29,15 +29,25 @@ _lazy = {
 __all__ = ["__version__", *_packages, *_lazy]
 
 
+def load_when_used(package, lazy):
+    """The `__getattr__` and `__dir__` of a package whose names are loaded when they are first used.
+
+    `package` is its `globals()`. `lazy` says in which of its modules each name is."""
+    def load(name):
+        if name not in lazy:
+            raise AttributeError(f"module {package['__name__']!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{lazy[name]}", package["__name__"]), name)
+        package[name] = value
+        return value
+
+    def listed():
+        return sorted({*package, *package["__all__"]})
+
+    return load, listed
+
+
+_load, __dir__ = load_when_used(globals(), _lazy)
+
+
 def __getattr__(name):
-    if name in _packages:
-        return import_module(f".{name}", __name__)
-    if name not in _lazy:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_lazy[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+    return import_module(f".{name}", __name__) if name in _packages else _load(name)

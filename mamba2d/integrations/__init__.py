@@ -1,7 +1,7 @@
 """The networks under the interfaces of other libraries: timm, Hugging Face and fastai's own learners.
 
 timm and Hugging Face are optional: what needs one of them says how to install it."""
-from importlib import import_module
+from mamba2d import load_when_used
 
 # Loaded when one of their names is first used: these libraries take seconds to import.
 _modules = {
@@ -21,14 +21,4 @@ __all__ = [
     "register_architecture", "register_auto_classes", "register_models", "TimmMamba2D", "to_transformers", "with_transformers",
 ]
 
-
-def __getattr__(name):
-    if name not in _lazy:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_lazy[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = load_when_used(globals(), _lazy)

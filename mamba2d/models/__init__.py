@@ -1,5 +1,5 @@
 """Mamba2D as a network: its blocks, the backbone, the published sizes and their weights."""
-from importlib import import_module
+from mamba2d import load_when_used
 
 from .blocks import (
     Attention, Block, DeltaProjection, M2DMixer, mixers, MLP, ScanInputs, SelectiveScan, SeparableConv,
@@ -36,14 +36,4 @@ __all__ = [
     "StarReLU", "unseen_shapes", "WithLocalPath",
 ]
 
-
-def __getattr__(name):
-    if name not in _lazy:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_lazy[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = load_when_used(globals(), _lazy)

@@ -1,6 +1,8 @@
 """A recipe, a fastai `Learner` that follows it, and run folders that can be killed at any moment."""
 from importlib import import_module
 
+from mamba2d import load_when_used
+
 import_module("mamba2d.data")  # first: it imports fastai without a warning that nobody here can mend
 
 from .recipe import layer_groups, Recipe, recipe_schedule, recipes
@@ -32,14 +34,4 @@ __all__ = [
     "StopRequestedError", "TensorBoard", "train_run", "WeightsAndBiases", "write_evaluation",
 ]
 
-
-def __getattr__(name):
-    if name not in _lazy:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_lazy[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = load_when_used(globals(), _lazy)
