@@ -53,6 +53,7 @@ setup(
         "browser": requirements("browser_requirements"),
         "docs": requirements("docs_requirements"),
         "integrations": requirements("integrations_requirements"),
+        "dense": requirements("dense_requirements"),
         "dev": requirements("dev_requirements", "explore_requirements", "log_requirements"),
     },
     entry_points={
