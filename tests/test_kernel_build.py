@@ -1,6 +1,8 @@
 """Building the CPU kernel where several processes, killed processes and missing compilers are involved."""
+import hashlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mamba2d.scan.build import find_compiler
+from mamba2d.scan import build, cpu
+from mamba2d.scan.build import build_once, find_compiler
 from mamba2d.scan.cpu import build_cpu_library
 
 # Scans three times, compares with the reference, prints the backends that there are and every warning.
@@ -32,19 +35,20 @@ for warning in caught:
 """
 
 
-def start(code, cache, **environment):
+def start(code, cache, folder=None, **environment):
     "A Python process that runs `code` with its kernels in `cache`. A variable given as None is removed."
     variables = {**os.environ, "MAMBA2D_CACHE": str(cache), "MAMBA2D_BACKEND": None, **environment}
     root = str(Path(__file__).resolve().parent.parent)
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, variables.get("PYTHONPATH")]))
     given = {name: value for name, value in variables.items() if value is not None}
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [sys.executable, "-c", code], env=given, cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run(code, cache, **environment):
+def run(code, cache, folder=None, **environment):
     "As `start`, but to its end; returns exit code and output."
-    process = start(code, cache, **environment)
+    process = start(code, cache, folder, **environment)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -127,14 +131,166 @@ def test_eight_at_once_one_killed_while_building(tmp_path, quick_compiler):
     assert not list(tmp_path.glob("*.building-*")), "a private folder was left behind"
 
 
+def flip_bit(content, position):
+    "The same bytes with one bit changed."
+    return content[:position] + bytes([content[position] ^ 1]) + content[position + 1:]
+
+
 def test_damaged_library_is_built_again(tmp_path, quick_compiler, monkeypatch):
     monkeypatch.setenv("MAMBA2D_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", quick_compiler)
     library = build_cpu_library()
-    size = library.stat().st_size
-    library.write_text("no library")
+    content = library.read_bytes()
+    library.write_bytes(flip_bit(content, len(content) // 2))
     assert_kernel_ran(*run(scan_once, tmp_path))
-    assert library.stat().st_size == size
+    assert len(library.read_bytes()) == len(content)
+    assert library.read_bytes() != flip_bit(content, len(content) // 2)
+
+
+@pytest.fixture()
+def small_cache(tmp_path, monkeypatch):
+    "An empty cache folder of this process, and a function that builds a small file in it."
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MAMBA2D_CACHE", str(folder))
+
+    def small_build(private):
+        (private / "made").write_text("made")
+        return private / "made"
+
+    return folder, lambda: build_once("small", "key", small_build, ".so")
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077, 0o777])
+def test_cache_is_private_whatever_the_umask(small_cache, umask):
+    folder, make = small_cache
+    before = os.umask(umask)
+    try:
+        made = make()
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert made.stat().st_mode & 0o777 == 0o600 and made.read_text() == "made"
+
+
+def test_every_truncation_and_bit_flip_is_noticed(small_cache):
+    _, make = small_cache
+    made = make()
+    content = made.read_bytes()
+    damaged = [content[:length] for length in range(len(content))]
+    damaged += [flip_bit(content, position) for position in range(len(content))]
+    for wrong in damaged:
+        made.write_bytes(wrong)
+        assert make().read_bytes() == content
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_files_of_another_user_are_not_used(small_cache):
+    folder, make = small_cache
+    made = make()
+    made.write_text("planted")
+    (folder / f"{made.name}.sha256").write_text(hashlib.sha256(b"planted").hexdigest())
+    assert make().read_text() == "planted"  # the checksum fits
+    os.chown(made, 12345, 12345)
+    assert make().read_text() == "made"
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(PermissionError, match="belongs to another user, number 12345"):
+        make()
+
+
+@pytest.mark.parametrize("planted", ["link", "dangling link", "pipe", "folder"])
+def test_odd_lock_file_is_refused_at_once(small_cache, tmp_path, planted):
+    folder, make = small_cache
+    make().unlink()
+    lock, = folder.glob("*.lock")
+    lock.unlink()
+    victim = tmp_path / "victim"
+    if planted == "link":
+        victim.write_text("mine")
+    make_planted = dict(pipe=os.mkfifo, folder=os.mkdir).get(planted, lambda path: path.symlink_to(victim))
+    make_planted(lock)
+    with pytest.raises(OSError, match=r"small-.*\.lock"):
+        make()
+    assert victim.exists() == (planted == "link")
+    assert planted != "link" or victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("planted", ["link", "pipe"])
+def test_odd_library_is_replaced(small_cache, tmp_path, planted):
+    _, make = small_cache
+    made = make()
+    made.unlink()
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    if planted == "link":
+        made.symlink_to(victim)
+    else:
+        os.mkfifo(made)
+    assert make().read_text() == "made" and not made.is_symlink()
+    assert victim.read_text() == "mine"
+
+
+def test_long_wait_names_the_holder(small_cache, monkeypatch, capfd):
+    folder, make = small_cache
+    make().unlink()
+    lock, = folder.glob("*.lock")
+    monkeypatch.setattr(build, "_silent_seconds", 0.1)
+    hold = ("import fcntl, os, sys, time; file = open(sys.argv[1], 'r+'); fcntl.flock(file, fcntl.LOCK_EX); "
+            "file.write(f'{os.getpid()}   '); file.flush(); print('held', flush=True); time.sleep(2)")
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(lock)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    assert make().read_text() == "made"  # it waited until the holder ended
+    assert holder.wait(10) == 0
+    said = capfd.readouterr().err
+    assert f"number {holder.pid}" in said and str(lock) in said and "MAMBA2D_CACHE" in said
+
+
+refuse_to_load = """
+import ctypes
+load = ctypes.CDLL
+
+def CDLL(name, *args, **kwargs):
+    if "scan_cpu" in str(name):
+        raise OSError(f"{name}: failed to map segment from shared object")
+    return load(name, *args, **kwargs)
+
+ctypes.CDLL = CDLL
+"""
+
+
+def test_cache_that_allows_no_execution(tmp_path, quick_compiler):
+    for environment in (dict(CXX=quick_compiler), dict(CXX=None, PATH="")):  # the second compiles nothing
+        status, output = run(refuse_to_load + scan_once, tmp_path, **environment)
+        assert_reference_ran(status, output)
+        assert "failed to map segment" in output and "MAMBA2D_CACHE names another folder" in output, output
+
+
+def test_cache_in_the_current_folder(tmp_path, built):
+    for path in built.glob("scan_cpu*"):
+        shutil.copy2(path, tmp_path)
+    tmp_path.chmod(0o700)
+    assert_kernel_ran(*run(scan_once, ".", tmp_path))
+
+
+def fake_library(folder, sources, flags):
+    "Stands for the build of the CPU kernel."
+    (folder / "library.so").write_text("no library")
+    return folder / "library.so"
+
+
+def test_another_compiler_under_the_same_name_builds_again(small_cache, tmp_path, monkeypatch):
+    folder, _ = small_cache
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(cpu, "_build_cpu_library", fake_library)
+    first = build_cpu_library()
+    assert build_cpu_library() == first
+    compiler.write_text(compiler.read_text() + "# another version\n")
+    assert build_cpu_library() != first
+    monkeypatch.setattr(cpu, "machine_identity", lambda: "another processor")
+    build_cpu_library()
+    assert len(list(folder.glob("*.so"))) == 3
 
 
 @pytest.mark.parametrize("environment, reason", [

@@ -11,7 +11,10 @@ import os
 import platform
 import shlex
 import shutil
+import stat
+import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,35 +50,142 @@ def cache_folder() -> Path:
     Raises `OSError` where the user has no home."""
     in_cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mamba2d"
     try:
-        return Path(os.environ.get("MAMBA2D_CACHE") or in_cache).expanduser()
+        return Path(os.environ.get("MAMBA2D_CACHE") or in_cache).expanduser().absolute()
     except RuntimeError as error:
         raise FileNotFoundError(f"there is no home folder to keep it in: {error}") from error
 
-# %% ../../nbs/01_scan.build.ipynb #70cd5096
+# %% ../../nbs/01_scan.build.ipynb #6a1ef016
+def _check_private(path, status):
+    "Raise `PermissionError` if another user owns `path` or can write to it."
+    if not hasattr(os, "getuid"):  # Windows
+        return
+    if status.st_uid not in (os.getuid(), 0):
+        raise PermissionError(f"{path} belongs to another user, number {status.st_uid}")
+    if status.st_mode & 0o022:
+        raise PermissionError(f"other users can write to {path}; "
+                              f"`chmod go-w {shlex.quote(str(path))}` forbids it")
+
+# %% ../../nbs/01_scan.build.ipynb #ce92a82e
+def _private_folder():
+    """The cache folder, made if it is missing, for its user alone whatever the umask.
+
+    Raises `PermissionError` if another user owns it or can write to it."""
+    folder = cache_folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+        folder.chmod(0o700)
+    except FileExistsError:
+        pass
+    _check_private(folder, folder.stat())
+    return folder
+
+# %% ../../nbs/01_scan.build.ipynb #41c9c02d
+def _open_without_following(path, flags):
+    """Open a regular file and return its number.
+
+    Raises `OSError` for a symbolic link, a pipe or anything else, without waiting."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if path.is_symlink():
+        raise OSError(f"{path} is a symbolic link; remove it")
+    file = os.open(path, flags, 0o600)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(f"{path} is not a regular file; remove it")
+    return file
+
+# %% ../../nbs/01_scan.build.ipynb #79791321
+_silent_seconds = 15  # of waiting, before a process says that it waits
+
+def _try_lock(file):
+    "Lock an open file if nobody else holds the lock; returns whether it did."
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+# %% ../../nbs/01_scan.build.ipynb #6a8a77aa
+def _wait_for_lock(file, path):
+    "Lock an open file. Says on stderr what it waits for, if that takes long."
+    told_at = time.monotonic() + _silent_seconds
+    while time.monotonic() < told_at:
+        if _try_lock(file):
+            return
+        time.sleep(0.05)
+    holder = os.pread(file, 20, 0).decode(errors="replace").strip() or "unknown"
+    print(f"mamba2d waits for another process (number {holder}), which builds a kernel and holds {path}. "
+          "If it has stopped, end it; MAMBA2D_CACHE names another folder to build in.", file=sys.stderr)
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+# %% ../../nbs/01_scan.build.ipynb #1eebb963
 @contextmanager
 def _build_lock(path):
     """Hold the lock file `path`. Gives False where the file system has no locks.
 
-    Builds are then safe too, but may be made twice."""
-    with open(path, "a") as file:
+    Builds are then safe too, but may be made twice. Raises `OSError` if `path` is no regular file."""
+    file = _open_without_following(path, os.O_RDWR | os.O_CREAT)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _wait_for_lock(file, path)
+            os.truncate(file, 0)
+            os.pwrite(file, str(os.getpid()).encode(), 0)
             is_alone = True
         except (OSError, AttributeError):
             is_alone = False
         yield is_alone
+    finally:
+        os.close(file)
+
+# %% ../../nbs/01_scan.build.ipynb #d037143e
+def _read_private(path):
+    "The content of a regular file that only its user can write. Raises `OSError` for any other."
+    with os.fdopen(_open_without_following(path, os.O_RDONLY), "rb") as file:
+        _check_private(path, os.fstat(file.fileno()))
+        return file.read()
+
+# %% ../../nbs/01_scan.build.ipynb #d2439593
+def _checksum_file(target):
+    "Where the checksum of `target` is kept."
+    return target.with_name(target.name + ".sha256")
+
+# %% ../../nbs/01_scan.build.ipynb #b3da3621
+def _is_intact(target):
+    "Whether `target` is there, belongs to this user, and has the checksum that it was built with."
+    try:
+        expected = _read_private(_checksum_file(target)).decode(errors="replace")
+        return hashlib.sha256(_read_private(target)).hexdigest() == expected
+    except OSError:
+        return False
 
 # %% ../../nbs/01_scan.build.ipynb #12ba4533
+def _flush_to_disk(path):
+    "Wait until a file is on the disk: not even a power cut leaves half of it under its final name."
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
 def _build_at(target, stem, build):
-    "Call `build` with a private folder, and move the file that it returns to `target`."
+    "Call `build` with a private folder. Move the file that it returns to `target`, its checksum beside it."
     private = Path(tempfile.mkdtemp(prefix=f"{stem}.building-", dir=target.parent))
     try:
-        made = build(private)
-        with open(made, "rb") as file:
-            os.fsync(file.fileno())  # not even a power cut leaves half a file under the final name
-        os.replace(made, target)
+        made, checksum = build(private), private / "checksum"
+        made.chmod(0o600)
+        checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        checksum.chmod(0o600)
+        for path, final in ((checksum, _checksum_file(target)), (made, target)):
+            _flush_to_disk(path)
+            os.replace(path, final)
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+# %% ../../nbs/01_scan.build.ipynb #0f028fd1
+def _digest(text):
+    "The first 20 hexadecimal digits of the SHA-256 of a text."
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+def _stem(name, key):
+    "The begin of the names of all files that were built under `name` from `key`."
+    return f"{name}-{_digest(key)}"
 
 # %% ../../nbs/01_scan.build.ipynb #62dff9e8
 def build_once(
@@ -83,24 +193,36 @@ def build_once(
     key: str,  # text that changes whenever the result would
     build,  # called with an empty folder, returns the path of the file it made there
     suffix: str = "",  # of the file name
+    tool: str = "",  # text that names what builds it: another tool makes another file
 ) -> Path:  # the built file in the cache
-    """The file that `build` makes, from the cache if it is there.
+    """The file that `build` makes, from the cache if it is there and intact.
 
-    This is safe when many processes ask at once and when one of them is killed."""
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    This is safe when many processes ask at once and when one of them is killed. Raises `OSError` if the
+    cache cannot be used, or is not this user's alone."""
+    folder = _private_folder()
+    stem = f"{_stem(name, key)}-{_digest(tool)}"
     target = folder / (stem + suffix)
-    if target.exists():
+    if _is_intact(target):
         return target
     with _build_lock(folder / f"{stem}.lock") as is_alone:
-        if target.exists():  # another process has built it in the meantime
+        if _is_intact(target):  # another process has built it in the meantime
             return target
         if is_alone:  # what a killed process left behind
             for left in folder.glob(f"{stem}.building-*"):
                 shutil.rmtree(left, ignore_errors=True)
         _build_at(target, stem, build)
     return target
+
+# %% ../../nbs/01_scan.build.ipynb #4833d367
+def find_built(
+    name: str,  # as in `build_once`
+    key: str,
+    suffix: str = "",
+) -> Path | None:  # None if there is none
+    "The newest intact file in the cache that any tool has built from `key`."
+    files = _private_folder().glob(f"{_stem(name, key)}-*{suffix}")
+    intact = [path for path in files if path.suffix == suffix and _is_intact(path)]
+    return max(intact, key=lambda path: path.stat().st_mtime, default=None)
 
 # %% ../../nbs/01_scan.build.ipynb #afcb45d9
 def _words(variable):
@@ -127,6 +249,28 @@ def find_compiler():
         if shutil.which(name):
             return [name]
     raise KernelError(f"there is no C++ compiler (c++, g++ or clang++): {_install_compiler}")
+
+# %% ../../nbs/01_scan.build.ipynb #7a3c7f07
+def compiler_identity(command: list) -> str:
+    "Text that changes with a compiler's command, and with the path, size or date of one of its programs."
+    lines = [shlex.join(command)]
+    for word in command:
+        if found := shutil.which(word):
+            status = os.stat(found)
+            lines.append(f"{os.path.realpath(found)} {status.st_size} {status.st_mtime_ns}")
+    return "\n".join(lines)
+
+# %% ../../nbs/01_scan.build.ipynb #9d0f37c0
+def machine_identity() -> str:
+    "Text that changes with what compiled code depends on: system, C library, processor and its instructions."
+    lines = [platform.system(), *platform.libc_ver(), platform.machine(), platform.processor()]
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines += [line for line in file.read().split("\n\n")[0].splitlines()
+                      if line.startswith(("model name", "flags", "Features"))]
+    except OSError:  # not Linux
+        pass
+    return "\n".join(lines)
 
 # %% ../../nbs/01_scan.build.ipynb #9d9e90c5
 def find_ninja():

@@ -7,7 +7,6 @@ __all__ = ['cpu_kernel_status']
 
 # %% ../../nbs/02_scan.cpu.ipynb #dbae3f6d
 import ctypes
-import os
 import platform
 import shlex
 import subprocess
@@ -22,8 +21,11 @@ from mamba2d.scan.build import (
     KernelError,
     build_once,
     compile_flags,
+    compiler_identity,
+    find_built,
     find_compiler,
     find_ninja,
+    machine_identity,
     source_folder,
 )
 from .reference import ScanTensors, compute_dtype
@@ -83,6 +85,19 @@ def _build_cpu_library(folder, sources, flags):
         raise KernelError(f"{compiler[0]} made no library, and reported no error")
     return folder / "library.so"
 
+# %% ../../nbs/02_scan.cpu.ipynb #c76bedf7
+_other_cache = "the environment variable MAMBA2D_CACHE names another folder"
+
+def _cached_cpu_library(key, build):
+    "The library of this compiler from the cache, or built now. Without a compiler: that of any compiler."
+    try:
+        compiler = compiler_identity(find_compiler())
+    except KernelError:
+        if found := find_built("scan_cpu", key, ".so"):
+            return found
+        raise
+    return build_once("scan_cpu", key, build, ".so", tool=compiler)
+
 # %% ../../nbs/02_scan.cpu.ipynb #9450efa6
 def build_cpu_library() -> Path:
     """The compiled CPU kernel, built if it is not in the cache yet.
@@ -92,13 +107,11 @@ def build_cpu_library() -> Path:
         raise KernelError("the CPU kernel is built on Linux and macOS only; on Windows, WSL has it")
     sources = _read_cpu_sources()
     flags = compile_flags()
-    machine = (os.environ.get("CXX", ""), platform.system(), platform.machine())
-    key = "\n".join([*sources.values(), *flags, *machine])
+    key = "\n".join([*sources.values(), *flags, machine_identity()])
     try:
-        return build_once("scan_cpu", key, lambda folder: _build_cpu_library(folder, sources, flags), ".so")
+        return _cached_cpu_library(key, lambda folder: _build_cpu_library(folder, sources, flags))
     except OSError as error:
-        raise KernelError(f"it could not be kept ({error}); "
-                          "the environment variable MAMBA2D_CACHE names another folder") from error
+        raise KernelError(f"it could not be kept ({error}); {_other_cache}") from error
 
 # %% ../../nbs/02_scan.cpu.ipynb #cc2d789b
 def _torch_thread_pool():
@@ -135,15 +148,12 @@ def _cpu_library():
     "The loaded CPU kernel, or the reason as text why there is none; tried once in a process."
     try:
         path = build_cpu_library()
-        try:
-            return _load_cpu_library(path)
-        except (OSError, AttributeError):
-            path.unlink(missing_ok=True)
-            return _load_cpu_library(build_cpu_library())
     except KernelError as error:
         return str(error)
+    try:
+        return _load_cpu_library(path)
     except (OSError, AttributeError) as error:
-        return f"it could not be loaded: {error}"
+        return f"it could not be loaded ({error}); {_other_cache}, which may have to allow execution"
 
 # %% ../../nbs/02_scan.cpu.ipynb #5b59ac6a
 @lru_cache(maxsize=None)
