@@ -18,7 +18,7 @@ import scipy.io
 from torchvision.datasets import imagenet as torchvision_imagenet
 from torchvision.datasets.imagenet import ARCHIVE_META
 
-from mamba2d.data import find_images, make_image_tree
+from mamba2d.data import find_images, list_images, make_image_tree
 
 devkit_name = "ILSVRC2012_devkit_t12.tar.gz"
 split = "class folders, 20 % of each held out (seed 42)"
@@ -261,7 +261,9 @@ def evaluations(trees, class_folders):
 def test_an_evaluation_takes_all_images(trees, class_folders):
     for root, kwargs, layout, vocab in evaluations(trees, class_folders):
         found = find_images(root, **{"evaluate": True, **kwargs})
-        assert (found.layout, found.vocab, len(found.train)) == (layout, vocab, 0)
+        has_notes = next(root.rglob("a/notes.txt"), None)
+        left_out = "; left out: 1 file that is no image (1 .txt)" if has_notes else ""
+        assert (found.layout, found.vocab, len(found.train)) == (layout + left_out, vocab, 0)
         assert all(map(os.path.isfile, found.files))
         labelled = zip(found.files, found.valid["label"], strict=True)
         names = {Path(file).name: label for file, label in labelled}
@@ -355,9 +357,9 @@ def empty_class(root):
         file.unlink()
 
 
-def only_gifs(root):
+def only_other_files(root):
     for file in (root / "b").iterdir():
-        file.rename(file.with_suffix(".gif"))
+        file.rename(file.with_suffix(".xyz"))
 
 
 def wrong_trees(trees, class_folders):
@@ -404,7 +406,11 @@ def wrong_trees(trees, class_folders):
             trees.copy(class_folders, put("b/b_3.JPEG", "image.webp")),
             "has 1 images beside class folders, the first is 'image.webp'",
         ),
-        (trees.copy(class_folders, only_gifs), "'.*b' has no images .*.png.*.webp"),
+        (
+            trees.copy(class_folders, only_other_files),
+            r"'.*b' has no images .*\.png.*\.gif.*\.webp.*"
+            r"left out: 26 files that are no images \(25 \.xyz, 1 \.txt\)",
+        ),
         (
             trees.copy(parts, remove("train")),
             "has images of 1 classes, at least 2 are needed; expected train/ and val/",
@@ -435,3 +441,26 @@ def test_a_bad_argument_is_named(trees, class_folders):
             find_images(path, labels=trees.imagenet / "labels.txt")
     with pytest.raises(ValueError, match="valid_pct must be between 0 and 1, got 20"):
         find_images(class_folders, valid_pct=20)
+
+
+def test_loops_of_links_repeat_no_image(trees):
+    root = trees.copy(trees.in_folders(), lambda root: None)
+    plain = find_images(root)
+    part = root / "train/n00000001"
+    links = dict(up=root, part=root / "val", self=part, other=root / "val/n00000002")
+    for name, target in links.items():
+        (part / name).symlink_to(target)
+    found = find_images(root)
+    assert [*found.train] == [*plain.train] and [*found.valid] == [*plain.valid]
+    assert found.layout.startswith(plain.layout + "; left out: folders that are read elsewhere")
+    assert found.layout.endswith("reached again by 4 links")
+    with pytest.warns(UserWarning, match="folders that are read elsewhere"):
+        listed = [*map(os.path.realpath, list_images([part]))]
+    assert len(listed) == len(set(listed)) == 10 + len(plain.valid)
+
+
+def test_files_that_are_no_images_are_told(trees):
+    root = trees.copy(trees.in_folders(), put("train/n00000001/n00000001_3.JPEG", "train/n00000001/a.jfif"))
+    (root / "train/n00000001/b.xyz").touch()
+    with pytest.warns(UserWarning, match=r"left out: 1 file that is no image \(1 \.xyz\)"):
+        assert str(root / "train/n00000001/a.jfif") in list_images([root / "train/n00000001"])

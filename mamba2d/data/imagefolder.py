@@ -11,6 +11,8 @@ import dataclasses
 import fnmatch
 import os
 import tempfile
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +21,10 @@ import torch
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize
 from fastai.vision.core import imagenet_stats
+from fastcore.basics import patch
 from fasttransform import Transform
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
 from tqdm import tqdm
 
@@ -63,16 +65,80 @@ def _folders(folder):
     return {entry.name: entry.path for entry in visible if entry.is_dir()}
 
 # %% ../../nbs/24_data.imagefolder.ipynb #31343d2d
-def _is_image_name(name):
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+_unreadable = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow only names them, or starts a program
 
-def _images_below(folder):
+def _find_suffixes():
+    "Suffixes of the files that Pillow can read."
+    Image.init()
+    formats = Image.registered_extensions().items()
+    return tuple(sorted(suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _unreadable))
+
+_image_suffixes = _find_suffixes()
+
+_readable = ".jpg, .png, .gif, .tif, .webp, or another suffix that Pillow reads"
+
+# %% ../../nbs/24_data.imagefolder.ipynb #72e57e82
+def _is_image_name(name):
+    return name.lower().endswith(_image_suffixes) and not name.startswith(".")
+
+def _identity(folder):
+    "What tells a real folder from all others, however it was reached."
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+class _Walk:
+    "Lists images below folders, each real folder once, and counts what it leaves out."
+    def __init__(self):
+        self.left_out = Counter()  # suffix, or the name of a file without one -> number of files
+        self.repeated = 0  # links to folders that belong elsewhere or were read already
+        self.seen = set()  # identities of the folders read
+        self.reserved = set()  # of folders that no link may lead to
+
+    def reserve(self, folder, classes=True):
+        "Let no link lead to this folder, a folder above it, or a class: one of its subfolders."
+        real = Path(folder).resolve()
+        inside = _folders(real).values() if classes else []
+        self.reserved.update(map(_identity, [real, *real.parents, *inside]))
+
+# %% ../../nbs/24_data.imagefolder.ipynb #aae30b79
+@patch
+def _is_new(self: _Walk, folder, is_start):
+    "Note a folder; false if it has been read already, or is reserved and was reached by a link."
+    key = _identity(folder)
+    is_new = key not in self.seen and (is_start or key not in self.reserved)
+    if is_new:
+        self.seen.add(key)
+    else:
+        self.repeated += 1
+    return is_new
+
+@patch
+def images_below(self: _Walk, folder):
     "Paths of the images below a folder, sorted."
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
+        if not self._is_new(where, is_start=where == folder):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(where, name) for name in sorted(names) if _is_image_name(name)]
+        for name in sorted(names):
+            if _is_image_name(name):
+                found.append(os.path.join(where, name))
+            elif not name.startswith("."):
+                self.left_out[os.path.splitext(name)[1].lower() or name] += 1
     return found
+
+# %% ../../nbs/24_data.imagefolder.ipynb #f0d91f51
+def _described(walk):
+    "What a walk left out, as the end of a sentence; empty if that is nothing."
+    total = sum(walk.left_out.values())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in walk.left_out.most_common(5))
+    more = ", …" if len(walk.left_out) > 5 else ""
+    files = "1 file that is no image" if total == 1 else f"{total} files that are no images"
+    parts = [f"left out: {files} ({kinds}{more})"] if total else []
+    if walk.repeated:
+        parts.append(f"left out: folders that are read elsewhere, reached again by {walk.repeated} links")
+    return "".join("; " + part for part in parts)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #e834d7c0
 _EXPECTED = (
@@ -93,15 +159,17 @@ def _flat_images(folder):
     return flat
 
 # %% ../../nbs/24_data.imagefolder.ipynb #d2efcc95
-def _list_classes(folder, least=2):
+def _list_classes(folder, walk, least=2):
     "Images of each class folder: {class: paths}."
     _flat_images(folder)  # raises where images lie beside the class folders
-    classes = {name: _images_below(path) for name, path in _folders(folder).items()}
+    walk.reserve(folder)
+    classes = {name: walk.images_below(path) for name, path in _folders(folder).items()}
     empty = [name for name, files in classes.items() if not files]
     if empty:
         raise ValueError(
             f"data: the class folder {os.path.join(folder, empty[0])!r} has no images "
-            f"({', '.join(IMG_EXTENSIONS)}); {len(empty)} such in {str(folder)!r}; "
+            f"({_readable}) of its own{_described(walk)}; "
+            f"{len(empty)} such in {str(folder)!r}; "
             "delete what is no class"
         )
     if len(classes) < least:
@@ -247,6 +315,7 @@ class _Tree:
     root: Path  # holds the parts: `path`, or Kaggle's inner folder
     train: str | None = None  # name of the training part's folder
     valid: str | None = None  # of the validation part's
+    walk: _Walk = dataclasses.field(default_factory=_Walk, compare=False)
 
     @property
     def prefix(self):
@@ -257,7 +326,7 @@ class _Tree:
         flat = _flat_images(folder)
         if flat:
             return _list_flat(folder, flat, classes, self.label_places(folder), labels)
-        files = _list_classes(folder, least)
+        files = _list_classes(folder, self.walk, least)
         return _Part(files, sorted(files))
 
     def label_places(self, folder):
@@ -320,7 +389,7 @@ def _hold_out(classes, fraction, seed):
 def _list_and_hold_out(tree, valid_pct, split_seed):
     "List the class folders of a tree or of its training part, and hold out images of each class."
     root = tree.root / (tree.train or "")
-    train, valid = _hold_out(_list_classes(root), valid_pct, split_seed)
+    train, valid = _hold_out(_list_classes(root, tree.walk), valid_pct, split_seed)
     part = f"{tree.train}/ of " if tree.train else ""
     held_out = f"{100 * valid_pct:g} % of each held out (seed {split_seed})"
     layout = f"{tree.prefix}{part}class folders, {held_out}"
@@ -336,7 +405,8 @@ def _few(names):
 # %% ../../nbs/24_data.imagefolder.ipynb #6aaa4e68
 def _list_parts(tree, labels):
     "List a training part of class folders and a validation part, flat or of class folders."
-    train = _list_classes(tree.root / tree.train)
+    tree.walk.reserve(tree.root / tree.valid)
+    train = _list_classes(tree.root / tree.train, tree.walk)
     part = tree.list_part(tree.root / tree.valid, train, labels)
     valid = part.files
     if train.keys() != valid.keys():
@@ -441,7 +511,7 @@ def find_images(
         )
     train = _records(found.train, found.root)
     valid = _records(found.valid, found.root)
-    return ImageList(found.root, train, valid, found.vocab, found.layout)
+    return ImageList(found.root, train, valid, found.vocab, found.layout + _described(tree.walk))
 
 # %% ../../nbs/24_data.imagefolder.ipynb #b966a6f1
 class _Check(torch.utils.data.Dataset):
@@ -628,21 +698,31 @@ def imagenet_dls(
         layout=found.layout, fingerprint=data_fingerprint(train, valid), corrupt=corrupt,
     )
 
+# %% ../../nbs/24_data.imagefolder.ipynb #9ba5fa30
+def _images_in(folder):
+    "Paths of the images below a folder, at least one. Warns of files that are left out."
+    walk = _Walk()
+    walk.reserve(folder, classes=False)
+    images = walk.images_below(folder)
+    if not images:
+        raise ValueError(f"the folder {folder!r} has no images "
+                         f"({_readable}){_described(walk)}")
+    if left_out := _described(walk):
+        warnings.warn(f"{folder}{left_out}", stacklevel=3)
+    return images
+
 # %% ../../nbs/24_data.imagefolder.ipynb #365f8afa
 def list_images(
     paths: list,  # of files, taken as they are, and of folders, of which all images below are taken
 ) -> list[str]:
-    """Return paths of images.
+    """Return paths of images. Warns of files that it leaves out.
 
     Raises `FileNotFoundError` naming a path that is nothing, `ValueError` naming a folder without images."""
     found = []
     for path in map(str, paths):
         if not os.path.exists(path):
             raise FileNotFoundError(f"there is no file or folder {path!r}")
-        inside = _images_below(path) if os.path.isdir(path) else [path]
-        if not inside:
-            raise ValueError(f"the folder {path!r} has no images ({', '.join(IMG_EXTENSIONS)})")
-        found += inside
+        found += _images_in(path) if os.path.isdir(path) else [path]
     return found
 
 # %% ../../nbs/24_data.imagefolder.ipynb #ce4ca666

@@ -77,8 +77,11 @@ def open_image(
     or 1 in floats (255 with a value above 1)."""
     with reading_image(source):
         image = _as_pillow(source)
+        may_wait = lazy and image.format == "JPEG" and image.mode == "RGB"
+        if not may_wait:
+            image.load()  # before Pillow looks for EXIF data, where it decodes a PNG and hides what is wrong
         turned = _is_turned(image)
-        if lazy and image.format == "JPEG" and image.mode == "RGB" and not turned:
+        if may_wait and not turned:
             return image
         if turned:
             image = ImageOps.exif_transpose(image)
