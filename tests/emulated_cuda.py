@@ -34,7 +34,8 @@ replacements = {
     "int opaque(int v)": "return v;",
     # what warps tell each other
     "int uniform(int v)": "return __shfl_sync(0xffffffffu, v, 0);",
-    "void named_barrier(int warp)": "if (!ScanTraits::LOCKSTEP) emulation::meet(emulation::block_barriers[warp], 64);",
+    "void named_barrier(int warp)": """
+        if (!ScanTraits::LOCKSTEP) emulation::meet(emulation::block_barriers[warp], 64);""",
     "void gate_init(Gate* gate)": "*gate = 0;",
     "void gate_arrive(Gate* gate, int warp, int lane)": """
         if (ScanTraits::LOCKSTEP) return;

@@ -13,18 +13,19 @@ struct BackwardTraits : ScanTraits {
   // A row's places for states: on the tensor cores those to the left of the tile lie elsewhere.
   static constexpr int LEFT = MMA ? 0 : 1, ROW = (SPAN + LEFT) * TILE;
   typedef Choice<MMA, bf16, real>::type matrix_t;  // B_t, B_l and C in shared memory
-  // Channel c of lane group eg is eg * LANE_STEP + c * CHANNEL_STEP. On the tensor cores the channels of a lane are
-  // neighbours, so that it writes their gradients at once.
+  // Channel c of lane group eg is eg * LANE_STEP + c * CHANNEL_STEP. On the tensor cores the channels of a
+  // lane are neighbours, so that it writes their gradients at once.
   static constexpr int LANE_STEP = MMA ? CH : 1, CHANNEL_STEP = MMA ? 1 : EG;
   // Lanes that hold a part of the sums of a channel, and channels of such a lane
   static constexpr int SUM_LANES = MMA ? NG : 1, SUM_CHANNELS = MMA ? CH : 1;
-  // Without tensor cores: room of a row for the sums over states (one run of entries a channel), and then for those over
-  // channels (one run for each of B_t, B_l and C), padded so that lanes spread over the banks
+  // Without tensor cores: room of a row for the sums over states (one run of entries a channel), and then for
+  // those over channels (one run for each of B_t, B_l and C), padded so that lanes spread over the banks
   static constexpr int STATE_RUN = NG * 4 + 4, MATRIX_RUN = NP * EG + 4;
   static constexpr int ROW_SUMS = CG * STATE_RUN > 3 * MATRIX_RUN ? CG * STATE_RUN : 3 * MATRIX_RUN;
-  // Where all tensors are bf16, the next tile's inputs are copied in the background while this one's adjoint still runs,
-  // as they are, into the places of the columns that it has finished: x, delta_t, delta_l, gradient of y into the second
-  // half of a row's `inputs`; B_t, B_l, C and the states above go where they belong (those of column 0 later).
+  // Where all tensors are bf16, the next tile's inputs are copied in the background while this one's adjoint
+  // still runs, as they are, into the places of the columns that it has finished: x, delta_t, delta_l,
+  // gradient of y into the second half of a row's `inputs`; B_t, B_l, C and the states above go where they
+  // belong (those of column 0 later).
   static constexpr bool EARLY =
       MMA && VECTOR == 4 && SPAN == 8 && sizeof(DT_T) == 2 && sizeof(DL_T) == 2 && sizeof(G_T) == 2;
   static constexpr int EARLY_COLUMN = 1;  // the copies begin when this column's adjoint is done
@@ -42,7 +43,8 @@ struct BackwardTensors {
   ScanTraits::BT_T* grad_B_t;
   ScanTraits::BL_T* grad_B_l;
   ScanTraits::C_T* grad_C;
-  real* partial;  // (B, strips, 2 · E padded · NP + 3 · E padded): gradients of A_t, A_l, D, bias_t, bias_l of a strip
+  // (B, strips, 2 · E padded · NP + 3 · E padded): gradients of A_t, A_l, D, bias_t, bias_l of a strip
+  real* partial;
   real* carry;    // (B, W, E padded, NP): what the adjoint sends from strip to strip
   real* sums;     // (B, H, W, 3, N): gradients of B_t, B_l, C up to a channel group, where there are several
   int* flags;     // ticket; for every (image, channel group, strip) tiles that the strip above may take up;
@@ -59,8 +61,9 @@ template <class T> struct SumStorage<T, true> {
   alignas(16) saved_t left[T::STRIP * T::TILE];     // the states to the left of the tile
 };
 template <class T> struct BackwardStorage {
-  // Row 0: the states above the tile (MMA: as they are kept, of this tile and of the next). Row r + 1: row r, which begins
-  // with the state to the left of the tile (not if MMA). MMA: the last row is what the strip below sends.
+  // Row 0: the states above the tile (MMA: as they are kept, of this tile and of the next). Row r + 1: row r,
+  // which begins with the state to the left of the tile (not if MMA). MMA: the last row is what the strip
+  // below sends.
   real h[(T::STRIP + 1 + T::MMA) * T::ROW];
   Quad inputs[T::PIXELS * T::CG];  // delta_t, delta_l, x, gradient of y
   alignas(16) typename T::matrix_t matrices[T::PIXELS * 3 * T::NP];  // B_t, B_l, C
@@ -86,7 +89,8 @@ DEVICE BackwardJob backward_job(const BackwardArguments& p, int ticket) {
   return job;
 }
 
-// Two neighbouring numbers; `both` tells whether the second is wanted, `aligned` whether they may be written at once.
+// Two neighbouring numbers; `both` tells whether the second is wanted, `aligned` whether they may be written
+// at once.
 template <typename T> DEVICE void store_two(T* p, real first, real second, bool aligned, bool both) {
   if (aligned) {
     store_rounded(p, Pack<real, 2>{{first, second}});

@@ -1,5 +1,5 @@
-// How the lanes of a warp, the warps of a block and the blocks of a grid wait for each other. README.md has the table of
-// who arrives and who waits.
+// How the lanes of a warp, the warps of a block and the blocks of a grid wait for each other. README.md has
+// the table of who arrives and who waits.
 #pragma once
 #include "traits.cuh"
 
@@ -15,22 +15,22 @@ DEVICE int uniform(int v) {
 #endif
 }
 
-// The value, of which the compiler knows nothing: what is computed from it is computed here, and takes no registers
-// before.
+// The value, of which the compiler knows nothing: what is computed from it is computed here, and takes no
+// registers before.
 DEVICE int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;
 }
 
-// ------------------------------------------------------------------------------------------------------ within a block
+// -------------------------------------------------------------------------------------------- within a block
 // Two neighbouring warps wait for each other: `warp - 1` and `warp` of a block use named barrier `warp`.
 DEVICE void named_barrier(int warp) {
   if (!ScanTraits::LOCKSTEP) asm volatile("bar.sync %0, 64;" : : "r"(warp) : "memory");
 }
 
-// A gate, an mbarrier, for one place of shared memory: a warp arrives when it has written there, and goes on; the
-// reader waits. Each arrival flips the parity that is waited for. Compute capability 7.5 has no such barriers: there
-// both warps meet at the named barrier `warp`.
+// A gate, an mbarrier, for one place of shared memory: a warp arrives when it has written there, and goes on;
+// the reader waits. Each arrival flips the parity that is waited for. Compute capability 7.5 has no such
+// barriers: there both warps meet at the named barrier `warp`.
 typedef unsigned long long Gate;
 DEVICE void gate_init(Gate* gate) {
 #if __CUDA_ARCH__ >= 800
@@ -64,7 +64,7 @@ DEVICE void gate_wait(Gate* gate, int warp, int parity) {
 #endif
 }
 
-// -------------------------------------------------------------------------------------------------------- between blocks
+// -------------------------------------------------------------------------------------------- between blocks
 DEVICE int load_acquire(const int* pointer) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(pointer) : "memory");
@@ -80,8 +80,8 @@ DEVICE void wait_for(const int* progress, int wanted) {
   while (load_acquire(progress) < wanted) __nanosleep(20);
 }
 
-// Blocks draw tickets, so that the blocks whose results this one needs are running already. Where nothing is needed
-// the number of the block will do.
+// Blocks draw tickets, so that the blocks whose results this one needs are running already. Where nothing is
+// needed the number of the block will do.
 DEVICE int draw_ticket(int* counter, bool is_chained, int& shared) {
   if (!is_chained) return blockIdx.x;
   if (threadIdx.x == 0) shared = atomicAdd(counter, 1);

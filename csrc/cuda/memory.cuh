@@ -3,9 +3,9 @@
 #include "barriers.cuh"
 #include "numbers.cuh"
 
-// ---------------------------------------------------------------------------------------------------------- arguments
-// Logical pixel (i, j) of image b lies at b * b + i * h + j * w elements. `reverse` has moved the pointer to the last
-// pixel and negated h and w.
+// ------------------------------------------------------------------------------------------------- arguments
+// Logical pixel (i, j) of image b lies at b * b + i * h + j * w elements. `reverse` has moved the pointer to
+// the last pixel and negated h and w.
 struct Strides { i64 b, h, w; };
 
 struct Inputs {
@@ -34,8 +34,9 @@ struct Layout {
   DEVICE_METHOD i64 pixel_states() const { return i64(channels_padded) * ScanTraits::NP; }  // of a pixel, padded
 };
 
-// Place of channel `ch` in a row of 16-byte entries: lanes that write four neighbouring channels each, and lanes that
-// read neighbouring channels, both spread over the banks. The channels of one lane lie at a constant distance, EG.
+// Place of channel `ch` in a row of 16-byte entries: lanes that write four neighbouring channels each, and
+// lanes that read neighbouring channels, both spread over the banks. The channels of one lane lie at a
+// constant distance, EG.
 DEVICE int channel_slot(int ch) { return ScanTraits::CG >= 8 ? ch ^ ((ch >> 2) & 1) : ch; }
 DEVICE int lane_slot(int eg, int c) {  // of channel c of lane group eg
   constexpr int EG = ScanTraits::EG;
@@ -52,7 +53,7 @@ DEVICE void load_constants(const Inputs& p, int e0, int channels, real (*constan
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- states
+// ---------------------------------------------------------------------------------------------------- states
 DEVICE States load_states(const real* p) { return *reinterpret_cast<const States*>(p); }
 DEVICE void store_states(real* p, const States& s) { *reinterpret_cast<States*>(p) = s; }
 
@@ -94,7 +95,7 @@ DEVICE States load_states_l2(const real* p) {
 }
 template <typename T> DEVICE void prefetch(const T* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 
-// --------------------------------------------------------------------------------- copies in the background, in groups
+// ----------------------------------------------------------------------- copies in the background, in groups
 // Memory to shared memory past the first-level cache, in the background where the card can.
 DEVICE void copy_states_l2(real* shared, const real* p) {
 #if __CUDA_ARCH__ >= 800

@@ -1,8 +1,9 @@
-// Numbers: conversions, packs of them, elementary functions, and the coefficients of the scan at the image's borders.
+// Numbers: conversions, packs of them, elementary functions, and the coefficients of the scan at the image's
+// borders.
 #pragma once
 #include "traits.cuh"
 
-// ------------------------------------------------------------------------------------------------------- conversions
+// ----------------------------------------------------------------------------------------------- conversions
 DEVICE real to_real(f32 v) { return real(v); }
 DEVICE real to_real(f64 v) { return real(v); }
 DEVICE real to_real(bf16 v) { return real(__uint_as_float(u32(v.bits) << 16)); }
@@ -40,7 +41,7 @@ template <typename T> DEVICE u32 pack_halves(real low, real high, T) {
 DEVICE u32 pack_halves(real low, real high, bf16) { return pack_bf16(float(low), float(high)); }
 #endif
 
-// ------------------------------------------------------------------------------------------------------------- packs
+// ----------------------------------------------------------------------------------------------------- packs
 template <typename T, int K> struct alignas(sizeof(T) * K >= 16 ? 16 : sizeof(T) * K) Pack { T v[K]; };
 typedef Pack<real, 4> Quad;
 typedef Pack<real, ScanTraits::NS> States;  // the states of one channel in one lane
@@ -92,10 +93,11 @@ template <typename T> struct RawHalves {
 template <> struct Raw<bf16, 4> : RawHalves<bf16> {};
 template <> struct Raw<fp16, 4> : RawHalves<fp16> {};
 
-// ------------------------------------------------------------------------------------------------------- mathematics
+// ----------------------------------------------------------------------------------------------- mathematics
 constexpr real log2e = real(1.4426950408889634074), ln2 = real(0.69314718055994530942);
 
-// 2^v. The arguments of the gates carry log2(e) and the coefficient of the direction (1/2 is -1) in the exponent.
+// 2^v. The arguments of the gates carry log2(e) and the coefficient of the direction (1/2 is -1) in the
+// exponent.
 DEVICE float exp2_fast(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -109,9 +111,9 @@ DEVICE float reciprocal(float v) {
   return r;
 }
 
-// log(1 + exp(v)), accurate for every v: with e = exp(-|v|), log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3, and
-// atanh(s) / s - 1 over s^2 is a cubic in s^2 (a Chebyshev fit: relative error of the result 3e-8). NaN comes out as
-// NaN, through e.
+// log(1 + exp(v)), accurate for every v: with e = exp(-|v|), log1p(e) = 2 atanh(s), s = e / (2 + e) <= 1/3,
+// and atanh(s) / s - 1 over s^2 is a cubic in s^2 (a Chebyshev fit: relative error of the result 3e-8). NaN
+// comes out as NaN, through e.
 DEVICE float softplus(float v) {
   const float e = exp2_fast(-fabsf(v) * float(log2e)), s = e * reciprocal(2.f + e), q = s * s;
   float r = fmaf(q, 0.134293046f, 0.141126023f);
@@ -136,8 +138,8 @@ DEVICE float softplus_slope_rough(float s) {
   return s < 1.f / 64 ? s - 0.5f * s * s : 1.f - exp2_fast(-s * float(log2e));
 }
 
-// The coefficients c_t and c_l of a pixel, and log2 of the one by which what comes from a neighbour is multiplied:
-// (0, 1) on the top row, (1, 0) on the left column below it, (1/2, 1/2) elsewhere.
+// The coefficients c_t and c_l of a pixel, and log2 of the one by which what comes from a neighbour is
+// multiplied: (0, 1) on the top row, (1, 0) on the left column below it, (1/2, 1/2) elsewhere.
 struct Coefficients { real t, l, log2; };
 DEVICE Coefficients border_coefficients(bool has_above, bool has_left) {
   const bool inside = has_above && has_left;

@@ -1,20 +1,22 @@
-// The backward pass of the 2D selective scan: one launch for the adjoint, a short second one that sums what all blocks
-// found for A, D and the biases.
+// The backward pass of the 2D selective scan: one launch for the adjoint, a short second one that sums what
+// all blocks found for A, D and the biases.
 //
-// A block holds CG channels with all their states and a strip of STRIP rows, one warp a row. It takes the strip in tiles of
-// SPAN columns, from the right to the left. In each tile it first recomputes the states from those the forward pass has
-// saved above and to the left of the tile, keeping them in shared memory, and then runs the adjoint from the bottom-right
-// corner. In both sweeps a row is behind its neighbour: for each column it arrives at a gate when it has written what the
-// next row reads. What the adjoint sends to the left stays in registers; what it sends up takes the place of the state in
-// shared memory (no longer needed then), or goes to the strip above through a row of states in memory, the carry.
+// A block holds CG channels with all their states and a strip of STRIP rows, one warp a row. It takes the
+// strip in tiles of SPAN columns, from the right to the left. In each tile it first recomputes the states
+// from those the forward pass has saved above and to the left of the tile, keeping them in shared memory, and
+// then runs the adjoint from the bottom-right corner. In both sweeps a row is behind its neighbour: for each
+// column it arrives at a gate when it has written what the next row reads. What the adjoint sends to the left
+// stays in registers; what it sends up takes the place of the state in shared memory (no longer needed then),
+// or goes to the strip above through a row of states in memory, the carry.
 //
-// The gradients of B and C are sums over all channels of a pixel. Where the channels are spread over several blocks, these
-// add to one array in the order of their groups, each block waiting for the one before, so that a sum never depends on who
-// comes first. Where images are small (`apart`) each group has an array of its own, and the second launch adds them.
+// The gradients of B and C are sums over all channels of a pixel. Where the channels are spread over several
+// blocks, these add to one array in the order of their groups, each block waiting for the one before, so that
+// a sum never depends on who comes first. Where images are small (`apart`) each group has an array of its
+// own, and the second launch adds them.
 //
-// On the tensor cores (MMA) rows 0 and 7, for which the others wait, are spared: of the states above, row j copies column j
-// for row 0; of what the strip below sends, the upper rows copy two columns each for the last one; the last row tells the
-// strip above when row 0 has sent a tile.
+// On the tensor cores (MMA) rows 0 and 7, for which the others wait, are spared: of the states above, row j
+// copies column j for row 0; of what the strip below sends, the upper rows copy two columns each for the last
+// one; the last row tells the strip above when row 0 has sent a tile.
 #include "backward.cuh"
 
 // One row of a block's strip, which one warp computes.
@@ -85,8 +87,9 @@ template <class T> struct BackwardRow {
       }
   }
 
-  // ------------------------------------------------------------------------------------- where things lie, in memory
-  // This lane's first states: at a column of the carry, to the left of a tile in row i, above column 0 of a tile
+  // ----------------------------------------------------------------------------- where things lie, in memory
+  // This lane's first states: at a column of the carry, to the left of a tile in row i, above column 0 of a
+  // tile
   DEVICE_METHOD real* carry_at(int col) const {
     return p.carry + (b * W + opaque(col)) * pixel + ((e0 + opaque(eg) * LANE_STEP) * NP + ng * NS);
   }
@@ -127,7 +130,7 @@ template <class T> struct BackwardRow {
   }
   DEVICE_METHOD bool has_channel(int c) const { return e0 + eg * LANE_STEP + c * CHANNEL_STEP < p.channels; }
 
-  // ------------------------------------------------------------------------------------------------- loading a tile
+  // ------------------------------------------------------------------------------------------ loading a tile
   DEVICE_METHOD void load_x(int q, int j0) {
     const int item = 32 * q + opaque(lane), to = TOGETHER ? q : 0;
     const int ch = item % X_WIDTH * VECTOR, col = j0 + item / X_WIDTH;
@@ -231,7 +234,7 @@ template <class T> struct BackwardRow {
     else copy_states_l2(to, reinterpret_cast<const real*>(from));
   }
 
-  // ------------------------------------------------------------------------- copies in the background, tensor cores
+  // ------------------------------------------------------------------ copies in the background, tensor cores
   // This lane's place in the part of `inputs` that is free by then
   DEVICE_METHOD char* early_place(int l) const {
     return reinterpret_cast<char*>(space.inputs + (r * SPAN + SPAN / 2) * CG) + l * 8;
@@ -300,7 +303,8 @@ template <class T> struct BackwardRow {
     __syncwarp();  // the other lanes write there now
     stage_x(0, j0);
   }
-  // Where nothing will be copied: the states of missing channels, those above the image, and what comes from below it.
+  // Where nothing will be copied: the states of missing channels, those above the image, and what comes from
+  // below it.
   DEVICE_METHOD void clear_places() const {
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
@@ -329,15 +333,16 @@ template <class T> struct BackwardRow {
       for (int j = r; j < SPAN; j += rows) gate_arrive(&space.gates[j], 0, lane);
   }
 
-  // ------------------------------------------------------------------------------------------ what other blocks hear
-  // The tile before is in memory by now: whoever adds to its sums may do so; wait for those of the channel group before.
+  // ---------------------------------------------------------------------------------- what other blocks hear
+  // The tile before is in memory by now: whoever adds to its sums may do so; wait for those of the channel
+  // group before.
   DEVICE_METHOD void report_sums(int tile) const {
     if (lane != 0) return;
     if (passes_on && tile < tiles - 1) add_release(job.summed, 1);
     if (follows) wait_for(job.summed - p.strips, (tiles - tile) * rows);
   }
-  // The last row, which waits longest for row 0 at the begin of a tile, tells the strip above that row 0 has sent all of a
-  // tile (the first is 0).
+  // The last row, which waits longest for row 0 at the begin of a tile, tells the strip above that row 0 has
+  // sent all of a tile (the first is 0).
   DEVICE_METHOD void report_sent(int which) const {
     if (!MMA || T::LOCKSTEP || strip == 0 || r != rows - 1) return;
     gate_wait(&space.tile_sent, 0, which & 1);
@@ -345,13 +350,13 @@ template <class T> struct BackwardRow {
     if (lane == 0) add_release(job.sent, 1);
   }
 
-  // -------------------------------------------------------------------------------------- phase 2: the states again
+  // ------------------------------------------------------------------------------- phase 2: the states again
   DEVICE_METHOD Coefficients coefficients(int col) const { return border_coefficients(row > 0, col > 0); }
   DEVICE_METHOD Gate* gate(int row_of_strip, int j) const { return &space.gates[row_of_strip * SPAN + j]; }
 
-  // The compiler would compute the gates behind the wait for a neighbour, while the next row waits for this one: a store
-  // that depends on them (and never happens, unless a gate is NaN; then so is the state that lies there or will) keeps
-  // them before it.
+  // The compiler would compute the gates behind the wait for a neighbour, while the next row waits for this
+  // one: a store that depends on them (and never happens, unless a gate is NaN; then so is the state that
+  // lies there or will) keeps them before it.
   static DEVICE_METHOD void keep_here(int bits, real* place) {
     if (bits < 0) *reinterpret_cast<volatile int*>(place) = bits;
   }
@@ -434,7 +439,7 @@ template <class T> struct BackwardRow {
     }
   }
 
-  // ------------------------------------------------------------------------------- phase 3: what the strip below sends
+  // --------------------------------------------------------------------- phase 3: what the strip below sends
   // On the tensor cores the upper half of the rows copies it to where a row below the last would be.
   DEVICE_METHOD void copy_from_below(int tile, int cols) const {
     if (lane == 0) wait_for(job.sent - 1, tiles - tile);
@@ -456,8 +461,8 @@ template <class T> struct BackwardRow {
       if (j >= 0) gate_arrive(gate(STRIP, j), STRIP, lane);
     }
   }
-  // Without tensor cores the last row of the strip or of the image finds it in its own place, where it has put, one column
-  // before, what the strip below has sent, or zeros.
+  // Without tensor cores the last row of the strip or of the image finds it in its own place, where it has
+  // put, one column before, what the strip below has sent, or zeros.
   DEVICE_METHOD bool is_edge() const { return !MMA && !meets_below; }
   DEVICE_METHOD void take_first_from_below(int tile, int cols) const {
     const bool from_memory = row + 1 < H;
@@ -490,15 +495,15 @@ template <class T> struct BackwardRow {
     }
   }
 
-  // ---------------------------------------------------------------------------------------------- phase 4: the adjoint
+  // ------------------------------------------------------------------------------------ phase 4: the adjoint
   // What a column's adjoint leaves for the sums.
   struct Column {
     real gate_t[CH][NS], gate_l[CH][NS], dh[CH][NS];
     States top[CH], beside[CH];  // the states above and to the left
     Coefficients of;
   };
-  // dh = C grad y + what comes from the right and from below, and what goes up: first what does not need the row below, then
-  // the short chain from row to row.
+  // dh = C grad y + what comes from the right and from below, and what goes up: first what does not need the
+  // row below, then the short chain from row to row.
   DEVICE_METHOD void adjoint_chain(int tile, int j, int parity, Column& at) {
     const int px = r * SPAN + j;
     real* const tops = own_h + j * TILE;
@@ -552,7 +557,8 @@ template <class T> struct BackwardRow {
       for (int c = 0; c < CH; ++c) store_states(to + c * CHANNEL_STEP * NP, up[c]);
     }
   }
-  // What goes left, and the gradients of A: `gate_t` and `gate_l` become what the step sizes' gradients sum over states.
+  // What goes left, and the gradients of A: `gate_t` and `gate_l` become what the step sizes' gradients sum
+  // over states.
   DEVICE_METHOD void adjoint_left(const Quad& s, int c, int k, Column& at) {
     if (MMA) at.gate_l[c][k] = exp2_fast(s.v[1] * A_l[c][k] + at.of.log2);
     sent_left[c][k] = at.gate_l[c][k] * at.dh[c][k];
@@ -566,7 +572,7 @@ template <class T> struct BackwardRow {
     else adjoint_in_shared_memory(tile, cols, parity);
   }
 
-  // ------------------------------------------------------------------------------------ sums without the tensor cores
+  // --------------------------------------------------------------------------- sums without the tensor cores
   DEVICE_METHOD void adjoint_in_shared_memory(int tile, int cols, int parity) {
 #pragma unroll 1
     for (int j = cols - 1; j >= 0; --j) {
@@ -676,9 +682,9 @@ template <class T> struct BackwardRow {
     }
   }
 
-  // ----------------------------------------------------------------------------------------- sums on the tensor cores
-  // Sums of four columns, in the columns of the tensor cores' results: lane ng of a group gets those of column ng. Over
-  // states, of its channels; over channels, of two states.
+  // -------------------------------------------------------------------------------- sums on the tensor cores
+  // Sums of four columns, in the columns of the tensor cores' results: lane ng of a group gets those of
+  // column ng. Over states, of its channels; over channels, of two states.
   struct FourColumns { float injected[4], through[4], of_b[4], of_c[4]; };
 
   DEVICE_METHOD void adjoint_on_tensor_cores(int tile, int cols, int parity) {
@@ -720,8 +726,8 @@ template <class T> struct BackwardRow {
       load_l2(kept + 2 * STATES + 1, &sums.of_c[2]);
     }
   }
-  // Add column `j`, the one of number `index` of the four, which stands in columns 2 index and 2 index + 1 of the right
-  // factors; the others are zero.
+  // Add column `j`, the one of number `index` of the four, which stands in columns 2 index and 2 index + 1 of
+  // the right factors; the others are zero.
   DEVICE_METHOD void multiply_column(int j, int index, const Column& at, Fragment& states, FourColumns& sums) const {
     const int px = r * SPAN + j, column = opaque(eg) - index * 2;
     const bf16* const weights_at = space.rest.weights + px * 3 * CG;
@@ -740,8 +746,8 @@ template <class T> struct BackwardRow {
     multiply(transpose(states, CH == 2), weights_g, sums.of_c);
     states = fragment_of<CH>(at.beside);
   }
-  // Four columns are finished, of which this lane writes one: the gradients of its channels, and the sums over channels of
-  // its states.
+  // Four columns are finished, of which this lane writes one: the gradients of its channels, and the sums
+  // over channels of its states.
   DEVICE_METHOD void write_four_columns(int tile, int first, const FourColumns& sums) {
     const int j = first + opaque(lane) % NG, col = tile * SPAN + j;
     const Quad* const inputs = space.inputs + (r * SPAN + j) * CG + opaque(eg);
@@ -784,7 +790,7 @@ template <class T> struct BackwardRow {
     store_two(kept + 2 * STATES, sums.of_c[0], sums.of_c[2], aligned, both);
   }
 
-  // --------------------------------------------------------------------------------------------------------- the strip
+  // ----------------------------------------------------------------------------------------------- the strip
   DEVICE_METHOD void begin() const {
     if constexpr (MMA) {
       if (active) {
@@ -798,8 +804,9 @@ template <class T> struct BackwardRow {
     if (T::LOCKSTEP)
       for (int k = 0; k < count; ++k) __syncthreads();
   }
-  // From here on rows meet their neighbours only, and keep to memory of their own: a row begins a tile when it has finished
-  // the one before. It cannot run ahead, since the first sweep needs the row above and the second the row below.
+  // From here on rows meet their neighbours only, and keep to memory of their own: a row begins a tile when
+  // it has finished the one before. It cannot run ahead, since the first sweep needs the row above and the
+  // second the row below.
   DEVICE_METHOD void run_tile(int tile) {
     const int cols = min(SPAN, W - tile * SPAN), turn = (tiles - 1 - tile) & 1;
     const bool lower = r >= STRIP / 2;
@@ -835,7 +842,7 @@ template <class T> struct BackwardRow {
     }
   }
 
-  // ------------------------------------------------------------------------------------------------ sums over the strip
+  // ------------------------------------------------------------------------------------- sums over the strip
   static constexpr int SUM_LANES = T::SUM_LANES;
   static_assert(sizeof(BackwardStorage<T>) >= sizeof(real) * STRIP * (2 * TILE + 3 * CG * SUM_LANES),
                 "the sums over a strip use the same memory");
@@ -898,7 +905,7 @@ scan_backward(const __grid_constant__ BackwardArguments p) {
   row.write_partial();
 }
 
-// ------------------------------------------------------------------------------------------------------ the second kernel
+// ----------------------------------------------------------------------------------------- the second kernel
 struct SumArguments {
   const real* partial;
   ScanTraits::AT_T* grad_A_t;
@@ -906,7 +913,8 @@ struct SumArguments {
   ScanTraits::D_T* grad_D;
   ScanTraits::ZT_T* grad_bias_t;
   ScanTraits::ZL_T* grad_bias_l;
-  // Where channel groups have summed apart (groups > 0): their sums (groups, images, pixels, 3, N), and the gradients
+  // Where channel groups have summed apart (groups > 0): their sums (groups, images, pixels, 3, N), and the
+  // gradients
   const real* sums;
   ScanTraits::BT_T* grad_B_t;
   ScanTraits::BL_T* grad_B_l;

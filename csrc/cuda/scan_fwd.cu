@@ -1,14 +1,14 @@
 // The forward pass of the 2D selective scan in one launch; no state goes to memory unless it is asked for.
 //
-// A block holds CG channels with all their states and a strip of rows of one image. Each warp owns ROWS rows of the
-// strip and walks along the columns behind the warp above it, which it meets at a named barrier at each column. A lane
-// keeps the states of its tile (CH channels x NS states) for all its rows in registers, so the state from the left is
-// its own register, and the state from above is that of the row above in the same lane, except in the first row of a
-// warp, where it comes through shared memory from the warp above.
+// A block holds CG channels with all their states and a strip of rows of one image. Each warp owns ROWS rows
+// of the strip and walks along the columns behind the warp above it, which it meets at a named barrier at
+// each column. A lane keeps the states of its tile (CH channels x NS states) for all its rows in registers,
+// so the state from the left is its own register, and the state from above is that of the row above in the
+// same lane, except in the first row of a warp, where it comes through shared memory from the warp above.
 //
-// An image with more rows than a strip has several blocks; they run at the same time, each following the block above.
-// The last row of a strip goes through a row of states in memory, the carry (one row for each image and channel group,
-// overwritten in place: a strip writes column j after it has read it).
+// An image with more rows than a strip has several blocks; they run at the same time, each following the
+// block above. The last row of a strip goes through a row of states in memory, the carry (one row for each
+// image and channel group, overwritten in place: a strip writes column j after it has read it).
 #include "memory.cuh"
 
 struct ForwardTraits : ScanTraits {
@@ -43,8 +43,8 @@ template <class T> struct WarpStorage {
 };
 template <class T> struct ForwardStorage { WarpStorage<T> warps[T::WARPS]; };
 
-// How the lanes of a warp share what is loaded of COLS columns: vectors of VECTOR elements, WIDTH of them a pixel.
-// Lane l takes vectors l, l + 32, ... in LOADS loads.
+// How the lanes of a warp share what is loaded of COLS columns: vectors of VECTOR elements, WIDTH of them a
+// pixel. Lane l takes vectors l, l + 32, ... in LOADS loads.
 template <class T, int ELEMENTS, int VECTOR> struct Vectors {
   static constexpr int WIDTH = ELEMENTS / VECTOR, COUNT = T::COLS * T::ROWS * WIDTH, LOADS = (COUNT + 31) / 32;
   // All lanes move by the same number of pixels from load to load, or of whole columns
@@ -100,7 +100,8 @@ template <class T> struct ForwardWarp {
   States waiting[CH];  // the strip above's states of the next column
   int allowed;         // columns known to be finished above
 
-  // What a lane has loaded of the next COLS columns, and the offsets of the next load, which walk along the columns
+  // What a lane has loaded of the next COLS columns, and the offsets of the next load, which walk along the
+  // columns
   const WideVectors wide;
   const NarrowVectors narrow;
   Raw<X_T, VECTOR> raw_x[X_LOADS], kept_x[X_LOADS];
@@ -138,7 +139,7 @@ template <class T> struct ForwardWarp {
       }
   }
 
-  // ------------------------------------------------------------------------------------------------ loading columns
+  // ----------------------------------------------------------------------------------------- loading columns
   DEVICE_METHOD OFFSET wide_start(const Strides& s) const {
     return OFFSET((i64(row0) + wide.row()) * s.h) + OFFSET(wide.col() * s.w) + e0 + wide.element();
   }
@@ -200,7 +201,7 @@ template <class T> struct ForwardWarp {
     if (!T::SAME_N) B_l_at += COLS * OFFSET(p.B_l_strides().w), C_at += COLS * OFFSET(p.C_strides().w);
   }
 
-  // ------------------------------------------------------------------------------------------------ staging columns
+  // ----------------------------------------------------------------------------------------- staging columns
   // Softplus, coefficients and conversions, once for each pixel and channel: from registers to shared memory.
   DEVICE_METHOD void stage_columns(int j0) {
 #pragma unroll
@@ -242,7 +243,7 @@ template <class T> struct ForwardWarp {
     *reinterpret_cast<Pack<real, VECTOR_N>*>(to + 2 * NP) = cc;
   }
 
-  // ------------------------------------------------------------------------------------------- from strip to strip
+  // ------------------------------------------------------------------------------------- from strip to strip
   // The states that the strip above has left in column j, into `waiting`.
   DEVICE_METHOD void load_carry(int j) {
     if (j >= allowed) {
@@ -287,10 +288,10 @@ template <class T> struct ForwardWarp {
     }
   }
 
-  // ---------------------------------------------------------------------------------------------------- one column
-  // h = c_t A_t h_above + c_l A_l h_left + what x injects, and y's sums over the states of a lane; `turn` is the column
-  // within those that are staged. All rows without a branch between them, so that their chains overlap; rows below the
-  // image have no inputs.
+  // ---------------------------------------------------------------------------------------------- one column
+  // h = c_t A_t h_above + c_l A_l h_left + what x injects, and y's sums over the states of a lane; `turn` is
+  // the column within those that are staged. All rows without a branch between them, so that their chains
+  // overlap; rows below the image have no inputs.
   DEVICE_METHOD void scan_column(int j, int turn, real (&top)[CH][NS]) {
     const bool later = opaque(j) > 0;
 #pragma unroll
@@ -380,7 +381,7 @@ template <class T> struct ForwardWarp {
     return sum;
   }
 
-  // ------------------------------------------------------------------------------------------------------- the walk
+  // ------------------------------------------------------------------------------------------------ the walk
   DEVICE_METHOD void step(int j, bool meets_above, bool meets_below) {
     const int turn = j % COLS, j0 = j - turn;
     if (turn == 0) {

@@ -1,10 +1,10 @@
 // Sums of the backward pass on the tensor cores.
 //
-// A warp's 16 channels x 16 states are the fragment of a 16 x 16 matrix as they lie in its lanes: a lane holds rows g and
-// g + 8 (its two channels, g = lane / 4) and four columns, which are its four states (the order of the columns does not
-// matter as long as the other factor has the same). Sums over states multiply that matrix by B_t and B_l, or by ones, in
-// alternate columns, so that every lane of a group gets both sums. Sums over channels multiply its transpose by the
-// weights of the channels.
+// A warp's 16 channels x 16 states are the fragment of a 16 x 16 matrix as they lie in its lanes: a lane
+// holds rows g and g + 8 (its two channels, g = lane / 4) and four columns, which are its four states (the
+// order of the columns does not matter as long as the other factor has the same). Sums over states multiply
+// that matrix by B_t and B_l, or by ones, in alternate columns, so that every lane of a group gets both sums.
+// Sums over channels multiply its transpose by the weights of the channels.
 #pragma once
 #include "memory.cuh"
 

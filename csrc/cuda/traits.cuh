@@ -1,9 +1,9 @@
 // What a compilation is for: types, sizes and options of one call.
 //
-// The loader (mamba2d/scan/cuda.py) passes macros named SCAN_... to NVRTC. Here, in ForwardTraits (scan_fwd.cu) and in
-// BackwardTraits (scan_bwd.cu) they become members of a struct, and stand nowhere else. README.md lists what they mean
-// and which values they take. No header is included, neither torch's nor CUDA's, so that NVRTC needs no include
-// directory.
+// The loader (mamba2d/scan/cuda.py) passes macros named SCAN_... to NVRTC. Here, in ForwardTraits
+// (scan_fwd.cu) and in BackwardTraits (scan_bwd.cu) they become members of a struct, and stand nowhere else.
+// README.md lists what they mean and which values they take. No header is included, neither torch's nor
+// CUDA's, so that NVRTC needs no include directory.
 #pragma once
 
 typedef long long i64;
@@ -20,8 +20,9 @@ typedef double f64;
 
 // What both kernels have in common.
 //
-// A warp holds CG channels with all their states: lane = lane group * NG + group of states. Each of the NG lanes of a
-// lane group keeps NS states of the same CH channels. A warp's tile at one pixel is 32 * CH * NS states.
+// A warp holds CG channels with all their states: lane = lane group * NG + group of states. Each of the NG
+// lanes of a lane group keeps NS states of the same CH channels. A warp's tile at one pixel is 32 * CH * NS
+// states.
 struct ScanTraits {
   typedef SCAN_REAL real;  // the arithmetic and the states
   typedef SCAN_X_T X_T;    // elements of x, of y and of their gradients
