@@ -45,6 +45,7 @@ DEVICE int lane_slot(int eg, int c) {  // of channel c of lane group eg
 
 // Biases and skip of the block's channels, into shared memory.
 DEVICE void load_constants(const Inputs& p, int e0, int channels, real (*constants)[ScanTraits::CG], int threads) {
+#pragma unroll 1
   for (int ch = threadIdx.x; ch < ScanTraits::CG; ch += threads) {
     const int e = min(e0 + ch, channels - 1);
     constants[0][ch] = ScanTraits::BIAS_T ? to_real(p.bias_t[e]) : real(0);

@@ -32,7 +32,7 @@ template <class T> struct BackwardRow {
   static constexpr int X_LOADS = (SPAN * X_WIDTH + 31) / 32, N_LOADS = (SPAN * N_WIDTH + 31) / 32;
   static constexpr bool TOGETHER = X_LOADS + N_LOADS <= 4;  // all loads before the first use, if registers allow it
 
-  const BackwardArguments& p;
+  const BackwardArguments p;
   BackwardStorage<T>& space;
   const int lane, r, ng, eg;
   const BackwardJob job;

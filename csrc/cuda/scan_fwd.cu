@@ -21,6 +21,7 @@ struct ForwardTraits : ScanTraits {
   static constexpr bool SAVE = SCAN_SAVE;         // keep states for the backward pass
   static constexpr bool WRITE_H = SCAN_WRITE_H;   // write all states
   static_assert(ROWS <= STRIP, "at most one row of a warp is kept");
+  static_assert(WARPS <= 16, "named barrier w joins warps w - 1 and w, and a block has 16 of them");
 };
 
 struct ForwardOutputs {
@@ -84,7 +85,7 @@ template <class T> struct ForwardWarp {
   typedef Vectors<T, NP, VECTOR_N> NarrowVectors;  // of states
   static constexpr int X_LOADS = WideVectors::LOADS, N_LOADS = NarrowVectors::LOADS;
 
-  const ForwardArguments& p;
+  const ForwardArguments p;
   WarpStorage<T>*const all, &own;
   real (*const constants)[CG];
   const int lane, warp, ng, eg;

@@ -408,10 +408,9 @@ def _fastest_forward_tile(problem):
         return _ForwardTile(lanes, 2, rows, min(8, -(-height // rows)))
     if height <= 64:  # a few small images: many blocks of few channels
         is_tiny = problem.n in range(9, 17) and chains <= problem.processors // 8
-        return _ForwardTile(_Lanes(1, 16) if is_tiny else lanes, 1, 4, min(16, -(-height // 4)), columns=4)
-    if chains * height * width > 2**21:  # many strips at once
-        return _ForwardTile(lanes, 2, 4, 8, columns=2)
-    return _ForwardTile(lanes, 1, 4, 8, columns=4)
+        tile = _ForwardTile(lanes, 1, 4, min(16, -(-height // 4)))
+        return tile._replace(lanes=_Lanes(1, 16), columns=4) if is_tiny else tile
+    return _ForwardTile(lanes, 2 if chains * height * width > 2**21 else 1, 4, 8)  # many strips at once
 
 # %% ../../nbs/04_scan.cuda.ipynb #796f3cb7
 def _forward_tile(problem):
