@@ -1,13 +1,15 @@
-// Why racecheck runs on the LOCKSTEP variant of the kernels: compute-sanitizer 2025.3.1 cannot follow barriers of two neighbouring warps.
+// Why racecheck runs on the LOCKSTEP variant of the kernels: compute-sanitizer 2025.3.1 cannot follow
+// barriers of two neighbouring warps.
 //
 //   nvcc -arch=sm_90 -lineinfo barriers.cu -o barriers && compute-sanitizer --tool racecheck ./barriers
 //
-// Each word of the tile is written once, by row r, and read once, by row r + 1, and between the two lies a `bar.sync r + 1, 64` in which
-// exactly these two warps take part. So there is no race. Yet racecheck reports read-after-write hazards, thousands of them, and another
-// number in every run; with up to five rows it reports none. `--racecheck-trace-sync yes` shows why: it logs warp 1's third arrival at
-// barrier 2 before warp 0's third arrival at barrier 1, without which warp 1 could not have come that far. What the tool sees is not in
-// the order in which it happened. It misses real races for the same reason: with -DFAULT the rows 1 and 2 do not meet at all, and with
-// four rows (-DROWS=4) nothing is reported.
+// Each word of the tile is written once, by row r, and read once, by row r + 1, and between the two lies a
+// `bar.sync r + 1, 64` in which exactly these two warps take part. So there is no race. Yet racecheck reports
+// read-after-write hazards, thousands of them, and another number in every run; with up to five rows it
+// reports none. `--racecheck-trace-sync yes` shows why: it logs warp 1's third arrival at barrier 2 before
+// warp 0's third arrival at barrier 1, without which warp 1 could not have come that far. What the tool sees
+// is not in the order in which it happened. It misses real races for the same reason: with -DFAULT the rows 1
+// and 2 do not meet at all, and with four rows (-DROWS=4) nothing is reported.
 #include <cstdio>
 #include <cuda_runtime.h>
 

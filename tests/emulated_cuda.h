@@ -1,5 +1,6 @@
-// What the CUDA kernels need of CUDA, on a CPU: one block at a time, its threads as fibers that take turns. Slow and exact, for tests on machines
-// without a GPU. Background copies arrive as late as the kernel allows (when it waits for them), so that a value read too early is missed.
+// What the CUDA kernels need of CUDA, on a CPU: one block at a time, its threads as fibers that take turns.
+// Slow and exact, for tests on machines without a GPU. Background copies arrive as late as the kernel allows
+// (when it waits for them), so that a value read too early is missed.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -21,7 +22,11 @@ using std::max;
 using std::min;
 
 namespace emulation {
-struct Copy { void* to; const void* from; int bytes; };
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -29,8 +34,13 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
-struct Barrier { int arrived = 0; long generation = 0; };
-struct Index { unsigned x; };
+struct Barrier {
+  int arrived = 0;
+  long generation = 0;
+};
+struct Index {
+  unsigned x;
+};
 
 static std::vector<Fiber> fibers;
 static std::map<int, Barrier> block_barriers;
@@ -47,14 +57,21 @@ inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 inline void meet(Barrier& barrier, int expected) {
   const long mine = barrier.generation;
   progressed = true;
-  if (++barrier.arrived == expected) barrier.arrived = 0, ++barrier.generation;
-  else while (barrier.generation == mine) yield();
+  if (++barrier.arrived == expected)
+    barrier.arrived = 0, ++barrier.generation;
+  else
+    while (barrier.generation == mine) yield();
 }
 inline void meet_warp() { meet(warp_barriers[current / 32], 32); }
-inline void arrive(const std::vector<Copy>& group) { for (auto& copy : group) std::memcpy(copy.to, copy.from, copy.bytes); }
-inline void copy_later(void* to, const void* from, int bytes) { fibers[current].open.push_back({to, from, bytes}); }
+inline void arrive(const std::vector<Copy>& group) {
+  for (auto& copy : group) std::memcpy(copy.to, copy.from, copy.bytes);
+}
+inline void copy_later(void* to, const void* from, int bytes) {
+  fibers[current].open.push_back({to, from, bytes});
+}
 inline void wait_for_groups(size_t later) {
-  for (auto& groups = fibers[current].groups; groups.size() > later; groups.pop_front()) arrive(groups.front());
+  for (auto& groups = fibers[current].groups; groups.size() > later; groups.pop_front())
+    arrive(groups.front());
 }
 inline unsigned* deposit(int lane) { return &exchange[(current / 32 * 32 + lane) * 8]; }
 }  // namespace emulation
@@ -63,11 +80,27 @@ static emulation::Index threadIdx, blockIdx, blockDim;
 inline void __syncthreads() { emulation::meet(emulation::block_barriers[0], int(blockDim.x)); }
 inline void __syncwarp() { emulation::meet_warp(); }
 inline void __nanosleep(unsigned) { emulation::yield(); }
-inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
-inline unsigned __float_as_uint(float v) { unsigned u; std::memcpy(&u, &v, 4); return u; }
+inline int atomicAdd(int* p, int v) {
+  const int old = *p;
+  *p += v;
+  return old;
+}
+inline unsigned __float_as_uint(float v) {
+  unsigned u;
+  std::memcpy(&u, &v, 4);
+  return u;
+}
 inline int __float_as_int(float v) { return int(__float_as_uint(v)); }
-inline float __uint_as_float(unsigned u) { float v; std::memcpy(&v, &u, 4); return v; }
-inline int __double2hiint(double v) { long long u; std::memcpy(&u, &v, 8); return int(u >> 32); }
+inline float __uint_as_float(unsigned u) {
+  float v;
+  std::memcpy(&v, &u, 4);
+  return v;
+}
+inline int __double2hiint(double v) {
+  long long u;
+  std::memcpy(&u, &v, 8);
+  return int(u >> 32);
+}
 inline int __shfl_sync(unsigned, int v, int lane) {
   *emulation::deposit(emulation::current % 32) = unsigned(v);
   emulation::meet_warp();
@@ -77,7 +110,8 @@ inline int __shfl_sync(unsigned, int v, int lane) {
 }
 
 // Run a kernel; returns 0, or 1 if its threads wait for each other for ever.
-template <typename Arguments> int run(void (*kernel)(const Arguments), unsigned grid, unsigned block, unsigned shared, const void* bytes) {
+template <typename Arguments>
+int run(void (*kernel)(const Arguments), unsigned grid, unsigned block, unsigned shared, const void* bytes) {
   using namespace emulation;
   Arguments arguments;
   std::memcpy(&arguments, bytes, sizeof arguments);
@@ -93,8 +127,16 @@ template <typename Arguments> int run(void (*kernel)(const Arguments), unsigned 
     for (auto& fiber : fibers) {
       fiber.done = false, fiber.groups.clear(), fiber.open.clear();
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = stack, fiber.context.uc_link = &scheduler;
-      makecontext(&fiber.context, +[] { body(); fibers[current].done = true; progressed = true; }, 0);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = stack,
+      fiber.context.uc_link = &scheduler;
+      makecontext(
+          &fiber.context,
+          +[] {
+            body();
+            fibers[current].done = true;
+            progressed = true;
+          },
+          0);
     }
     for (unsigned left = block; left;) {
       progressed = false, left = 0;

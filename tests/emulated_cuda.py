@@ -31,17 +31,18 @@ replacements = {
         return u32(a.bits) | u32(b.bits) << 16;""",
     "float exp2_fast(float v)": "return std::exp2(v);",
     "float reciprocal(float v)": "return 1 / v;",
-    "int anew(int v)": "return v;",
+    "int opaque(int v)": "return v;",
     # what warps tell each other
     "int uniform(int v)": "return __shfl_sync(0xffffffffu, v, 0);",
-    "void meet(int warp)": "if (!LOCKSTEP) emulation::meet(emulation::block_barriers[warp], 64);",
-    "void prepare(Gate* gate)": "*gate = 0;",
-    "void announce(Gate* gate, int warp, int lane)": """
-        if (LOCKSTEP) return;
+    "void named_barrier(int warp)": """
+        if (!ScanTraits::LOCKSTEP) emulation::meet(emulation::block_barriers[warp], 64);""",
+    "void gate_init(Gate* gate)": "*gate = 0;",
+    "void gate_arrive(Gate* gate, int warp, int lane)": """
+        if (ScanTraits::LOCKSTEP) return;
         __syncwarp();
         if (lane == 0) ++*gate, emulation::progressed = true;""",
-    "void receive(Gate* gate, int warp, int parity)": """
-        if (LOCKSTEP) return;
+    "void gate_wait(Gate* gate, int warp, int parity)": """
+        if (ScanTraits::LOCKSTEP) return;
         while (int(*gate & 1) == parity) emulation::yield();""",
     # memory that blocks share
     "int load_acquire(const int* pointer)": "emulation::progressed = true; return *pointer;",
@@ -154,7 +155,7 @@ def load_kernel(folder):
     "A function in place of `_load_kernel` of `mamba2d.scan.cuda` that compiles in `folder`."
 
     def load(device, source, name, macros, shared):
-        defines = [f"-D{key}={value}" for key, value in sorted(macros.items())]
+        defines = [f"-DSCAN_{key}={value}" for key, value in sorted(macros.items())]
         variant = hashlib.sha256(" ".join([source, *defines]).encode()).hexdigest()[:16]
         library = folder / f"{variant}.so"
         if not library.exists():
@@ -167,7 +168,8 @@ def load_kernel(folder):
 def compile_library(library, source, defines):
     "Compile one source of csrc/cuda, translated, to a shared library."
     sources = source_folder() / "cuda"
-    (library.parent / "scan.cuh").write_text(translate((sources / "scan.cuh").read_text()))
+    for header in sources.glob("*.cuh"):
+        (library.parent / header.name).write_text(translate(header.read_text()))
     program = library.with_suffix(".cpp")
     translated = translate((sources / source).read_text())
     program.write_text("\n".join(['#include "emulated_cuda.h"', translated, *entry_points(source)]))

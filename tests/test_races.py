@@ -1,6 +1,6 @@
 """What the warps of a block tell each other orders all their accesses to shared memory, whoever is faster.
 
-compute-sanitizer's racecheck cannot follow two warps that wait for each other (`nbs/04_scan.cuda`, "Races").
+compute-sanitizer's racecheck cannot follow two warps that wait for each other (`csrc/RACES.md`).
 Here the rows of the backward pass and the warps of the forward pass are programs, in the order of the
 kernels. A program is a sequence of events:
 

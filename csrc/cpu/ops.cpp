@@ -10,23 +10,37 @@
 #include "scan.h"
 
 typedef void (*Body)(void*);
-typedef void (*Pool)(Body, void*, unsigned threads, unsigned flags);  // GOMP_parallel, as every OpenMP runtime exports it
+typedef void (*Pool)(Body, void*, unsigned threads,
+                     unsigned flags);  // GOMP_parallel, as every OpenMP runtime exports it
 
 static Pool pool = nullptr;
 
-// Run `body(data)` on `threads` threads, this one among them; returns when all are done. It may be run by fewer.
+// Run `body(data)` on `threads` threads, this one among them; returns when all are done. It may be run by
+// fewer.
 void scan_parallel(int64_t threads, Body body, void* data) {
-    if (threads <= 1) { body(data); return; }
-    if (pool) { pool(body, data, (unsigned)threads, 0); return; }
+    if (threads <= 1) {
+        body(data);
+        return;
+    }
+    if (pool) {
+        pool(body, data, (unsigned)threads, 0);
+        return;
+    }
     std::vector<std::thread> helpers;
-    try { for (int64_t k = 1; k < threads; k++) helpers.emplace_back(body, data); } catch (...) {}  // fewer helpers then
+    try {
+        for (int64_t k = 1; k < threads; k++) helpers.emplace_back(body, data);
+    } catch (...) {
+    }  // fewer helpers then
     body(data);
     for (auto& helper : helpers) helper.join();
 }
 
-template <class T> void scan_cpu_forward(const ScanProblem&);
-template <class T> void scan_cpu_backward(const ScanProblem&);
-template <class T> void scan_cpu_function(int64_t which, int64_t count, const void* in, void* out);
+template <class T>
+void scan_cpu_forward(const ScanProblem&);
+template <class T>
+void scan_cpu_backward(const ScanProblem&);
+template <class T>
+void scan_cpu_function(int64_t which, int64_t count, const void* in, void* out);
 int64_t scan_cpu_vector_bytes();
 int64_t scan_cpu_group(int64_t states);
 
@@ -46,8 +60,8 @@ extern "C" {
 
 void mamba2d_cpu_use_pool(void* gomp_parallel) { pool = (Pool)gomp_parallel; }
 
-// What the caller has to know to allocate `saved` for this many states: the bytes of a vector, the largest tile, and how many states
-// are computed together.
+// What the caller has to know to allocate `saved` for this many states: the bytes of a vector, the largest
+// tile, and how many states are computed together.
 void mamba2d_cpu_layout(int64_t states, int64_t* out) {
     out[0] = scan_cpu_vector_bytes();
     out[1] = SCAN_TILE_ROWS;
@@ -55,25 +69,32 @@ void mamba2d_cpu_layout(int64_t states, int64_t* out) {
     out[3] = scan_cpu_group(states);
 }
 
-// Forward pass (`backward` is 0) or backward pass of one problem; `bytes` is the size of what the caller filled.
+// Forward pass (`backward` is 0) or backward pass of one problem; `bytes` is the size of what the caller
+// filled.
 int64_t mamba2d_cpu_scan(const ScanProblem* given, int64_t bytes, int64_t backward) {
     if (bytes != (int64_t)sizeof(ScanProblem) || given->states > SCAN_MAX_STATES) return wrong_layout;
     ScanProblem p = *given;
     if (p.reverse)
-        for (ScanTensor* t : {&p.x, &p.delta_t, &p.delta_l, &p.B_t, &p.B_l, &p.C, &p.y, &p.h, &p.grad_y, &p.grad_x, &p.grad_delta_t,
-                              &p.grad_delta_l, &p.grad_B_t, &p.grad_B_l, &p.grad_C})
+        for (ScanTensor* t :
+             {&p.x, &p.delta_t, &p.delta_l, &p.B_t, &p.B_l, &p.C, &p.y, &p.h, &p.grad_y, &p.grad_x,
+              &p.grad_delta_t, &p.grad_delta_l, &p.grad_B_t, &p.grad_B_l, &p.grad_C})
             count_backwards(*t, p.height, p.width);
     try {
-        if (p.compute == scan_float64) backward ? scan_cpu_backward<double>(p) : scan_cpu_forward<double>(p);
-        else backward ? scan_cpu_backward<float>(p) : scan_cpu_forward<float>(p);
-    } catch (const std::bad_alloc&) { return out_of_memory; }
+        if (p.compute == scan_float64)
+            backward ? scan_cpu_backward<double>(p) : scan_cpu_forward<double>(p);
+        else
+            backward ? scan_cpu_backward<float>(p) : scan_cpu_forward<float>(p);
+    } catch (const std::bad_alloc&) {
+        return out_of_memory;
+    }
     return ok;
 }
 
-// The elementary functions on `count` numbers, for tests: 0 exp (as the gates use it), 1 softplus, 2 its derivative,
-// 3 to bfloat16 and back, 4 to float16 and back.
+// The elementary functions on `count` numbers, for tests: 0 exp (as the gates use it), 1 softplus, 2 its
+// derivative, 3 to bfloat16 and back, 4 to float16 and back.
 void mamba2d_cpu_function(int64_t which, int64_t compute, int64_t count, const void* in, void* out) {
-    compute == scan_float64 ? scan_cpu_function<double>(which, count, in, out) : scan_cpu_function<float>(which, count, in, out);
+    compute == scan_float64 ? scan_cpu_function<double>(which, count, in, out)
+                            : scan_cpu_function<float>(which, count, in, out);
 }
 }
 #pragma GCC visibility pop

@@ -36,7 +36,7 @@ except ImportError:  # Windows
     fcntl = None
 
 # %% ../../nbs/02_scan.cpu.ipynb #3c210412
-_cpu_sources = ("scan.h", "ops.cpp", "scan_cpu.cpp")
+_cpu_sources = ("scan.h", "simd.h", "dtypes.h", "tile.h", "threading.h", "ops.cpp", "scan_cpu.cpp")
 
 _cpu_objects = {  # object file -> (source, macros)
     "ops.o": ("ops.cpp", ""),

@@ -392,6 +392,7 @@ class _ForwardTile(NamedTuple):
     channels: int  # of a thread
     rows: int  # of a warp
     warps: int  # of a block
+    columns: int = 1  # whose inputs a warp loads and stages together
 
 # %% ../../nbs/04_scan.cuda.ipynb #66d38c2c
 def _fastest_forward_tile(problem):
@@ -407,7 +408,8 @@ def _fastest_forward_tile(problem):
         return _ForwardTile(lanes, 2, rows, min(8, -(-height // rows)))
     if height <= 64:  # a few small images: many blocks of few channels
         is_tiny = problem.n in range(9, 17) and chains <= problem.processors // 8
-        return _ForwardTile(_Lanes(1, 16) if is_tiny else lanes, 1, 4, min(16, -(-height // 4)))
+        tile = _ForwardTile(lanes, 1, 4, min(16, -(-height // 4)))
+        return tile._replace(lanes=_Lanes(1, 16), columns=4) if is_tiny else tile
     return _ForwardTile(lanes, 2 if chains * height * width > 2**21 else 1, 4, 8)  # many strips at once
 
 # %% ../../nbs/04_scan.cuda.ipynb #796f3cb7
@@ -425,7 +427,7 @@ def _forward_shared(tile, size):
     channels = 32 // tile.lanes.groups * tile.channels
     padded_n = tile.lanes.per_thread * tile.lanes.groups
     states = 64 * tile.channels * tile.lanes.per_thread
-    pixels = tile.rows * (4 * channels + 3 * padded_n + channels * tile.lanes.groups)
+    pixels = tile.columns * tile.rows * (4 * channels + 3 * padded_n + channels * tile.lanes.groups)
     return -(-size * (states + pixels) // 16) * 16
 
 # %% ../../nbs/04_scan.cuda.ipynb #a5e27dff
@@ -437,16 +439,16 @@ def _fit_warps(tile, size, shared_limit):
     return tile._replace(warps=warps)
 
 # %% ../../nbs/04_scan.cuda.ipynb #f2854d6b
-def _forward_macros(problem, tile, *, is_chained, return_states, for_backward):
-    "Macros of the forward kernel."
+def _forward_macros(problem, tile, *, shared, is_chained, return_states, for_backward):
+    "Macros of the forward kernel, whose blocks have `shared` bytes of shared memory."
     channels = 32 // tile.lanes.groups * tile.channels
     threads = 32 * tile.warps
     blocks = 1 if problem.is_double else _forward_tile_override.get("blocks", max(1, 512 // threads))
     return problem.macros | dict(
-        CH=tile.channels, ROWS=tile.rows, NS=tile.lanes.per_thread, NG=tile.lanes.groups,
-        VECTOR=4 if problem.is_aligned and channels % 4 == 0 else 1,
+        CH=tile.channels, ROWS=tile.rows, COLS=tile.columns, NS=tile.lanes.per_thread, NG=tile.lanes.groups,
+        VECTOR=4 if problem.is_aligned and channels % 4 == 0 else 1, VECTOR_N=4 if problem.is_aligned else 1,
         SAVE=int(for_backward), WRITE_H=int(return_states), CHAINED=int(is_chained),
-        CHUNK=_forward_tile_override.get("chunk", 4), THREADS=threads, BLOCKS=blocks,
+        CHUNK=_forward_tile_override.get("chunk", 4), THREADS=threads, BLOCKS=blocks, SHARED=shared,
     )
 
 # %% ../../nbs/04_scan.cuda.ipynb #3645cfdc
@@ -463,8 +465,8 @@ def _plan_forward(inputs, y, options, *, is_aligned, device):
     strips = -(-h // (tile.warps * tile.rows))
     grid, shared = b * groups * strips, tile.warps * _forward_shared(tile, size)
     is_chained = strips > 1  # a strip takes over the last states of the one above
-    macros = _forward_macros(problem, tile, is_chained=is_chained, return_states=return_states,
-                             for_backward=for_backward)
+    macros = _forward_macros(problem, tile, shared=shared, is_chained=is_chained,
+                             return_states=return_states, for_backward=for_backward)
     padded_n = tile.lanes.per_thread * tile.lanes.groups
     carry = b * w * problem.saved.channels * padded_n * size if is_chained else 0
     out, states = _dense_strides(b, h, w, e), _dense_strides(b, h, w, e * n)
@@ -613,7 +615,7 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
     mma = _uses_tensor_cores(problem, inputs)
     channels, group, shared, blocks = _backward_layout(problem, mma)
     macros = problem.macros | dict(CH=channels, VECTOR=4 if problem.is_aligned and group % 4 == 0 else 1,
-                                   G_T=_type_names[grad_y.dtype], BLOCKS=blocks, MMA=int(mma))
+                                   G_T=_type_names[grad_y.dtype], BLOCKS=blocks, SHARED=shared, MMA=int(mma))
     groups, strips = -(-e // group), -(-h // _strip)
     grid = b * groups * strips
     carry = b * w * saved.channels * padded_n * size if strips > 1 else 0

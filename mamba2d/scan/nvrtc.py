@@ -168,7 +168,7 @@ def _cached_code(stem, key, compile):
 # %% ../../nbs/03_scan.nvrtc.ipynb #a25e630a
 def compile_cuda(
     name: str,  # file in csrc/cuda
-    macros: dict,  # name -> value of each macro
+    macros: dict,  # name -> value of each macro, which the sources know as SCAN_name
     capability: int,  # compute capability of the card, such as 90
     cache: bool = True,  # look into the cache folder first, and write to it
 ) -> bytes:
@@ -177,7 +177,7 @@ def compile_cuda(
     headers = {header: text for header, text in sources.items() if header.endswith(".cuh")}
     target, ptx = _target(capability)
     options = ["--std=c++17", f"--gpu-architecture={target}"]
-    options += [f"-D{key}={value}" for key, value in sorted(macros.items())]
+    options += [f"-DSCAN_{key}={value}" for key, value in sorted(macros.items())]
 
     def compile():
         return _nvrtc_compile(name, sources[name], headers, options, ptx)

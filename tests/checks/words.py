@@ -41,8 +41,6 @@ allowed = [
     ("docs/renames.md", ".*", "lists the old words"),
     ("tests/checks/words.py", ".*", "lists the old words"),
     ("tests/version_measurements.py", ".*", "looks for the names of earlier commits"),
-    ("csrc/", ".*", "the kernels' words are changed together with the kernels"),
-    ("tests/emulated_cuda.py", ".*", "replaces functions of the kernels by name"),
     ("tests/test_survival.py", r"pictures?", "writes a checkpoint of the first format"),
     ("nbs/34_training.checkpoints.ipynb", r"pictures?", "converts checkpoints of the first format"),
     ("mamba2d/training/checkpoints.py", r"pictures?", "converts checkpoints of the first format"),
