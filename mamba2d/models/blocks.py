@@ -7,6 +7,7 @@ __all__ = ['mixers', 'ScanInputs', 'DeltaProjection', 'SelectiveScan', 'StarReLU
            'MLP', 'Block']
 
 # %% ../../nbs/10_models.blocks.ipynb #fb7959a6
+import importlib.util
 import math
 from collections.abc import Callable
 from functools import partial
@@ -43,19 +44,10 @@ def _may_fuse():
     return torch.compiler.is_compiling() and not (is_recorded() or _are_functorch_transforms_active())
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000005
-class _Cast(torch.autograd.Function):
-    "Tensors in another dtype, by one operation; their gradients return by one operation too."
-    @staticmethod
-    def forward(ctx, dtype, *tensors):
-        ctx.dtype = tensors[0].dtype
-        return _cast(dtype, tensors)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return None, *_cast(ctx.dtype, grads)
-
 def _cast(dtype, tensors):
-    "Copies of tensors in another dtype."
+    "Copies of tensors in another dtype, by one operation where no gradient is taken."
+    if torch.is_grad_enabled():
+        return tuple(t.to(dtype) for t in tensors)
     copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
     torch._foreach_copy_(copies, tensors)
     return tuple(copies)
@@ -87,7 +79,7 @@ def _cast_together(*layers: nn.Module) -> list[Callable]:
              if all(p.dtype == torch.float32 and p.requires_grad == plain[0].weight.requires_grad
                     for p in layer.parameters())]
     parameters = [p for layer in plain for p in layer.parameters()]
-    copies = iter(_Cast.apply(dtype, *parameters) if torch.is_grad_enabled() else _cast(dtype, parameters))
+    copies = iter(_cast(dtype, parameters))
     replaced = {layer: _with_parameters(layer, next(copies), None if layer.bias is None else next(copies))
                 for layer in plain}
     return [replaced.get(layer, layer) for layer in layers]
@@ -250,6 +242,37 @@ class SeparableConv(nn.Module):
         x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return narrow(self.act2(x))
 
+# %% ../../nbs/10_models.blocks.ipynb #e0000009
+@torch._dynamo.assume_constant_result
+def _runs_triton():
+    "Whether Triton's kernels run here."
+    return (importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+            and torch.cuda.get_device_capability() >= (8, 0))
+
+def _is_plain_path(path):
+    "Whether a local path computes what `SeparableConv` does with a 3×3 convolution, and nothing else."
+    layers = path.widen, path.depthwise, path.narrow
+    return (type(path) is SeparableConv and not _has_hooks(path) and all(map(_is_plain, layers))
+            and path.depthwise.kernel_size == (3, 3) and path.widen.bias is None and path.narrow.bias is None
+            and all(type(act) is StarReLU and not _has_hooks(act) for act in (path.act1, path.act2)))
+
+def _can_end_together(mixer, y):
+    "Whether one kernel and one product may end a mixer: compiled, without gradients, on a GPU, layers plain."
+    return (_may_fuse() and not torch.is_grad_enabled() and y.is_cuda and mixer.local_path is not None
+            and y.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and _is_plain_path(mixer.local_path) and _is_plain(mixer.out_proj) and _runs_triton())
+
+# %% ../../nbs/10_models.blocks.ipynb #e000000a
+def _end_together(mixer, x, y):
+    "The output of a mixer for its input x and the scan's output y."
+    from mamba2d.models.fused import activated_side_by_side  # imports Triton
+    path = mixer.local_path
+    wide = path.widen(mixer.local_norm(x)).to(y.dtype)
+    stars = torch.cat([path.act1.scale, path.act1.bias, path.act2.scale, path.act2.bias])
+    both = activated_side_by_side(y.contiguous(), wide.contiguous(), path.depthwise.weight, stars)
+    weight = torch.cat([mixer.out_proj.weight, path.narrow.weight], 1)
+    return F.linear(both, weight, mixer.out_proj.bias)
+
 # %% ../../nbs/10_models.blocks.ipynb #dcb04eb4
 class M2DMixer(nn.Module):
     """In-projection, GELU, scan, GELU, out-projection, plus a local path of the same input.
@@ -290,6 +313,8 @@ class M2DMixer(nn.Module):
         y = self.scans[0](inner)
         if len(self.scans) == 2:
             y = (y + self.scans[1](inner)) / 2
+        if _can_end_together(self, y):
+            return _end_together(self, x, y)
         y = out_proj(_recomputed(F.gelu, y))
         return y if self.local_path is None else y + self.local_path(self.local_norm(x))
 
@@ -326,28 +351,32 @@ def _rotate(
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2)
 
 # %% ../../nbs/10_models.blocks.ipynb #e0000002
-_stored_turns = {}  # (height, width, head_dim, device) -> complex factors
+_stored_tables = {}  # (function, height, width, head_dim, device) -> its result
 
 def _is_ordinary():
     "Whether tensors made here are ordinary ones, which a later call may use."
     return not (_are_functorch_transforms_active() or _get_current_dispatch_mode() or is_recorded()
                 or torch.compiler.is_compiling())
 
-def _turns(height, width, head_dim, device):
-    "cos + i sin of `_rotary_table`: complex numbers (height·width, head_dim // 2), stored for the next call."
-    key = height, width, head_dim, device
+def _stored(function, height, width, head_dim, device):
+    "function(height, width, head_dim, device), a tensor, which is stored for the next call."
+    key = function, height, width, head_dim, device
     is_ordinary = _is_ordinary()
-    if is_ordinary and key in _stored_turns:
-        return _stored_turns[key]
+    if is_ordinary and key in _stored_tables:
+        return _stored_tables[key]
     with torch.inference_mode(False):
-        turns = torch.complex(*_rotary_table(height, width, head_dim, device=device))
+        table = function(height, width, head_dim, device)
     if is_ordinary and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        if device.type == "cuda":  # another stream may use them next
+        if device.type == "cuda":  # another stream may use it next
             torch.cuda.current_stream(device).synchronize()
-        if len(_stored_turns) >= 64:
-            _stored_turns.clear()
-        _stored_turns[key] = turns
-    return turns
+        if len(_stored_tables) >= 64:
+            _stored_tables.clear()
+        _stored_tables[key] = table
+    return table
+
+def _turns(height, width, head_dim, device):
+    "cos + i sin of `_rotary_table`: complex numbers (height·width, head_dim // 2)."
+    return torch.complex(*_rotary_table(height, width, head_dim, device=device))
 
 # %% ../../nbs/10_models.blocks.ipynb #e0000003
 def _rotated(
@@ -359,7 +388,7 @@ def _rotated(
     real = torch.promote_types(heads.dtype, torch.float32)
     pairs = heads[:, :, :2].permute(2, 0, 3, 1, 4).to(real, memory_format=torch.contiguous_format)
     pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
-    turned = pairs * _turns(height, width, heads.shape[-1], heads.device)
+    turned = pairs * _stored(_turns, height, width, heads.shape[-1], heads.device)
     return torch.view_as_real(turned).flatten(-2).unbind()
 
 # %% ../../nbs/10_models.blocks.ipynb #c0000002
@@ -377,44 +406,32 @@ def _channel_tables(cosine, sine):
     return cosine.repeat_interleave(2, -1)[:, None], signed[:, None]
 
 # %% ../../nbs/10_models.blocks.ipynb #e0000006
+def _signed_table(height, width, head_dim, device):
+    "The `_channel_tables` of a map in one tensor (2, height·width, 1, head_dim)."
+    return torch.stack(_channel_tables(*_rotary_table(height, width, head_dim, device=device)))
+
 @torch.library.custom_op("mamba2d::rotary_tables", mutates_args=())
-def _rotary_tables(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    "The `_channel_tables` of a map for compiled graphs: cosine and signed sine."
-    turns = _turns(height, width, head_dim, device)
-    return _channel_tables(turns.real, turns.imag)
+def _rotary_tables(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    "A copy of `_signed_table`, for compiled graphs."
+    return _stored(_signed_table, height, width, head_dim, device).clone()
 
 @_rotary_tables.register_fake
 def _(height, width, head_dim, device):
-    like = torch.empty(height * width, 1, head_dim, device=device)
-    return like, torch.empty_like(like)
+    return torch.empty(2, height * width, 1, head_dim, device=device)
 
 # %% ../../nbs/10_models.blocks.ipynb #c0000004
-def _rotate_normalise(x, weight, bias, angles, eps):
-    "The output of `_RotateNormalise`, the mean of each head's rotated channels, and 1 over their deviation."
-    turned = _turn(x.float(), *angles)
+def _rotate_normalise(
+    x: Tensor,  # (B, positions, heads, head_dim)
+    weight: Tensor,  # (head_dim,)
+    bias: Tensor,  # (head_dim,)
+    cosine: Tensor,  # (positions, 1, head_dim), from `_channel_tables`
+    sine: Tensor,  # the same
+    eps: float,
+) -> Tensor:
+    "LayerNorm of rotated vectors. Arithmetic is float32, the output has the dtype of x."
+    turned = _turn(x.float(), cosine, sine)
     variance, mean = torch.var_mean(turned, -1, correction=0, keepdim=True)
-    scale = (variance + eps).rsqrt()
-    return ((turned - mean) * scale * weight + bias).to(x.dtype), mean, scale
-
-class _RotateNormalise(torch.autograd.Function):
-    """LayerNorm of rotated vectors (B, positions, heads, head_dim); see the formulas above.
-
-    Arithmetic is float32, the output has the dtype of x."""
-    @staticmethod
-    def forward(ctx, x, weight, bias, cosine, sine, eps):
-        placed, mean, scale = _rotate_normalise(x, weight, bias, (cosine, sine), eps)
-        ctx.save_for_backward(x, weight, cosine, sine, mean, scale)
-        return placed
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, cosine, sine, mean, scale = ctx.saved_tensors
-        grad, ones = grad.float(), cosine - sine
-        weighted = grad * weight
-        back, normal = _turn(weighted, cosine, -sine), (x.float() - mean * ones) * scale
-        of_x = back - ones * weighted.mean(-1, keepdim=True) - normal * (back * normal).mean(-1, keepdim=True)
-        of_weight = (grad * _turn(normal, cosine, sine)).sum((0, 1, 2))
-        return (of_x * scale).to(x.dtype), of_weight, grad.sum((0, 1, 2)), None, None, None
+    return ((turned - mean) * (variance + eps).rsqrt() * weight + bias).to(x.dtype)
 
 # %% ../../nbs/10_models.blocks.ipynb #c986ad12
 class Attention(nn.Module):
@@ -443,7 +460,7 @@ class Attention(nn.Module):
             tables = _rotary_table(height, width, self.head_dim, device=heads.device)
             q, k = (_rotate(heads[:, :, part].transpose(1, 2), *tables) for part in range(2))
         elif self.can_place_compiled():
-            tables = _rotary_tables(height, width, self.head_dim, heads.device)
+            tables = _rotary_tables(height, width, self.head_dim, heads.device).unbind()
             return [self.place_compiled(heads[:, :, part], norm, tables)
                     for part, norm in enumerate((self.q_norm, self.k_norm))]
         else:
@@ -452,10 +469,11 @@ class Attention(nn.Module):
                 for t, norm in ((q, self.q_norm), (k, self.k_norm))]
 
     def place_compiled(self, t, norm, tables):
-        "Queries or keys (B, positions, heads, head_dim), placed by `_RotateNormalise`."
+        "Queries or keys (B, positions, heads, head_dim), placed by `_rotate_normalise`."
+        arguments = t, norm.weight, norm.bias, *tables, norm.eps
         if torch.is_grad_enabled():
-            return _RotateNormalise.apply(t, norm.weight, norm.bias, *tables, norm.eps).transpose(1, 2)
-        return _rotate_normalise(t, norm.weight, norm.bias, tables, norm.eps)[0].transpose(1, 2)
+            return checkpoint(_rotate_normalise, *arguments, use_reentrant=False).transpose(1, 2)
+        return _rotate_normalise(*arguments).transpose(1, 2)
 
     def can_place_compiled(self):
         "Whether a graph is compiled in which both norms are plain LayerNorms in float32."
