@@ -7,7 +7,6 @@ __all__ = ['mixers', 'ScanInputs', 'DeltaProjection', 'SelectiveScan', 'StarReLU
            'MLP', 'Block']
 
 # %% ../../nbs/10_models.blocks.ipynb #fb7959a6
-import importlib.util
 import math
 from collections.abc import Callable
 from functools import partial
@@ -242,37 +241,6 @@ class SeparableConv(nn.Module):
         x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return narrow(self.act2(x))
 
-# %% ../../nbs/10_models.blocks.ipynb #e0000009
-@torch._dynamo.assume_constant_result
-def _runs_triton():
-    "Whether Triton's kernels run here."
-    return (importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
-            and torch.cuda.get_device_capability() >= (8, 0))
-
-def _is_plain_path(path):
-    "Whether a local path computes what `SeparableConv` does with a 3×3 convolution, and nothing else."
-    layers = path.widen, path.depthwise, path.narrow
-    return (type(path) is SeparableConv and not _has_hooks(path) and all(map(_is_plain, layers))
-            and path.depthwise.kernel_size == (3, 3) and path.widen.bias is None and path.narrow.bias is None
-            and all(type(act) is StarReLU and not _has_hooks(act) for act in (path.act1, path.act2)))
-
-def _can_end_together(mixer, y):
-    "Whether one kernel and one product may end a mixer: compiled, without gradients, on a GPU, layers plain."
-    return (_may_fuse() and not torch.is_grad_enabled() and y.is_cuda and mixer.local_path is not None
-            and y.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and _is_plain_path(mixer.local_path) and _is_plain(mixer.out_proj) and _runs_triton())
-
-# %% ../../nbs/10_models.blocks.ipynb #e000000a
-def _end_together(mixer, x, y):
-    "The output of a mixer for its input x and the scan's output y."
-    from mamba2d.models.fused import activated_side_by_side  # imports Triton
-    path = mixer.local_path
-    wide = path.widen(mixer.local_norm(x)).to(y.dtype)
-    stars = torch.cat([path.act1.scale, path.act1.bias, path.act2.scale, path.act2.bias])
-    both = activated_side_by_side(y.contiguous(), wide.contiguous(), path.depthwise.weight, stars)
-    weight = torch.cat([mixer.out_proj.weight, path.narrow.weight], 1)
-    return F.linear(both, weight, mixer.out_proj.bias)
-
 # %% ../../nbs/10_models.blocks.ipynb #dcb04eb4
 class M2DMixer(nn.Module):
     """In-projection, GELU, scan, GELU, out-projection, plus a local path of the same input.
@@ -313,8 +281,6 @@ class M2DMixer(nn.Module):
         y = self.scans[0](inner)
         if len(self.scans) == 2:
             y = (y + self.scans[1](inner)) / 2
-        if _can_end_together(self, y):
-            return _end_together(self, x, y)
         y = out_proj(_recomputed(F.gelu, y))
         return y if self.local_path is None else y + self.local_path(self.local_norm(x))
 
@@ -424,12 +390,11 @@ def _rotate_normalise(
     x: Tensor,  # (B, positions, heads, head_dim)
     weight: Tensor,  # (head_dim,)
     bias: Tensor,  # (head_dim,)
-    cosine: Tensor,  # (positions, 1, head_dim), from `_channel_tables`
-    sine: Tensor,  # the same
+    tables: Tensor,  # (2, positions, 1, head_dim), from `_signed_table`
     eps: float,
 ) -> Tensor:
     "LayerNorm of rotated vectors. Arithmetic is float32, the output has the dtype of x."
-    turned = _turn(x.float(), cosine, sine)
+    turned = _turn(x.float(), *tables.unbind())
     variance, mean = torch.var_mean(turned, -1, correction=0, keepdim=True)
     return ((turned - mean) * (variance + eps).rsqrt() * weight + bias).to(x.dtype)
 
@@ -455,12 +420,12 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(head_dim) if rotary else None
 
     def place(self, heads, height, width):
-        "Queries and keys of heads (B, positions, 3, heads, head_dim), rotated by their position and normalised."
+        "Queries and keys, rotated and normalised, of heads (B, positions, 3, heads, head_dim)."
         if is_recorded():  # plain steps, which formats of programs know
             tables = _rotary_table(height, width, self.head_dim, device=heads.device)
             q, k = (_rotate(heads[:, :, part].transpose(1, 2), *tables) for part in range(2))
         elif self.can_place_compiled():
-            tables = _rotary_tables(height, width, self.head_dim, heads.device).unbind()
+            tables = _rotary_tables(height, width, self.head_dim, heads.device)
             return [self.place_compiled(heads[:, :, part], norm, tables)
                     for part, norm in enumerate((self.q_norm, self.k_norm))]
         else:
@@ -470,7 +435,7 @@ class Attention(nn.Module):
 
     def place_compiled(self, t, norm, tables):
         "Queries or keys (B, positions, heads, head_dim), placed by `_rotate_normalise`."
-        arguments = t, norm.weight, norm.bias, *tables, norm.eps
+        arguments = t, norm.weight, norm.bias, tables, norm.eps
         if torch.is_grad_enabled():
             return checkpoint(_rotate_normalise, *arguments, use_reentrant=False).transpose(1, 2)
         return _rotate_normalise(*arguments).transpose(1, 2)
