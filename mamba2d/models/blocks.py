@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._C import _are_functorch_transforms_active
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
@@ -42,19 +43,10 @@ def _may_fuse():
     return torch.compiler.is_compiling() and not (is_recorded() or _are_functorch_transforms_active())
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000005
-class _Cast(torch.autograd.Function):
-    "Tensors in another dtype, by one operation; their gradients return by one operation too."
-    @staticmethod
-    def forward(ctx, dtype, *tensors):
-        ctx.dtype = tensors[0].dtype
-        return _cast(dtype, tensors)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return None, *_cast(ctx.dtype, grads)
-
 def _cast(dtype, tensors):
-    "Copies of tensors in another dtype."
+    "Copies of tensors in another dtype, by one operation where no gradient is taken."
+    if torch.is_grad_enabled():
+        return tuple(t.to(dtype) for t in tensors)
     copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
     torch._foreach_copy_(copies, tensors)
     return tuple(copies)
@@ -78,15 +70,15 @@ def _cast_together(*layers: nn.Module) -> list[Callable]:
     """The layers, plain ones replaced by functions with parameters that have been cast by one operation.
 
     All are returned as they are where autocast casts nothing."""
-    plain = [layer for layer in layers if _is_plain(layer)]
-    dtype = _autocast_dtype(plain[0].weight) if len(plain) > 1 and _may_fuse() else None
+    plain = [layer for layer in layers if _is_plain(layer)] if _may_fuse() else []
+    dtype = _autocast_dtype(plain[0].weight) if len(plain) > 1 else None
     if dtype is None:
         return list(layers)
     plain = [layer for layer in plain
              if all(p.dtype == torch.float32 and p.requires_grad == plain[0].weight.requires_grad
                     for p in layer.parameters())]
     parameters = [p for layer in plain for p in layer.parameters()]
-    copies = iter(_Cast.apply(dtype, *parameters) if torch.is_grad_enabled() else _cast(dtype, parameters))
+    copies = iter(_cast(dtype, parameters))
     replaced = {layer: _with_parameters(layer, next(copies), None if layer.bias is None else next(copies))
                 for layer in plain}
     return [replaced.get(layer, layer) for layer in layers]
@@ -134,6 +126,7 @@ def _raw_delta(layer, x):
 # %% ../../nbs/10_models.blocks.ipynb #df698d2a
 fx.wrap("selective_scan_2d")
 fx.wrap("_rotary_table")
+fx.wrap("_rotated")
 
 # %% ../../nbs/10_models.blocks.ipynb #a43ac5c7
 class SelectiveScan(nn.Module):
@@ -306,9 +299,7 @@ def _rotary_table(
     if head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
     pairs = head_dim // 4
-    exponent = -torch.arange(pairs, device=device, dtype=torch.float32) / pairs
-    # compiled, the table is computed again for each number that is rotated, where a power takes long
-    speed = torch.exp2(exponent * math.log2(base)) if _may_fuse() else base ** exponent
+    speed = base ** (-torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
     rows = torch.arange(height, device=device, dtype=torch.float32)[:, None, None] * speed
     cols = torch.arange(width, device=device, dtype=torch.float32)[:, None] * speed
     maps = [rows.expand(height, width, pairs), cols.expand(height, width, pairs)]
@@ -325,6 +316,47 @@ def _rotate(
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2)
 
+# %% ../../nbs/10_models.blocks.ipynb #e0000002
+_stored_tables = {}  # (function, height, width, head_dim, device) -> its result
+
+def _is_ordinary():
+    "Whether tensors made here are ordinary ones, which a later call may use."
+    return not (_are_functorch_transforms_active() or _get_current_dispatch_mode() or is_recorded()
+                or torch.compiler.is_compiling())
+
+def _stored(function, height, width, head_dim, device):
+    "function(height, width, head_dim, device), a tensor, which is stored for the next call."
+    key = function, height, width, head_dim, device
+    is_ordinary = _is_ordinary()
+    if is_ordinary and key in _stored_tables:
+        return _stored_tables[key]
+    with torch.inference_mode(False):
+        table = function(height, width, head_dim, device)
+    if is_ordinary and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if device.type == "cuda":  # another stream may use it next
+            torch.cuda.current_stream(device).synchronize()
+        if len(_stored_tables) >= 64:
+            _stored_tables.clear()
+        _stored_tables[key] = table
+    return table
+
+def _turns(height, width, head_dim, device):
+    "cos + i sin of `_rotary_table`: complex numbers (height·width, head_dim // 2)."
+    return torch.complex(*_rotary_table(height, width, head_dim, device=device))
+
+# %% ../../nbs/10_models.blocks.ipynb #e0000003
+def _rotated(
+    heads: Tensor,  # (B, positions, 3, heads, head_dim): queries, keys, values
+    height: int,
+    width: int,
+) -> tuple[Tensor, ...]:  # each (B, heads, positions, head_dim), in float32 or finer
+    "Queries and keys, rotated by their position."
+    real = torch.promote_types(heads.dtype, torch.float32)
+    pairs = heads[:, :, :2].permute(2, 0, 3, 1, 4).to(real, memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
+    turned = pairs * _stored(_turns, height, width, heads.shape[-1], heads.device)
+    return torch.view_as_real(turned).flatten(-2).unbind()
+
 # %% ../../nbs/10_models.blocks.ipynb #c0000002
 def _swap_pairs(x):
     "Each two neighbouring channels exchanged."
@@ -339,33 +371,32 @@ def _channel_tables(cosine, sine):
     signed = torch.stack([-sine, sine], -1).flatten(-2)
     return cosine.repeat_interleave(2, -1)[:, None], signed[:, None]
 
+# %% ../../nbs/10_models.blocks.ipynb #e0000006
+def _signed_table(height, width, head_dim, device):
+    "The `_channel_tables` of a map in one tensor (2, height·width, 1, head_dim)."
+    return torch.stack(_channel_tables(*_rotary_table(height, width, head_dim, device=device)))
+
+@torch.library.custom_op("mamba2d::rotary_tables", mutates_args=())
+def _rotary_tables(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
+    "A copy of `_signed_table`, for compiled graphs."
+    return _stored(_signed_table, height, width, head_dim, device).clone()
+
+@_rotary_tables.register_fake
+def _(height, width, head_dim, device):
+    return torch.empty(2, height * width, 1, head_dim, device=device)
+
 # %% ../../nbs/10_models.blocks.ipynb #c0000004
-def _rotate_normalise(x, weight, bias, angles, eps):
-    "The output of `_RotateNormalise`, the mean of each head's rotated channels, and 1 over their deviation."
-    turned = _turn(x.float(), *angles)
+def _rotate_normalise(
+    x: Tensor,  # (B, positions, heads, head_dim)
+    weight: Tensor,  # (head_dim,)
+    bias: Tensor,  # (head_dim,)
+    tables: Tensor,  # (2, positions, 1, head_dim), from `_signed_table`
+    eps: float,
+) -> Tensor:
+    "LayerNorm of rotated vectors. Arithmetic is float32, the output has the dtype of x."
+    turned = _turn(x.float(), *tables.unbind())
     variance, mean = torch.var_mean(turned, -1, correction=0, keepdim=True)
-    scale = (variance + eps).rsqrt()
-    return ((turned - mean) * scale * weight + bias).to(x.dtype), mean, scale
-
-class _RotateNormalise(torch.autograd.Function):
-    """LayerNorm of rotated vectors (B, positions, heads, head_dim); see the formulas above.
-
-    Arithmetic is float32, the output has the dtype of x."""
-    @staticmethod
-    def forward(ctx, x, weight, bias, cosine, sine, eps):
-        placed, mean, scale = _rotate_normalise(x, weight, bias, (cosine, sine), eps)
-        ctx.save_for_backward(x, weight, cosine, sine, mean, scale)
-        return placed
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, cosine, sine, mean, scale = ctx.saved_tensors
-        grad, ones = grad.float(), cosine - sine
-        weighted = grad * weight
-        back, normal = _turn(weighted, cosine, -sine), (x.float() - mean * ones) * scale
-        of_x = back - ones * weighted.mean(-1, keepdim=True) - normal * (back * normal).mean(-1, keepdim=True)
-        of_weight = (grad * _turn(normal, cosine, sine)).sum((0, 1, 2))
-        return (of_x * scale).to(x.dtype), of_weight, grad.sum((0, 1, 2)), None, None, None
+    return ((turned - mean) * (variance + eps).rsqrt() * weight + bias).to(x.dtype)
 
 # %% ../../nbs/10_models.blocks.ipynb #c986ad12
 class Attention(nn.Module):
@@ -388,17 +419,26 @@ class Attention(nn.Module):
         self.q_norm = nn.LayerNorm(head_dim) if rotary else None
         self.k_norm = nn.LayerNorm(head_dim) if rotary else None
 
-    def place(self, t, norm, angles):
-        "Queries or keys, rotated by their position and normalised."
-        cosine, sine = angles
-        return norm(_rotate(t, cosine, sine).to(norm.weight.dtype)).to(t.dtype)
+    def place(self, heads, height, width):
+        "Queries and keys, rotated and normalised, of heads (B, positions, 3, heads, head_dim)."
+        if is_recorded():  # plain steps, which formats of programs know
+            tables = _rotary_table(height, width, self.head_dim, device=heads.device)
+            q, k = (_rotate(heads[:, :, part].transpose(1, 2), *tables) for part in range(2))
+        elif self.can_place_compiled():
+            tables = _rotary_tables(height, width, self.head_dim, heads.device)
+            return [self.place_compiled(heads[:, :, part], norm, tables)
+                    for part, norm in enumerate((self.q_norm, self.k_norm))]
+        else:
+            q, k = _rotated(heads, height, width)
+        return [norm(t.to(norm.weight.dtype)).to(heads.dtype)
+                for t, norm in ((q, self.q_norm), (k, self.k_norm))]
 
-    def place_compiled(self, t, norm, angles):
-        "The same by `_RotateNormalise`."
-        t, tables = t.transpose(1, 2), _channel_tables(*angles)
+    def place_compiled(self, t, norm, tables):
+        "Queries or keys (B, positions, heads, head_dim), placed by `_rotate_normalise`."
+        arguments = t, norm.weight, norm.bias, tables, norm.eps
         if torch.is_grad_enabled():
-            return _RotateNormalise.apply(t, norm.weight, norm.bias, *tables, norm.eps).transpose(1, 2)
-        return _rotate_normalise(t, norm.weight, norm.bias, tables, norm.eps)[0].transpose(1, 2)
+            return checkpoint(_rotate_normalise, *arguments, use_reentrant=False).transpose(1, 2)
+        return _rotate_normalise(*arguments).transpose(1, 2)
 
     def can_place_compiled(self):
         "Whether a graph is compiled in which both norms are plain LayerNorms in float32."
@@ -413,9 +453,7 @@ class Attention(nn.Module):
         heads = qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
-            angles = _rotary_table(height, width, self.head_dim, device=x.device)
-            place = self.place_compiled if self.can_place_compiled() else self.place
-            q, k = place(q, self.q_norm, angles), place(k, self.k_norm, angles)
+            q, k = self.place(heads, height, width)
         y = F.scaled_dot_product_attention(q, k, v)
         return proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
 
