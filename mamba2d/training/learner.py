@@ -18,7 +18,7 @@ from functools import partial
 import fastai.vision.learner  # noqa: F401  registers how batches and results are drawn
 import numpy as np
 import torch
-import torch._functorch.config
+import torch._dynamo.config
 from fastai.callback.core import (
     Callback,
     CancelBatchException,
@@ -121,7 +121,7 @@ def fit_recipe(
             max_nonfinite_steps=max_nonfinite_steps)
         own = [prepare, follow, RecordEpochsCallback(follow), *_mixed_precision(recipe, self.dls)]
         epochs = recipe.epochs - follow.reached.epoch
-        with _losses_of_steps(self), _memory_budget(recipe):
+        with _losses_of_steps(self), _whole_graph(recipe):
             self.fit(epochs, lr=recipe.lr, wd=recipe.weight_decay, cbs=[*own, *cbs])
     self.reached = follow.reached
     if follow.problem:
@@ -154,13 +154,11 @@ def _check_precision(cbs):
             'say precision="bf16" in the recipe instead of to_fp16 or to_bf16 (to_fp32 takes it out)')
 
 # %% ../../nbs/32_training.learner.ipynb #ded7302c
-def _memory_budget(recipe):
-    """Context manager: the compiler computes elementwise functions again in the backward pass.
-
-    It does not keep their results then (60_bench). The compiler looks at this at the first batch."""
+def _whole_graph(recipe):
+    "Context manager: the compiler does not cut the network where gradients are exchanged."
     if not recipe.compile:
         return contextlib.nullcontext()
-    return torch._functorch.config.patch(activation_memory_budget=0.95)
+    return torch._dynamo.config.patch(optimize_ddp=False)
 
 # %% ../../nbs/32_training.learner.ipynb #981963cd
 class _StepLoss(AvgSmoothLoss):
@@ -199,7 +197,8 @@ class PrepareModelCallback(Callback):
             self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.choices.ema)).eval()
         if self.restored:
             self.restore()
-        self.wrapped = torch.compile(self.bare) if self.choices.compile else self.bare
+        self.graphs = self.choices.compile and next(self.bare.parameters()).is_cuda
+        self.wrapped = self.compile() if self.choices.compile else self.bare
         if self.distributed.world > 1:
             self.wrapped = self.data_parallel(self.wrapped)
         self.skipped = False
@@ -216,6 +215,8 @@ class PrepareModelCallback(Callback):
         limited = self.limit is not None and self.iter >= self.limit
         if limited and not self.training:
             raise CancelValidException
+        if self.graphs and self.training:
+            torch.compiler.cudagraph_mark_step_begin()
         images, targets = [b.as_subclass(Tensor) for b in (*self.xb, *self.yb)]
         if self.choices.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -236,6 +237,18 @@ def restore(self: PrepareModelCallback):
     if self.ema:
         self.ema.module.load_state_dict(self.restored["ema"]["weights"])
         self.ema.n_averaged.copy_(self.restored["ema"]["updates"])
+
+# %% ../../nbs/32_training.learner.ipynb #5a1e0f02
+@patch
+def compile(self: PrepareModelCallback):
+    "Compile the network; on a GPU its kernels are replayed as CUDA graphs."
+    if not self.graphs:
+        return torch.compile(self.bare)
+    self.opt.keep_gradients = True
+    for p in self.bare.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    return torch.compile(self.bare, mode="reduce-overhead")
 
 # %% ../../nbs/32_training.learner.ipynb #02622f26
 @patch
@@ -267,6 +280,8 @@ def after_step(self: PrepareModelCallback):
 def after_fit(self: PrepareModelCallback):
     "Give the bare network back, with the EMA weights unless the fit failed."
     self.learn.model = self.bare
+    self.opt.keep_gradients = False
+    self.opt.zero_grad()
     if self.ema and not self.follow_recipe.problem:
         self.bare.load_state_dict(self.ema.module.state_dict())
 
@@ -349,6 +364,17 @@ class FollowRecipeCallback(Callback):
         "Return whether no batch of a step is accumulated yet."
         return self.micro == 0
 
+# %% ../../nbs/32_training.learner.ipynb #5a1e0e02
+def _load_optimizer(optimizer, state=None):
+    "Load a state of torch's AdamW, None: its own, and fuse it where all parameters lie on a GPU."
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fused = True if all(p.is_cuda for p in parameters) else None
+    if state is None and not fused:
+        return
+    state = optimizer.state_dict() if state is None else state
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
 # %% ../../nbs/32_training.learner.ipynb #c23ff51d
 @patch
 def before_fit(self: FollowRecipeCallback):
@@ -359,8 +385,8 @@ def before_fit(self: FollowRecipeCallback):
     self.rate = recipe_schedule(self.choices)
     self.trained = [p for p in self.learn.model.parameters() if p.requires_grad]
     self.micro = 0  # batches of the current step that are done
+    _load_optimizer(self.opt.opt, self.restored and self.restored["optimizer"])
     if self.restored:
-        self.opt.opt.load_state_dict(self.restored["optimizer"])
         _set_random_state(self.restored["random"])
 
 @patch
