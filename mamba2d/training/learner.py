@@ -197,8 +197,7 @@ class PrepareModelCallback(Callback):
             self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.choices.ema)).eval()
         if self.restored:
             self.restore()
-        self.graphs = self.choices.compile and next(self.bare.parameters()).is_cuda
-        self.wrapped = self.compile() if self.choices.compile else self.bare
+        self.wrapped = torch.compile(self.bare) if self.choices.compile else self.bare
         if self.distributed.world > 1:
             self.wrapped = self.data_parallel(self.wrapped)
         self.skipped = False
@@ -215,8 +214,6 @@ class PrepareModelCallback(Callback):
         limited = self.limit is not None and self.iter >= self.limit
         if limited and not self.training:
             raise CancelValidException
-        if self.graphs and self.training:
-            torch.compiler.cudagraph_mark_step_begin()
         images, targets = [b.as_subclass(Tensor) for b in (*self.xb, *self.yb)]
         if self.choices.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -237,18 +234,6 @@ def restore(self: PrepareModelCallback):
     if self.ema:
         self.ema.module.load_state_dict(self.restored["ema"]["weights"])
         self.ema.n_averaged.copy_(self.restored["ema"]["updates"])
-
-# %% ../../nbs/32_training.learner.ipynb #5a1e0f02
-@patch
-def compile(self: PrepareModelCallback):
-    "Compile the network; on a GPU its kernels are replayed as CUDA graphs."
-    if not self.graphs:
-        return torch.compile(self.bare)
-    self.opt.keep_gradients = True
-    for p in self.bare.parameters():
-        if p.requires_grad:
-            p.grad = torch.zeros_like(p)
-    return torch.compile(self.bare, mode="reduce-overhead")
 
 # %% ../../nbs/32_training.learner.ipynb #02622f26
 @patch
@@ -280,8 +265,6 @@ def after_step(self: PrepareModelCallback):
 def after_fit(self: PrepareModelCallback):
     "Give the bare network back, with the EMA weights unless the fit failed."
     self.learn.model = self.bare
-    self.opt.keep_gradients = False
-    self.opt.zero_grad()
     if self.ema and not self.follow_recipe.problem:
         self.bare.load_state_dict(self.ema.module.state_dict())
 

@@ -212,10 +212,6 @@ class LayerGroupAdamW(OptimWrapper):
         **kwargs,  # of `torch.optim.AdamW`
     ):
         super().__init__(opt=torch.optim.AdamW(list(groups), lr=lr, **kwargs))
-        self.keep_gradients = False  # fill gradients with zeros after a step, instead of dropping them
-
-    def zero_grad(self):
-        self.opt.zero_grad(set_to_none=not self.keep_gradients)
 
     @property
     def layers(self):
