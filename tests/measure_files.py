@@ -16,18 +16,18 @@ import sys
 import time
 from pathlib import Path
 
-if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each process sees one GPU, so that all share the compiler's cache
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a process sees one GPU, so that all share the compiler's cache
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
     os.environ["LOCAL_RANK"] = "0"
 
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback
+
 from mamba2d.bench import _make_training_files
 from mamba2d.data import imagenet_dls
 from mamba2d.models import mamba2d_t
 from mamba2d.training import Distributed, mamba2d_learner, recipes
-
-from fastai.callback.core import Callback  # after mamba2d.data, which silences a warning of it
 
 batch = 128
 warm_up = 64  # batches in which the workers start and the first batches wait in their queue

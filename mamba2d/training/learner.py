@@ -18,7 +18,6 @@ from functools import partial
 import fastai.vision.learner  # noqa: F401  registers how batches and results are drawn
 import numpy as np
 import torch
-import torch._dynamo.config
 from fastai.callback.core import (
     Callback,
     CancelBatchException,
@@ -158,7 +157,8 @@ def _whole_graph(recipe):
     "Context manager: the compiler does not cut the network where gradients are exchanged."
     if not recipe.compile:
         return contextlib.nullcontext()
-    return torch._dynamo.config.patch(optimize_ddp=False)
+    from torch._dynamo import config  # takes a second, and only compiling needs it
+    return config.patch(optimize_ddp=False)
 
 # %% ../../nbs/32_training.learner.ipynb #981963cd
 class _StepLoss(AvgSmoothLoss):
