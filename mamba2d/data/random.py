@@ -23,26 +23,36 @@ def entropy(stream, *key):
     "Return the `SeedSequence` of NumPy for a key."
     return np.random.SeedSequence(key, spawn_key=stream)
 
-# %% ../../nbs/20_data.random.ipynb #acbc5377
+# %% ../../nbs/20_data.random.ipynb #5a1e0d01
 @contextlib.contextmanager
-def keyed_random(
-    *key: int,  # integers of at least 0
-):
-    "Context manager: seed Python's, NumPy's and torch's CPU generators from `key`, and restore them."
-    words = entropy(ITEM_STREAM, *key).generate_state(4)
+def _preserved_generators():
+    "Context manager: afterwards the global generators are as before."
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     torch_state = torch.get_rng_state()
     try:
-        random.seed(words.tobytes())
-        np.random.seed(words)
-        # torch.manual_seed would also reset the GPUs' generators
-        torch.default_generator.manual_seed(int(words[0]))
         yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+# %% ../../nbs/20_data.random.ipynb #acbc5377
+@contextlib.contextmanager
+def keyed_random(
+    *key: int,  # integers of at least 0
+):
+    """Context manager: seed Python's, NumPy's and torch's CPU generators from `key`, and restore them.
+
+    In a worker process of a torch `DataLoader` they stay as the block leaves them."""
+    words = entropy(ITEM_STREAM, *key).generate_state(4)
+    is_worker = torch.utils.data.get_worker_info() is not None
+    with contextlib.nullcontext() if is_worker else _preserved_generators():
+        random.seed(words.tobytes())
+        np.random.seed(words)
+        # torch.manual_seed would also reset the GPUs' generators
+        torch.default_generator.manual_seed(int(words[0]))
+        yield
 
 # %% ../../nbs/20_data.random.ipynb #71d5db22
 def epoch_order(

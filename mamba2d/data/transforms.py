@@ -95,6 +95,56 @@ class _NoiseErasing(v2.RandomErasing):
             params["v"] = (noise * deviation + mean).clamp(0, 255)
         return params
 
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if torch.rand(1) >= self.p:
+            return pixels
+        return self.transform(pixels, self.make_params([pixels]))
+
+# %% ../../nbs/22_data.transforms.ipynb #5a1e0c02
+class _RandomFlip:
+    "torchvision's `RandomHorizontalFlip` for one image."
+    def __init__(self, p: float = 0.5):
+        self.p = p
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image if torch.rand(1) >= self.p else v2.functional.horizontal_flip(image)
+
+# %% ../../nbs/22_data.transforms.ipynb #5a1e0c05
+class _RandAugment(v2.RandAugment):
+    "torchvision's `RandAugment` for square images of one size, with ImageNet's mean outside the image."
+    def __init__(
+        self,
+        operations: int,
+        magnitude: int,  # 0 to 30
+        size: int,  # pixels
+    ):
+        fill = [round(255 * m) for m in imagenet_stats[0]]
+        super().__init__(operations, magnitude, interpolation=InterpolationMode.BILINEAR, fill=fill)
+        self.color = tuple(fill)
+        self.operations = []
+        for name, (magnitudes, signed) in self._AUGMENTATION_SPACE.items():
+            steps = magnitudes(self.num_magnitude_bins, size, size)
+            strength = 0. if steps is None else float(steps[magnitude])
+            self.operations.append((name, strength, signed))
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        for _ in range(self.num_ops):
+            name, strength, signed = self.operations[int(torch.randint(len(self.operations), ()))]
+            if signed and torch.rand(()) <= 0.5:
+                strength = -strength
+            image = self._apply(image, name, strength)
+        return image
+
+    def _apply(self, image, name, strength):
+        if name not in ("TranslateX", "TranslateY"):
+            return self._apply_image_or_video_transform(
+                image, name, strength, interpolation=self.interpolation, fill=self._fill
+            )
+        shifted = Image.new("RGB", image.size, self.color)
+        pixels = int(strength)
+        shifted.paste(image, (pixels, 0) if name == "TranslateX" else (0, pixels))
+        return shifted
+
 # %% ../../nbs/22_data.transforms.ipynb #b3611db1
 def _check_probability(name, value):
     if not isinstance(value, Real) or not 0 <= value <= 1:
@@ -125,14 +175,10 @@ class Augmentation:
     ) -> list:  # from an image, decoded or not, to a tensor (3, size, size) of uint8
         "Return the transforms in their order."
         crop = _RandomResizedCrop(size, self.min_scale, self.random_interpolation)
-        transforms = [crop, v2.RandomHorizontalFlip(self.flip)]
+        transforms = [crop, _RandomFlip(self.flip)]
         if self.randaugment:
-            mean = [round(255 * m) for m in imagenet_stats[0]]
-            bilinear = InterpolationMode.BILINEAR
-            transforms.append(
-                v2.RandAugment(self.randaugment, self.magnitude, interpolation=bilinear, fill=mean)
-            )
-        transforms.append(v2.PILToTensor())
+            transforms.append(_RandAugment(self.randaugment, self.magnitude, size))
+        transforms.append(v2.functional.pil_to_tensor)
         if self.erasing:
             transforms.append(_NoiseErasing(self.erasing))
         return transforms

@@ -18,7 +18,6 @@ from functools import partial
 import fastai.vision.learner  # noqa: F401  registers how batches and results are drawn
 import numpy as np
 import torch
-import torch._functorch.config
 from fastai.callback.core import (
     Callback,
     CancelBatchException,
@@ -121,7 +120,7 @@ def fit_recipe(
             max_nonfinite_steps=max_nonfinite_steps)
         own = [prepare, follow, RecordEpochsCallback(follow), *_mixed_precision(recipe, self.dls)]
         epochs = recipe.epochs - follow.reached.epoch
-        with _losses_of_steps(self), _memory_budget(recipe):
+        with _losses_of_steps(self), _whole_graph(recipe):
             self.fit(epochs, lr=recipe.lr, wd=recipe.weight_decay, cbs=[*own, *cbs])
     self.reached = follow.reached
     if follow.problem:
@@ -154,13 +153,12 @@ def _check_precision(cbs):
             'say precision="bf16" in the recipe instead of to_fp16 or to_bf16 (to_fp32 takes it out)')
 
 # %% ../../nbs/32_training.learner.ipynb #ded7302c
-def _memory_budget(recipe):
-    """Context manager: the compiler computes elementwise functions again in the backward pass.
-
-    It does not keep their results then (60_bench). The compiler looks at this at the first batch."""
+def _whole_graph(recipe):
+    "Context manager: the compiler does not cut the network where gradients are exchanged."
     if not recipe.compile:
         return contextlib.nullcontext()
-    return torch._functorch.config.patch(activation_memory_budget=0.95)
+    from torch._dynamo import config  # takes a second, and only compiling needs it
+    return config.patch(optimize_ddp=False)
 
 # %% ../../nbs/32_training.learner.ipynb #981963cd
 class _StepLoss(AvgSmoothLoss):
@@ -349,6 +347,17 @@ class FollowRecipeCallback(Callback):
         "Return whether no batch of a step is accumulated yet."
         return self.micro == 0
 
+# %% ../../nbs/32_training.learner.ipynb #5a1e0e02
+def _load_optimizer(optimizer, state=None):
+    "Load a state of torch's AdamW, None: its own, and fuse it where all parameters lie on a GPU."
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fused = True if all(p.is_cuda for p in parameters) else None
+    if state is None and not fused:
+        return
+    state = optimizer.state_dict() if state is None else state
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
 # %% ../../nbs/32_training.learner.ipynb #c23ff51d
 @patch
 def before_fit(self: FollowRecipeCallback):
@@ -359,8 +368,8 @@ def before_fit(self: FollowRecipeCallback):
     self.rate = recipe_schedule(self.choices)
     self.trained = [p for p in self.learn.model.parameters() if p.requires_grad]
     self.micro = 0  # batches of the current step that are done
+    _load_optimizer(self.opt.opt, self.restored and self.restored["optimizer"])
     if self.restored:
-        self.opt.opt.load_state_dict(self.restored["optimizer"])
         _set_random_state(self.restored["random"])
 
 @patch

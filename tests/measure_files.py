@@ -1,0 +1,156 @@
+"""Measures a training from JPEG files: the loader, the network alone, and both, on one GPU or several.
+
+    python tests/measure_files.py make FOLDER             writes the images
+    python tests/measure_files.py loader FOLDER           images/s of the loader alone
+    python tests/measure_files.py network FILE            the network alone; waits for the file
+    python tests/measure_files.py train FOLDER            on one GPU; prefix `taskset -c 0-15` for 16 cores
+    torchrun --nproc-per-node 4 tests/measure_files.py train FOLDER
+
+Each prints a line of JSON. `nbs/bench_results/files.json` holds such lines.
+"""
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # a process sees one GPU, so that all share the compiler's cache
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
+    os.environ["LOCAL_RANK"] = "0"
+
+import torch
+import torch.nn.functional as F
+from fastai.callback.core import Callback
+
+from mamba2d.bench import _make_training_files
+from mamba2d.data import imagenet_dls
+from mamba2d.models import mamba2d_t
+from mamba2d.training import Distributed, mamba2d_learner, recipes
+
+batch = 128
+warm_up = 64  # batches in which the workers start and the first batches wait in their queue
+
+
+class Clock(Callback):
+    "When each training batch ended, and how long it was waited for."
+    order = 100
+
+    def before_fit(self):
+        self.times, self.waits = [], []
+
+    def after_batch(self):
+        if self.training:
+            self.times.append(time.perf_counter())
+            self.waits.append(self.dl.waited)
+
+    def result(self, skip, world):
+        seconds = self.times[-1] - self.times[skip]
+        images = batch * world * (len(self.times) - 1 - skip)
+        return {"images_per_second": images / seconds, "data_wait": sum(self.waits[skip + 1:]) / seconds}
+
+
+def say(**result):
+    print(json.dumps({name: float(f"{v:.4g}") if isinstance(v, float) else v for name, v in result.items()}),
+          flush=True)
+
+
+def measure_loader(folder, batches=224):
+    dls = imagenet_dls(folder / "images", batch)
+    start = served = 0
+    for k, (images, _) in enumerate(dls.train):
+        if k == warm_up:
+            start, served = time.perf_counter(), 0
+        served += len(images)
+        if k == warm_up + batches:
+            break
+    speed = (served - batch) / (time.perf_counter() - start)
+    say(what="loader alone", images_per_second=speed, workers=dls.train.fake_l.num_workers)
+
+
+def measure_network(after):
+    """Images/s of forward + backward of the compiled network on one batch that stays on the GPU.
+
+    It is compiled at once, and measured when the file `after` is there."""
+    model = mamba2d_t(num_classes=32).to("cuda", memory_format=torch.channels_last).train()
+    forward = torch.compile(model)
+    images = torch.randn(batch, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 32, (batch,), device="cuda")
+    times, hosts = [], []
+    for k in range(30):
+        torch.cuda.synchronize()
+        while k == 3 and not after.exists():
+            time.sleep(1)
+        start = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        hosts.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    say(what="network alone", images_per_second=batch / statistics.median(times[10:]),
+        host_milliseconds=1e3 * statistics.median(hosts[10:]))
+
+
+def measure_optimizer(learn):
+    "Milliseconds of AdamW's step with and without fused kernels: (of the host, in all)."
+    optimizer = learn.opt.opt
+    for p in learn.model.parameters():
+        p.grad = torch.zeros_like(p)
+    result = {}
+    for fused in (True, None):
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        for state in optimizer.state.values():
+            state["step"] = state["step"].to("cuda" if fused else "cpu")
+        rows = []
+        for _ in range(8):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            optimizer.step()
+            host = time.perf_counter()
+            torch.cuda.synchronize()
+            rows.append((1e3 * (host - start), 1e3 * (time.perf_counter() - start)))
+        result["fused" if fused else "foreach"] = [
+            float(f"{statistics.median(column):.3g}") for column in zip(*rows[2:], strict=True)]
+    return result
+
+
+def fit(learn, distributed, effective_batch, steps):
+    "Train for so many steps, and return what the clock says of those after the warm-up."
+    learn.recipe = dataclasses.replace(learn.recipe, effective_batch=effective_batch)
+    clock = Clock()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_recipe(cbs=[clock], distributed=distributed, limit=steps)
+    skip = max(1, warm_up // distributed.world)
+    row = learn.reached.history[-1]
+    return {**clock.result(skip, distributed.world), "memory_gib": row["memory_gib"],
+            "train_loss": row["train_loss"], "first_batch_seconds": clock.times[1] - clock.times[0]}
+
+
+def measure_training(folder):
+    distributed = Distributed.init()
+    dls = imagenet_dls(folder / "images", batch, device=distributed.device)
+    recipe = dataclasses.replace(recipes["t"], epochs=1, compile=True)
+    learn = mamba2d_learner(dls, mamba2d_t(num_classes=dls.c), recipe)
+    common = {"gpus": distributed.world, "cores": len(os.sched_getaffinity(0)),
+              "workers_per_gpu": dls.train.fake_l.num_workers, "batch": batch}
+    if distributed.world == 1:
+        say(what="from files", effective_batch=512, **common, **fit(learn, distributed, 512, 80))
+    result = fit(learn, distributed, 4096, 10 if distributed.world == 1 else 24)
+    if distributed.rank == 0:
+        say(what="from files", effective_batch=4096, **common, **result)
+    if distributed.world == 1:
+        say(what="optimizer step, milliseconds of the host and in all", **measure_optimizer(learn))
+    distributed.destroy()
+
+
+if __name__ == "__main__":
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    if what == "make":
+        _make_training_files(folder / "images", 5440, 24)
+    else:
+        measure = {"loader": measure_loader, "network": measure_network, "train": measure_training}
+        measure[what](folder)
