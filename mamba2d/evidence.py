@@ -551,6 +551,8 @@ def _generate(jobs, workers):
             for data in made]
 
 def _generate_arrays(job):
+    "A set of arrays. One thread only: OpenMP hangs in a process forked after its threads have started."
+    torch.set_num_threads(1)
     arguments, options, workers = job
     own = dict(workers=workers) if arguments[0] == "pathfinder" else {}
     data = task_set(*arguments, **options | own)
