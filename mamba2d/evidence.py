@@ -6,8 +6,9 @@
 __all__ = ['probe_sizes', 'learning_rates', 'contestants', 'grid_tasks', 'Trial', 'comparison_network', 'count_flops',
            'normalise', 'train_together', 'right_answers', 'pack_bits', 'unpack_bits', 'result_of', 'rotated',
            'probe_jobs', 'measure_step', 'grid_cells', 'first_phase', 'best_rates', 'trial_of', 'chance_of',
-           'at_chance', 'next_seed', 'changed_trials', 'append_result', 'read_results', 'save_trained', 'Runner',
-           'bootstrap_interval', 'answers_by_cell', 'paired_difference', 'make_sets', 'to_device', 'run_grid', 'main']
+           'at_chance', 'next_seed', 'changed_trials', 'append_result', 'read_results', 'save_trained',
+           'network_settings', 'Runner', 'bootstrap_interval', 'answers_by_cell', 'paired_difference', 'make_sets',
+           'to_device', 'run_grid', 'main']
 
 # %% ../nbs/61_evidence.ipynb #508a7ba3
 import argparse
@@ -34,7 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import __version__
 from .data.tasks import TaskSet, task_set
 from .models.backbone import Mamba2D
-from .models.controls import WithLocalPath, count_parameters, match_parameters
+from .models.controls import add_local_paths, count_parameters, match_parameters
+from .models.examples import save_example
 from .training.recipe import layer_groups
 
 # %% ../nbs/61_evidence.ipynb #4b5277f6
@@ -75,8 +77,7 @@ def comparison_network(
 
     model = make(trial.mixer, trial.local_path)
     if trial.mixer == "attention" and trial.local_path:
-        for block in model.stages[0].blocks:
-            block.mixer = WithLocalPath(block.mixer, trial.dim)
+        add_local_paths(model)
     if trial.mixer != "m2d" or not trial.local_path:
         match_parameters(model, count_parameters(make("m2d", True)))
     return model
@@ -412,17 +413,20 @@ def save_trained(
     folder: str | Path,
     result: dict,  # as `result_of` returns
 ) -> Path:  # the file
-    "Write the weights of a trained network in half precision, with its trial and its accuracies."
-    from safetensors.torch import save_file
+    "Write the weights of a trained network as an example of `mamba2d.models.example`."
     trial = training.trial
     local = "" if trial.local_path else "-bare"
     name = f"{trial.task}{trial.size}-{trial.mixer}{local}-{trial.dim}-{trial.seed}-{trial.lr:g}.safetensors"
     path = Path(folder) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.half().cpu().contiguous() for name, value in training.model.state_dict().items()}
-    about = {name: json.dumps(result[name]) for name in ("trial", "valid", "test")}
-    save_file(weights, path, metadata=about)
+    about = {name: result[name] for name in ("trial", "valid", "test", "commit", "card")}
+    save_example(training.model, path, network_settings(trial, training.data.num_classes), about)
     return path
+
+def network_settings(trial: Trial, num_classes: int) -> dict:
+    "What `save_example` needs to build the network of a trial again."
+    return dict(
+        depths=(trial.depth,), dims=(trial.dim,), mixers=(trial.mixer,), num_classes=num_classes, in_channels=1,
+        local_path=trial.local_path, alternate_corners=trial.alternate_corners)
 
 # %% ../nbs/61_evidence.ipynb #cdfa334b
 class Runner:
