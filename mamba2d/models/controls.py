@@ -13,7 +13,15 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import MLP, Attention, Block, SelectiveScan, SeparableConv, mixers
+from mamba2d.models.blocks import (
+    MLP,
+    Attention,
+    Block,
+    ScanInputs,
+    SelectiveScan,
+    SeparableConv,
+    mixers,
+)
 from ..scan.operator import selective_scan_2d
 
 # %% ../../nbs/19_models.controls.ipynb #939e0b42
@@ -39,6 +47,17 @@ class SequenceScan(nn.Module):
         delta = F.linear(delta, self.delta_proj.weight)
         return _scan_sequence(x, delta, -self.A_log.exp(), B, C, D=self.D, bias=self.delta_proj.bias,
                               reverse=self.reverse)
+
+    def inputs(self, x: Tensor) -> ScanInputs:  # x (B, 1, L, E): the sequence as an image of one row
+        "Everything the scan of x depends on, as `SelectiveScan.inputs` gives it."
+        delta, B, C = self.x_proj(x).split(self.splits, -1)
+        delta, A = F.softplus(self.delta_proj(delta)), -self.A_log.exp()
+        return ScanInputs(x, delta, delta, A, A, B, B, C, self.D)
+
+    @property
+    def A_log_t(self) -> Tensor:
+        "A_log, under the name that `SelectiveScan` has for it and `mamba2d.viz` looks for."
+        return self.A_log
 
     def extra_repr(self):
         return f"from the {'end' if self.reverse else 'start'}"
