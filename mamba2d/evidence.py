@@ -425,8 +425,8 @@ def save_trained(
 def network_settings(trial: Trial, num_classes: int) -> dict:
     "What `save_example` needs to build the network of a trial again."
     return dict(
-        depths=(trial.depth,), dims=(trial.dim,), mixers=(trial.mixer,), num_classes=num_classes, in_channels=1,
-        local_path=trial.local_path, alternate_corners=trial.alternate_corners)
+        depths=(trial.depth,), dims=(trial.dim,), mixers=(trial.mixer,), num_classes=num_classes,
+        in_channels=1, local_path=trial.local_path, alternate_corners=trial.alternate_corners)
 
 # %% ../nbs/61_evidence.ipynb #cdfa334b
 class Runner:

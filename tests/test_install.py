@@ -183,7 +183,8 @@ def test_the_cpu_kernel_is_compiled_from_the_wheel(installed, tmp_path):
 
 def test_small_trained_networks_travel_in_the_wheel(installed, tmp_path):
     code = ("from mamba2d.models import example, example_names\n"
-            "print([example(task, mixer).num_classes for task, mixers in example_names().items() for mixer in mixers])")
+            "pairs = [(task, mixer) for task, mixers in example_names().items() for mixer in mixers]\n"
+            "print([example(*pair).num_classes for pair in pairs])")
     assert in_installed(installed, tmp_path, code).strip() == str([10] * 3 + [2] * 5 + [4] * 5)
 
 
