@@ -44,7 +44,7 @@ setup(
     # The sources of the kernels become a folder of the library: they are compiled on the user's machine.
     packages=[*find_packages(include=["mamba2d", "mamba2d.*"]), "mamba2d.csrc"],
     package_dir={"mamba2d.csrc": "csrc"},
-    package_data={"mamba2d.csrc": ["**/*"]},
+    package_data={"mamba2d": ["examples/*.safetensors"], "mamba2d.csrc": ["**/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=requirements("requirements"),
     extras_require={

@@ -150,12 +150,13 @@ print(*sys.modules)
 
 def test_every_module_can_be_imported(source, installed, tmp_path):
     # two lines: importing a module prints nothing
-    names, modules = in_installed(installed, tmp_path, import_everything).splitlines()
-    parts = [Path(name).with_suffix("").parts for name in files_below(source, "mamba2d")]
+    names, loaded = in_installed(installed, tmp_path, import_everything).splitlines()
+    modules = [Path(name) for name in files_below(source, "mamba2d") if name.endswith(".py")]
+    parts = [path.with_suffix("").parts for path in modules]
     expected = {".".join(part for part in module if part != "__init__") for module in parts} - {"mamba2d"}
     assert set(names.split()) == expected
     development = {"nbdev", "jupyterlab", "pytest", "execnb"}
-    assert development.intersection(modules.split()) == set()
+    assert development.intersection(loaded.split()) == set()
 
 
 compile_and_run = """
@@ -178,6 +179,13 @@ def test_the_cpu_kernel_is_compiled_from_the_wheel(installed, tmp_path):
     output = in_installed(installed, tmp_path, compile_and_run, MAMBA2D_CACHE=str(cache))
     assert Path(output.strip()) == installed / "mamba2d/csrc"
     assert [path.suffix for path in cache.rglob("*") if path.suffix in (".so", ".dylib")]
+
+
+def test_small_trained_networks_travel_in_the_wheel(installed, tmp_path):
+    code = ("from mamba2d.models import example, example_names\n"
+            "pairs = [(task, mixer) for task, mixers in example_names().items() for mixer in mixers]\n"
+            "print([example(*pair).num_classes for pair in pairs])")
+    assert in_installed(installed, tmp_path, code).strip() == str([10] * 3 + [2] * 5 + [4] * 5)
 
 
 def test_it_trains_away_from_the_checkout(installed, tmp_path):

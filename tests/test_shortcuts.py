@@ -9,9 +9,11 @@ from shortcuts import statistics_score, train_patch_bag
 
 from mamba2d.data.pathfinder import pathfinder_images
 from mamba2d.data.tasks import TaskSet, task_set
+from mamba2d.evidence import grid_tasks
 
 count = 2000
 chance = 0.5 + 4 * 0.5 / count ** 0.5  # four standard deviations of coin tosses
+quick_steps = 80  # of the bag of patches, enough to find a shortcut that is planted
 
 
 def sets(name, **options):
@@ -35,11 +37,40 @@ def test_pixel_statistics_are_at_chance(task, request):
 
 @pytest.mark.parametrize("task", ["pathfinder", "signs"])
 def test_bag_of_patches_is_at_chance(task, request):
+    assert train_patch_bag(*request.getfixturevalue(task), steps=quick_steps) < chance
+
+
+def test_bag_of_patches_finds_a_planted_shortcut(signs):
+    "In as many steps it would see one: here images of one label have a white block."
+    planted = []
+    for part in signs:
+        images = part.images.clone()
+        images[part.labels == 1, :, 2:5, 2:5] = 255
+        planted.append(part._replace(images=images))
+    assert train_patch_bag(*planted, steps=quick_steps) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pathfinder", "signs"])
+def test_bag_of_patches_is_at_chance_after_more_steps(task, request):
     assert train_patch_bag(*request.getfixturevalue(task)) < chance
 
 
+@pytest.mark.slow
 def test_bag_of_patches_solves_the_textures():
     assert train_patch_bag(*sets("textures", majority=0.5, noise=0.2)) > 0.6  # chance is 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", grid_tasks)
+def test_no_image_of_the_grid_is_in_two_parts(task):
+    "The sets that the networks of the comparison were trained, tuned and tested on."
+    sizes = {"train": 20000, "valid": 2000, "test": 4000}
+    options = dict(grid_tasks[task].get("options", ()))
+    seen = [{image.numpy().tobytes() for image in task_set(task, part, count, **options).images}
+            for part, count in sizes.items()]
+    assert [len(images) for images in seen] == list(sizes.values())
+    assert len(set.union(*seen)) == sum(sizes.values())
 
 
 def test_dots_without_contours_are_at_chance():

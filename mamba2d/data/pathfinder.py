@@ -34,10 +34,14 @@ _padding = 1  # pixels at the borders that stay free
 _contrast = 0.8  # of the dashes; the dots are white
 
 # %% ../../nbs/28_data.pathfinder.ipynb #ebde9159
-def distractor_plan(style: PathfinderStyle, length: int) -> tuple[int, int]:
+def distractor_plan(
+    style: PathfinderStyle,
+    length: int,  # dashes of a long contour
+    paddles: int | None = None,  # dashes of all short contours together; None: as published
+) -> tuple[int, int]:
     "Number of the short contours and their length in dashes."
     short = max(1, length // 3)
-    return style.distractor_paddles // short, short
+    return (style.distractor_paddles if paddles is None else paddles) // short, short
 
 # %% ../../nbs/28_data.pathfinder.ipynb #e39304e3
 _angles = np.arange(360) * (np.pi / 180)
@@ -273,14 +277,22 @@ class Pathfinder(NamedTuple):
 _chunk = 512  # images
 
 # %% ../../nbs/28_data.pathfinder.ipynb #dd76b9fa
-def _many_targets(rng, size, length, table):
+class _Kind(NamedTuple):
+    "What kind of images to draw."
+    size: int  # pixels of a side
+    style: PathfinderStyle
+    length: int  # dashes of a long contour
+    contours: bool  # draw them, and not the dots alone
+    plan: tuple  # number and length of the short contours
+    stream: tuple  # integers that begin the seed of a chunk's random numbers, after seed and number
+
+def _many_targets(rng, kind, table):
     "A canvas of at least two chunks of images with both long contours, as evening out will take some away."
-    style = pathfinder_styles[size]
-    number, short = distractor_plan(style, length)
+    number, short = kind.plan
     parts, images = [], 0
     while images < 2 * _chunk:
-        canvas = _Canvas(2 * _chunk, 2 * length + number * short, size, style)
-        _add_targets(canvas, rng, length, table)
+        canvas = _Canvas(2 * _chunk, 2 * kind.length + number * short, kind.size, kind.style)
+        _add_targets(canvas, rng, kind.length, table)
         parts.append(canvas)
         images += len(canvas.tails)
     for name in ("tails", "heads", "points"):
@@ -288,31 +300,44 @@ def _many_targets(rng, size, length, table):
     return canvas
 
 # %% ../../nbs/28_data.pathfinder.ipynb #3b762a02
-def _make_chunk(seed, number, size, length, draw):
-    """A chunk of images with both labels equally often: (images, labels, dots) of NumPy.
-
-    `draw` says whether to draw the contours and the distractors."""
-    contours, distractors = draw
-    style, parts, made = pathfinder_styles[size], [], 0
-    plan = distractor_plan(style, length) if distractors else (0, 1)
-    rng = np.random.default_rng([seed, number, size, length])
-    table = _turn_table(style.continuity)
+def _make_chunk(seed, number, kind):
+    "A chunk of images with both labels equally often: (images, labels, dots) of NumPy."
+    parts, made = [], 0
+    rng = np.random.default_rng([seed, number, *kind.stream])
+    table = _turn_table(kind.style.continuity)
     while made < _chunk:
-        canvas = _many_targets(rng, size, length, table)
-        labels, dots = _mark(canvas, rng, length)
-        kept = _even_out(labels, dots, size).flatten()[:_chunk - made]
+        canvas = _many_targets(rng, kind, table)
+        labels, dots = _mark(canvas, rng, kind.length)
+        kept = _even_out(labels, dots, kind.size).flatten()[:_chunk - made]
         canvas.keep(kept)
-        _add_distractors(canvas, rng, plan, table)
-        parts.append((_render(canvas, dots[kept], contours), labels[kept], dots[kept]))
+        _add_distractors(canvas, rng, kind.plan, table)
+        parts.append((_render(canvas, dots[kept], kind.contours), labels[kept], dots[kept]))
         made += len(kept)
     return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 # %% ../../nbs/28_data.pathfinder.ipynb #175a3c30
-def _check_pathfinder(count, size, length):
+def _check_pathfinder(count, size, length, style):
     check_integer("count", count, 1)
     check_integer("length", length, 2, 18)
-    if size not in pathfinder_styles:
-        raise ValueError(f"size must be one of {', '.join(map(str, pathfinder_styles))}, got {size!r}")
+    sizes = ", ".join(map(str, pathfinder_styles))
+    if style is None:
+        if size not in pathfinder_styles:
+            raise ValueError(f"size must be one of {sizes}, got {size!r}; any other needs a style")
+    elif style not in pathfinder_styles:
+        raise ValueError(f"style must be one of {sizes}, got {style!r}")
+    else:
+        check_integer("size", size, style)
+
+def _kind_of(size, length, contours, distractors, style):
+    "The kind of images that these arguments of `pathfinder_images` ask for."
+    own = pathfinder_styles[size if style is None else style]
+    stream = (size, length)
+    if isinstance(distractors, bool):
+        plan = distractor_plan(own, length) if distractors else (0, 1)
+    else:
+        check_integer("distractors", distractors, 0, 4 * own.distractor_paddles)
+        plan, stream = distractor_plan(own, length, distractors), (*stream, distractors)
+    return _Kind(size, own, length, contours, plan, stream)
 
 # %% ../../nbs/28_data.pathfinder.ipynb #756c14db
 def pathfinder_images(
@@ -322,18 +347,19 @@ def pathfinder_images(
     length: int = 14,  # dashes of a long contour; published: 6 (easy), 9 and 14 (hard)
     *,
     contours: bool = True,  # False: the dots alone, to look for shortcuts
-    distractors: bool = True,  # False, easier: no short contours
+    distractors: bool | int = True,  # False, easier: no short contours; or the number of their dashes
+    style: int | None = None,  # published size whose dashes and dots are drawn; None: those of `size`
     workers: int = 1,  # processes
 ) -> Pathfinder:
     """Generate Pathfinder images (Linsley et al. 2018, arXiv 1805.08315), half of them with joined dots.
 
     Raises `ValueError` naming a bad argument."""
-    _check_pathfinder(count, size, length)
-    numbers = range(-(-count // _chunk))
-    jobs = [(seed, number, size, length, (contours, distractors)) for number in numbers]
+    _check_pathfinder(count, size, length, style)
+    kind = _kind_of(size, length, contours, distractors, style)
+    jobs = [(seed, number, kind) for number in range(-(-count // _chunk))]
     if workers > 1:
         import multiprocessing
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
+        with multiprocessing.get_context("fork").Pool(min(workers, len(jobs))) as pool:
             chunks = pool.starmap(_make_chunk, jobs, chunksize=1)
     else:
         chunks = [_make_chunk(*job) for job in jobs]

@@ -7,6 +7,7 @@ __all__ = ['task_names', 'permutation_signs', 'textures', 'TaskSet', 'task_set']
 
 # %% ../../nbs/29_data.tasks.ipynb #47335aa8
 import hashlib
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -181,13 +182,12 @@ def _canvases(count, seed, size, held_out=False, **options):
 def _mixture(count, options):
     "(count, options) of each part of a set: an option that is a tuple has one value in each part."
     several = {name: values for name, values in options.items() if isinstance(values, tuple)}
-    if len(several) > 1:
-        raise ValueError(f"only one option may be a tuple, got {', '.join(several)}")
-    for name, values in several.items():
-        sizes = [count // len(values) + (k < count % len(values)) for k in range(len(values))]
-        parts = zip(sizes, values, strict=True)
-        return [(number, options | {name: value}) for number, value in parts if number]
-    return [(count, options)]
+    if not several:
+        return [(count, options)]
+    choices = [dict(zip(several, values, strict=True)) for values in itertools.product(*several.values())]
+    sizes = [count // len(choices) + (k < count % len(choices)) for k in range(len(choices))]
+    parts = zip(sizes, choices, strict=True)
+    return [(number, options | choice) for number, choice in parts if number]
 
 # %% ../../nbs/29_data.tasks.ipynb #9808c1c6
 def task_set(

@@ -6,7 +6,7 @@ from .blocks import (
     StarReLU,
 )
 from .controls import (
-    control_mixers, count_parameters, GatedConv, match_parameters, SequenceMixer, SequenceScan,
+    add_local_paths, control_mixers, count_parameters, GatedConv, match_parameters, SequenceMixer, SequenceScan,
     set_mlp_width, WithLocalPath,
 )
 from .backbone import Classifier, Downsample, FeaturePyramid, Mamba2D, Stage
@@ -14,6 +14,7 @@ from .tuning import layer_decay_groups
 
 # These modules are loaded when one of their names is first used: only they need safetensors.
 _modules = {
+    "examples": ("example", "example_about", "example_names"),
     "export": (
         "check_file", "export_model", "FileCheck", "save_onnx", "save_package", "save_pt2", "unseen_shapes",
     ),
@@ -26,8 +27,8 @@ _modules = {
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
-    "Attention", "Block", "builders", "check_file", "Classifier", "control_mixers", "count_parameters",
-    "DeltaProjection", "Downsample", "export_model", "FeaturePyramid", "features", "FileCheck",
+    "add_local_paths", "Attention", "Block", "builders", "check_file", "Classifier", "control_mixers", "count_parameters",
+    "DeltaProjection", "Downsample", "example", "example_about", "example_names", "export_model", "FeaturePyramid", "features", "FileCheck",
     "GatedConv", "layer_decay_groups", "load_published", "M2DMixer", "Mamba2D", "mamba2d_n",
     "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t", "mamba2d_t_v1",
     "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "match_parameters", "mixers", "MLP", "published_names",

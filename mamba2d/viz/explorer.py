@@ -158,7 +158,7 @@ _questions = {  # name of the map: its title, and the options of `influence_map`
     "detached gates": ("what feeds the ring\ndetached gates", {}),
     "full derivative": (
         "what feeds the ring\nfull derivative: Δ, B, C too", dict(meaning="full derivative")),
-    "rows": ("what feeds the ring, 1D\nrow by row, detached gates", dict(order="rows")),
+    "rows": ("what feeds the ring, 1D\nrow by row, not trained so", dict(order="rows")),
 }
 _titles = {name: title for name, (title, _) in _questions.items()}
 _titles["impulse"] = "where its input goes\ndetached gates"

@@ -353,7 +353,7 @@ def plot_influence(
 _influences = {  # options of `influence_map` by what they are called in the figure
     "detached gates": {},
     "full derivative: Δ, B, C too": dict(meaning="full derivative"),
-    "1D, row by row, detached gates": dict(order="rows"),
+    "1D, row by row, not trained so": dict(order="rows"),
 }
 
 def _value_name(channel, state, of):
