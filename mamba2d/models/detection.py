@@ -328,6 +328,8 @@ class ResizeAndPad(GeneralizedRCNNTransform):
         return image, target
 
     def postprocess(self, result, image_shapes, original_image_sizes):
+        if self.training:
+            return result
         for found, shape, original in zip(result, image_shapes, original_image_sizes, strict=True):
             found["boxes"] = resize_boxes(found["boxes"], shape, original)
             found["masks"] = paste_masks(found["masks"], found["boxes"], original)
@@ -537,20 +539,20 @@ def _detection_weights(file, num_params, box_map):
 # %% ../../nbs/14_models.detection.ipynb #69ae8dfa
 class MaskRCNN_M2D_N_Weights(WeightsEnum):  # noqa: N801  named as torchvision names them
     "Weights of Mask R-CNN on M2D-N."
-    COCO_1X = _detection_weights("M2D-N-mask-rcnn-1x.pth", 0, 42.8)
-    COCO_3X = _detection_weights("M2D-N-mask-rcnn-3x.pth", 0, 47.2)
+    COCO_1X = _detection_weights("M2D-N-mask-rcnn-1x.pth", 25_926_152, 42.8)
+    COCO_3X = _detection_weights("M2D-N-mask-rcnn-3x.pth", 25_926_152, 47.2)
     DEFAULT = COCO_3X
 
 class MaskRCNN_M2D_T_Weights(WeightsEnum):  # noqa: N801  named as torchvision names them
     "Weights of Mask R-CNN on M2D-T."
-    COCO_1X = _detection_weights("M2D-T-mask-rcnn-1x.pth", 0, 48.5)
-    COCO_3X = _detection_weights("M2D-T-mask-rcnn-3x.pth", 0, 50.5)
+    COCO_1X = _detection_weights("M2D-T-mask-rcnn-1x.pth", 43_587_848, 48.5)
+    COCO_3X = _detection_weights("M2D-T-mask-rcnn-3x.pth", 43_587_848, 50.5)
     DEFAULT = COCO_3X
 
 class MaskRCNN_M2D_S_Weights(WeightsEnum):  # noqa: N801  named as torchvision names them
     "Weights of Mask R-CNN on M2D-S."
-    COCO_1X = _detection_weights("M2D-S-mask-rcnn-1x.pth", 0, 50.4)
-    COCO_3X = _detection_weights("M2D-S-mask-rcnn-3x.pth", 0, 52.2)
+    COCO_1X = _detection_weights("M2D-S-mask-rcnn-1x.pth", 66_860_268, 50.4)
+    COCO_3X = _detection_weights("M2D-S-mask-rcnn-3x.pth", 66_860_268, 52.2)
     DEFAULT = COCO_3X
 
 # %% ../../nbs/14_models.detection.ipynb #4c58560b
