@@ -56,6 +56,8 @@ class Recipe:
     erasing: float = 0.  # probability that a random rectangle is erased
     mixup: float = 0.  # parameter of MixUp's Beta distribution; 0: no MixUp
     cutmix: float = 0.  # the same for CutMix; where both are given, each pair of images gets one of them
+    pipeline: str | None = None  # detection, segmentation: transforms "1x", "3x", "ade20k"; None: flips
+    loss_over: str | None = None  # segmentation: loss over "all" pixels, ignored ones too; None: the "valid"
     # regime
     ema: float | None = None  # EMA decay per step; the EMA weights are evaluated and exported; None: no EMA
     precision: str = "fp32"  # "bf16": autocast on GPUs; a CPU computes in float32 either way
@@ -96,6 +98,8 @@ _positive_fraction = _Rule("above 0 and at most 1", lambda v: _is_number(v) and 
 _fraction_below_1 = _Rule("at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1)
 _switch = _Rule("true or false", lambda v: isinstance(v, bool))
 _schedule = _Rule('"linear" or "steps"', lambda v: v in ("linear", "steps"))
+_pipeline = _Rule('"1x", "3x" or "ade20k"', lambda v: v in ("1x", "3x", "ade20k"))
+_pixels = _Rule('"all" or "valid"', lambda v: v in ("all", "valid"))
 _epochs = _Rule("a list of rising integers of at least 1", lambda v: _is_rising(v))
 _precision = _Rule('"fp32" or "bf16"', lambda v: v in ("fp32", "bf16"))
 
@@ -112,6 +116,7 @@ _rules = dict(
     # data
     image_size=_or_none(_count), min_scale=_positive_fraction, randaugment=_magnitude,
     randaugment_ops=_count, erasing=_fraction, mixup=_not_negative, cutmix=_not_negative,
+    pipeline=_or_none(_pipeline), loss_over=_or_none(_pixels),
     # regime
     ema=_or_none(_fraction_below_1), precision=_precision, channels_last=_switch, compile=_switch,
 )
@@ -199,6 +204,9 @@ _imagenet = dict(
     epochs=300, lr=4e-3, effective_batch=4096, image_size=224, min_scale=0.08, randaugment=9, erasing=0.25,
     mixup=0.8, cutmix=1., ema=0.999, precision="bf16", channels_last=True)
 
+_dense = dict(effective_batch=16, weight_decay=0.05, clip_grad=1., label_smoothing=0.)
+_coco = dict(lr=1e-4, warmup_steps=125, warmup_factor=0.001, schedule="steps")
+
 recipes = {
     "n": Recipe(**_imagenet, weight_decay=0.025, drop_path=0., head_dropout=0.),
     "t": Recipe(**_imagenet, weight_decay=0.05, drop_path=0.175, head_dropout=0.15),
@@ -207,6 +215,12 @@ recipes = {
     "finetune": Recipe(
         epochs=30, lr=2e-4, warmup=0.1, image_size=224, randaugment=5, precision="bf16", channels_last=True),
     "digits": Recipe(epochs=12, image_size=32),
+    "mask_rcnn_1x": Recipe(**_dense, **_coco, epochs=12, drop_epochs=(8, 11), pipeline="1x"),
+    "mask_rcnn_3x": Recipe(**_dense, **_coco, epochs=36, drop_epochs=(27, 33), pipeline="3x"),
+    "upernet_ade20k": Recipe(
+        **_dense, epochs=64, epoch_steps=1250, lr=6e-5, warmup_steps=750, warmup_factor=1e-6, schedule="linear",
+        min_lr=0., image_size=512, pipeline="ade20k", loss_over="all"),
+    "finetune_dense": Recipe(epochs=24, lr=2e-4, warmup=0.1, clip_grad=1., label_smoothing=0.),
 }
 
 # %% ../../nbs/30_training.recipe.ipynb #90c4d7e2
