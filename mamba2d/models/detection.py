@@ -77,7 +77,7 @@ def _wide(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 class Anchors(AnchorGenerator):
-    "Anchors that are not rounded, centered on multiples of fixed strides; the side is `scale` times the stride."
+    "Anchors, not rounded, centered on multiples of fixed strides; their side is `scale` times the stride."
     def __init__(
         self,
         strides: Sequence[int],  # of each map, pixels
@@ -108,7 +108,8 @@ class BoxCoder(matching.BoxCoder):
         unlimited = -math.inf
         of_width, of_height = (-weight * self.bbox_xform_clip for weight in self.weights[2:])
         least = rel_codes.new_tensor([unlimited, unlimited, of_width, of_height])
-        return super().decode_single(torch.maximum(rel_codes.unflatten(-1, (-1, 4)), least).flatten(-2), boxes)
+        limited = torch.maximum(rel_codes.unflatten(-1, (-1, 4)), least)
+        return super().decode_single(limited.flatten(-2), boxes)
 
 # %% ../../nbs/14_models.detection.ipynb #74cfc3fd
 class Matcher(matching.Matcher):
@@ -177,7 +178,8 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         sampled = first.new_zeros(len(rois), first.shape[1], *self.output_size)
         for level, (name, stride) in enumerate(zip(self.featmap_names, self.strides, strict=True)):
             index = torch.where(levels == level)[0]
-            of_level = roi_align(x[name], rois[index], self.output_size, 1 / stride, self.sampling_ratio, aligned=True)
+            of_level = roi_align(x[name], rois[index], self.output_size, 1 / stride,
+                                 self.sampling_ratio, aligned=True)
             sampled[index] = of_level.to(sampled.dtype)
         return sampled
 
@@ -387,15 +389,15 @@ def _check_values(where, target, num_classes):
     bad = (labels < 1) | (labels >= num_classes)
     if bad.any():
         k = int(torch.where(bad)[0][0])
-        raise ValueError(f"{where}['labels'][{k}] must be from 1 to {num_classes - 1} (0 is the background), "
-                         f"got {int(labels[k])}")
+        raise ValueError(f"{where}['labels'][{k}] must be from 1 to {num_classes - 1} "
+                         f"(0 is the background), got {int(labels[k])}")
 
 def _check_targets(images, targets, num_classes):
     "Raise `TypeError` or `ValueError` for the first target that does not fit its image."
     if not isinstance(targets, (list, tuple)) or len(targets) != len(images):
         given = f"{len(targets)}" if isinstance(targets, (list, tuple)) else type(targets).__name__
-        raise ValueError(f"targets must be a list with one dictionary per image in training ({len(images)}), "
-                         f"got {given}")
+        raise ValueError("targets must be a list with one dictionary per image in training "
+                         f"({len(images)}), got {given}")
     for k, (image, target) in enumerate(zip(images, targets, strict=True)):
         _check_entries(f"targets[{k}]", target, tuple(image.shape[-2:]))
         _check_values(f"targets[{k}]", target, num_classes)
@@ -432,7 +434,8 @@ def _proposal_network(backbone, anchor_scale, settings):
     head = ProposalHead(backbone.out_channels, anchors.num_anchors_per_location()[0])
     pre = {"training": settings.rpn_pre_nms_top_n_train, "testing": settings.rpn_pre_nms_top_n_test}
     post = {"training": settings.rpn_post_nms_top_n_train, "testing": settings.rpn_post_nms_top_n_test}
-    return ProposalNetwork(anchors, head, sampled=settings.rpn_batch_size_per_image, pre_nms=pre, post_nms=post)
+    sampled = settings.rpn_batch_size_per_image
+    return ProposalNetwork(anchors, head, sampled=sampled, pre_nms=pre, post_nms=post)
 
 def _heads(backbone, num_classes, box_channels, settings):
     "The box and mask heads for the backbone's maps, without the coarsest."
@@ -445,7 +448,8 @@ def _heads(backbone, num_classes, box_channels, settings):
         positive_fraction=0.25, bbox_reg_weights=(10., 10., 5., 5.), score_thresh=settings.box_score_thresh,
         nms_thresh=settings.box_nms_thresh, detections_per_img=settings.box_detections_per_img,
         mask_roi_pool=AlignedRoIAlign(names, strides, 14),
-        mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1), mask_predictor=_mask_predictor(channels, num_classes))
+        mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+        mask_predictor=_mask_predictor(channels, num_classes))
 
 # %% ../../nbs/14_models.detection.ipynb #970d91bc
 def _checked_sizes(min_size, max_size):
@@ -460,14 +464,14 @@ class MaskRCNN(GeneralizedRCNN):
     """Mask R-CNN (arXiv 1703.06870) on the maps of a Mamba2D network, as published with it.
 
     In training it returns a dictionary of losses, in evaluation a dictionary per image: `boxes` (n, 4),
-    `labels` (n,), `scores` (n,) and `masks` (n, 1, H, W) in [0, 1], of which 0.5 and more is the object. Raises
-    `TypeError` or `ValueError` for an argument, image or target that does not fit, naming it."""
+    `labels` (n,), `scores` (n,) and `masks` (n, 1, H, W) in [0, 1], of which 0.5 and more is the object.
+    Raises `TypeError` or `ValueError` for an argument, image or target that does not fit, naming it."""
     def __init__(
         self,
         body: FeaturePyramid,  # `Mamba2D(...).features()`
         num_classes: int = 81,  # the background counts as one
         *,
-        min_size: int | Sequence[int] = 800,  # shorter side, pixels; several: in training one of them by chance
+        min_size: int | Sequence[int] = 800,  # shorter side, pixels; several: one of them in training
         max_size: int = 1333,  # longest side, pixels
         resize_in_training: bool = True,  # False: the data's transforms have resized already
         channels: int = 256,  # of the pyramid and the mask head, a multiple of 32
@@ -486,7 +490,8 @@ class MaskRCNN(GeneralizedRCNN):
     def forward(
         self,
         images: Sequence[Tensor],  # (3, H, W) each, floats in [0, 1]
-        targets: Sequence[dict] | None = None,  # boxes (n, 4), labels (n,), masks (n, H, W); needed in training
+        targets: Sequence[dict] | None = None,
+        # in training: boxes (n, 4), labels (n,) from 1 on, masks (n, H, W) of each image
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         _check_image_list(images)
         if self.training:
@@ -532,7 +537,7 @@ def _detection_weights(file, num_params, box_map):
         "categories": coco_categories,
         "recipe": "https://arxiv.org/abs/2412.16146",
         "_metrics": {"COCO-val2017": {"box_map": box_map}},
-        "_docs": "Weights published by the authors of the paper; the average precision is the published one.",
+        "_docs": "Weights published by the authors of the paper; the box AP is the published one.",
     }
     return Weights(url=f"{releases}/v2.0.0/{file}", transforms=ObjectDetection, meta=meta)
 
@@ -595,7 +600,8 @@ def mask_rcnn_m2d_n(
     Raises `ValueError` where weights do not fit, `FileNotFoundError`, and `RuntimeError` for a failed
     download."""
     body = dict(weights=weights_backbone, drop_path=drop_path, frozen_stages=frozen_stages)
-    return _mask_rcnn("mamba2d_n", MaskRCNN_M2D_N_Weights, weights, num_classes, body=body, settings=settings)
+    return _mask_rcnn("mamba2d_n", MaskRCNN_M2D_N_Weights, weights, num_classes, body=body,
+                      settings=settings)
 
 # %% ../../nbs/14_models.detection.ipynb #a2563727
 def mask_rcnn_m2d_t(
@@ -608,7 +614,8 @@ def mask_rcnn_m2d_t(
 ) -> MaskRCNN:
     "Mask R-CNN on M2D-T. Arguments and errors as for `mask_rcnn_m2d_n`."
     body = dict(weights=weights_backbone, drop_path=drop_path, frozen_stages=frozen_stages)
-    return _mask_rcnn("mamba2d_t", MaskRCNN_M2D_T_Weights, weights, num_classes, body=body, settings=settings)
+    return _mask_rcnn("mamba2d_t", MaskRCNN_M2D_T_Weights, weights, num_classes, body=body,
+                      settings=settings)
 
 # %% ../../nbs/14_models.detection.ipynb #3c32a284
 def mask_rcnn_m2d_s(
@@ -621,4 +628,5 @@ def mask_rcnn_m2d_s(
 ) -> MaskRCNN:
     "Mask R-CNN on M2D-S. Arguments and errors as for `mask_rcnn_m2d_n`."
     body = dict(weights=weights_backbone, drop_path=drop_path, frozen_stages=frozen_stages)
-    return _mask_rcnn("mamba2d_s", MaskRCNN_M2D_S_Weights, weights, num_classes, body=body, settings=settings)
+    return _mask_rcnn("mamba2d_s", MaskRCNN_M2D_S_Weights, weights, num_classes, body=body,
+                      settings=settings)

@@ -1,7 +1,7 @@
 """Compares a network with what the published one computed: every array of a golden file.
 
-A test computes a dictionary of arrays under the names of the golden file. `misfits` says which golden arrays are
-missing in it or differ; an empty list is parity, and a mutated network must give a list that is not empty.
+A test computes a dictionary of arrays under the names of the golden file. `misfits` says which golden arrays
+are missing in it or differ. An empty list is parity; a mutated network must give one that is not empty.
 """
 import re
 from dataclasses import dataclass

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from parity.seeded import generator
 from parity.seeded import seeded_tensor as seeded_backbone_tensor
 
