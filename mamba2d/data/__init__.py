@@ -14,13 +14,16 @@ from .datasets import (
     canvas_dls, canvas_mean, canvas_std, Canvases, digit_canvases, digit_images, digits_dls,
     make_image_tree,
 )
+from .scenes import DetectionScenes, digit_scenes, DigitScenes, Scene, SegmentationScenes
 from .pathfinder import Pathfinder, pathfinder_images
 from .tasks import permutation_signs, task_names, task_set, TaskSet, textures
 
 __all__ = [
     "Augmentation", "canvas_dls", "canvas_mean", "canvas_std", "Canvases", "check_images",
-    "CorruptImageError", "digit_canvases", "digit_images", "digits_dls", "evaluation_transforms",
+    "CorruptImageError", "DetectionScenes", "digit_canvases", "digit_images", "digit_scenes", "digits_dls",
+    "DigitScenes", "evaluation_transforms",
     "find_images", "ImageList", "imagenet_dls", "images_dl", "KeyedDL", "list_images",
     "make_image_tree", "mix_pairs", "open_image", "Pathfinder", "pathfinder_images", "permutation_signs",
+    "Scene", "SegmentationScenes",
     "task_names", "task_set", "TaskSet", "textures",
 ]
