@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Container, Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -66,6 +67,20 @@ def published_state_dict(model: Mamba2D) -> dict[str, Tensor]:
     state = model.state_dict()
     return {published: state[name] for name, published in published_names(model).items()}
 
+# %% ../../nbs/12_models.weights.ipynb #5d1f0a72
+class _TrainingLog:
+    "Stands for MMEngine's `HistoryBuffer`, whose content is dropped."
+    def __setstate__(self, state):
+        pass
+
+def _log_types():
+    "What `torch.load` may meet in such a record, beside tensors and plain values."
+    rebuild_array = np.zeros(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+    return [(_TrainingLog, "mmengine.logging.history_buffer.HistoryBuffer"),
+            (rebuild_array, "numpy.core.multiarray._reconstruct"),  # NumPy 1
+            (rebuild_array, "numpy._core.multiarray._reconstruct"), np.ndarray, np.dtype, *dtypes]
+
 # %% ../../nbs/12_models.weights.ipynb #1aee7661
 def _read_safetensors(path):
     "The tensors of a safetensors file, and the config in its metadata."
@@ -78,7 +93,8 @@ def _read_torch(path):
     with warnings.catch_warnings():
         # torch's, of other pickles than its own: the error that follows says it
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_log_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 # %% ../../nbs/12_models.weights.ipynb #a541d78c
 _weights_files = ("a file of torch.save (a state dict, a Lightning checkpoint, weights or a checkpoint of "
