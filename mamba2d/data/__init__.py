@@ -1,6 +1,8 @@
 """Images as fastai `DataLoaders` whose every random number depends on seed, epoch and sample only."""
 import warnings
 
+from mamba2d import load_when_used
+
 # fastai's layers use `torch.jit.script`, and PyTorch warns of it. Whoever imports this package cannot mend that.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script` is", FutureWarning)
@@ -18,12 +20,23 @@ from .scenes import DetectionScenes, digit_scenes, DigitScenes, Scene, Segmentat
 from .pathfinder import Pathfinder, pathfinder_images
 from .tasks import permutation_signs, task_names, task_set, TaskSet, textures
 
+# These modules are loaded when one of their names is first used: they import torchvision's detectors.
+_modules = {
+    "detection": (
+        "CropBetween", "detection_dls", "detection_transforms", "DetectionData", "DetectionDL",
+        "find_detection", "make_detection_tree", "ResizeToFit", "trainable",
+    ),
+}
+_lazy = {name: module for module, names in _modules.items() for name in names}
+
 __all__ = [
     "Augmentation", "canvas_dls", "canvas_mean", "canvas_std", "Canvases", "check_images",
-    "CorruptImageError", "DetectionScenes", "digit_canvases", "digit_images", "digit_scenes", "digits_dls",
-    "DigitScenes", "evaluation_transforms",
-    "find_images", "ImageList", "imagenet_dls", "images_dl", "KeyedDL", "list_images",
-    "make_image_tree", "mix_pairs", "open_image", "Pathfinder", "pathfinder_images", "permutation_signs",
-    "Scene", "SegmentationScenes",
-    "task_names", "task_set", "TaskSet", "textures",
+    "CorruptImageError", "CropBetween", "detection_dls", "detection_transforms", "DetectionData",
+    "DetectionDL", "DetectionScenes", "digit_canvases", "digit_images", "digit_scenes", "digits_dls",
+    "DigitScenes", "evaluation_transforms", "find_detection", "find_images", "ImageList", "imagenet_dls",
+    "images_dl", "KeyedDL", "list_images", "make_detection_tree", "make_image_tree", "mix_pairs",
+    "open_image", "Pathfinder", "pathfinder_images", "permutation_signs", "ResizeToFit", "Scene",
+    "SegmentationScenes", "task_names", "task_set", "TaskSet", "textures", "trainable",
 ]
+
+__getattr__, __dir__ = load_when_used(globals(), _lazy)
