@@ -10,7 +10,7 @@ __all__ = ['paste_masks', 'MaskRCNN', 'mask_rcnn_names', 'MaskRCNN_M2D_N_Weights
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -426,6 +426,15 @@ class _Settings:
                 check_integer(name, value, 1)
 
 # %% ../../nbs/14_models.detection.ipynb #e00aa12a
+def _checked_settings(settings):
+    "The settings; raise a `TypeError` that names those that do not exist."
+    accepted = [field.name for field in fields(_Settings)]
+    unknown = [name for name in settings if name not in accepted]
+    if unknown:
+        raise TypeError(f"{', '.join(unknown)}: no argument of MaskRCNN; accepted, beside those of its "
+                        f"signature: {', '.join(accepted)}")
+    return _Settings(**settings)
+
 def _proposal_network(backbone, anchor_scale, settings):
     "The region proposal network for the backbone's maps."
     if not anchor_scale > 0:
@@ -480,7 +489,7 @@ class MaskRCNN(GeneralizedRCNN):
         **settings,  # of `_Settings`, under torchvision's names
     ):
         check_integer("num_classes", num_classes, 2)
-        sizes, settings = _checked_sizes(min_size, max_size), _Settings(**settings)
+        sizes, settings = _checked_sizes(min_size, max_size), _checked_settings(settings)
         backbone = PyramidBackbone(body, channels)
         transform = ResizeAndPad(sizes, max_size, _mean, _std, _skip_resize=not resize_in_training)
         rpn = _proposal_network(backbone, anchor_scale, settings)
