@@ -26,16 +26,24 @@ _modules = {
         "CropBetween", "detection_dls", "detection_transforms", "DetectionData", "DetectionDL",
         "find_detection", "make_detection_tree", "ResizeToFit", "trainable",
     ),
+    "segmentation": (
+        "check_masks", "CropMixed", "find_segmentation", "make_segmentation_tree", "no_class",
+        "PhotometricDistortion", "read_mask", "ResizeByRatio", "segmentation_dls",
+        "segmentation_transforms", "SegmentationData", "SegmentationDL",
+    ),
 }
 _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
     "Augmentation", "canvas_dls", "canvas_mean", "canvas_std", "Canvases", "check_images",
-    "CorruptImageError", "CropBetween", "detection_dls", "detection_transforms", "DetectionData",
-    "DetectionDL", "DetectionScenes", "digit_canvases", "digit_images", "digit_scenes", "digits_dls",
-    "DigitScenes", "evaluation_transforms", "find_detection", "find_images", "ImageList", "imagenet_dls",
-    "images_dl", "KeyedDL", "list_images", "make_detection_tree", "make_image_tree", "mix_pairs",
-    "open_image", "Pathfinder", "pathfinder_images", "permutation_signs", "ResizeToFit", "Scene",
+    "check_masks", "CorruptImageError", "CropBetween", "CropMixed", "detection_dls",
+    "detection_transforms", "DetectionData", "DetectionDL", "DetectionScenes", "digit_canvases",
+    "digit_images", "digit_scenes", "digits_dls", "DigitScenes", "evaluation_transforms",
+    "find_detection", "find_images", "find_segmentation", "ImageList", "imagenet_dls", "images_dl",
+    "KeyedDL", "list_images", "make_detection_tree", "make_image_tree", "make_segmentation_tree",
+    "mix_pairs", "no_class", "open_image", "Pathfinder", "pathfinder_images", "permutation_signs",
+    "PhotometricDistortion", "read_mask", "ResizeByRatio", "ResizeToFit", "Scene",
+    "segmentation_dls", "segmentation_transforms", "SegmentationData", "SegmentationDL",
     "SegmentationScenes", "task_names", "task_set", "TaskSet", "textures", "trainable",
 ]
 

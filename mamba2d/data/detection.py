@@ -196,8 +196,8 @@ def _record(annotations, labels):
         segmentations=[one["segmentation"] for one in annotations],
     )
 
-# %% ../../nbs/26_data.detection.ipynb #aa9b3612
-def _open_annotated(file, size):
+# %% ../../nbs/26_data.detection.ipynb #a951689a
+def open_annotated(file, size):
     "Open an image that has this height and width: upright, or as it is stored."
     image = open_image(str(file))
     if image.size[::-1] != size and image.size == size:
@@ -208,7 +208,7 @@ def _open_annotated(file, size):
                          f"its annotations say {size[1]}×{size[0]}")
     return tv_tensors.Image(image)
 
-# %% ../../nbs/26_data.detection.ipynb #9cbf0da9
+# %% ../../nbs/26_data.detection.ipynb #1ec73885
 def _get_item(self, k):
     "Return an image (3, H, W) of bytes and its targets."
     size = tuple(int(side) for side in self.sizes[k])
@@ -223,7 +223,7 @@ def _get_item(self, k):
         area=torch.from_numpy(record["area"]),
         iscrowd=torch.from_numpy(record["iscrowd"]),
     )
-    return _open_annotated(self.folder / self.files[k], size), target
+    return open_annotated(self.folder / self.files[k], size), target
 
 DetectionData.__getitem__ = _get_item
 
