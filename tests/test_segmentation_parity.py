@@ -210,13 +210,13 @@ def aligned_corners(model, patch):
 
 
 def mean_of_valid(model, patch):
-    def mean(logits, masks, ignore_index, average):
+    def mean(logits, masks, class_weights, *, ignore_index, average):
         return F.cross_entropy(logits, masks, ignore_index=ignore_index)
     patch.setattr(segmentation, "_cross_entropy", mean)
 
 
 def ignored_is_a_class(model, patch):
-    def mean(logits, masks, ignore_index, average):
+    def mean(logits, masks, class_weights, *, ignore_index, average):
         return F.cross_entropy(logits, masks.where(masks != ignore_index, 0))
     patch.setattr(segmentation, "_cross_entropy", mean)
 

@@ -46,6 +46,8 @@ class PyramidPooling(nn.Module):
         sizes: Sequence[int] = (1, 2, 3, 6),  # regions along each side
     ):
         super().__init__()
+        for size in sizes:
+            check_integer("sizes", size, 1)
         self.sizes = tuple(sizes)
         self.convs = nn.ModuleList(_conv(in_channels, channels, 1) for _ in self.sizes)
         self.fuse = _conv(in_channels + len(self.sizes) * channels, channels, 3)
@@ -76,11 +78,12 @@ class UPerHead(nn.Module):
         num_classes: int,
         *,
         channels: int = 512,  # of all maps in the head
+        pool_sizes: Sequence[int] = (1, 2, 3, 6),  # of the pyramid pooling
         dropout: float = 0.1,  # probability with which a channel is zero in training
     ):
         super().__init__()
         *finer, last = in_channels
-        self.pyramid = PyramidPooling(last, channels)
+        self.pyramid = PyramidPooling(last, channels, pool_sizes)
         self.laterals = nn.ModuleList(_conv(width, channels, 1) for width in finer)
         self.smooth = nn.ModuleList(_conv(channels, channels, 3) for _ in finer)
         self.fuse = _conv(len(in_channels) * channels, channels, 3)
@@ -142,6 +145,7 @@ class UPerNet(nn.Module):
         *,
         channels: int = 512,  # of the head
         aux_channels: int = 256,  # of the auxiliary head
+        pool_sizes: Sequence[int] = (1, 2, 3, 6),  # of the pyramid pooling
         aux_loss: bool = True,  # have an auxiliary head
         dropout: float = 0.1,  # of both heads
     ):
@@ -150,7 +154,8 @@ class UPerNet(nn.Module):
         check_fraction("dropout", dropout)
         widths = backbone.channels
         self.backbone, self.num_classes = backbone, int(num_classes)
-        self.classifier = UPerHead(widths, num_classes, channels=channels, dropout=dropout)
+        self.classifier = UPerHead(widths, num_classes, channels=channels, pool_sizes=pool_sizes,
+                                   dropout=dropout)
         self.aux_classifier = None
         _initialise(self.classifier)
         if aux_loss:
@@ -193,9 +198,10 @@ def _padded(images, least):
     return F.pad(images, missing) if any(missing) else images
 
 # %% ../../nbs/15_models.segmentation.ipynb #10fb2960
-def _cross_entropy(logits, masks, ignore_index, average):
+def _cross_entropy(logits, masks, class_weights, *, ignore_index, average):
     "The sum over the pixels that are not ignored, divided by the number of all pixels or of those."
-    total = F.cross_entropy(logits.float(), masks, ignore_index=ignore_index, reduction="sum")
+    total = F.cross_entropy(logits.float(), masks, class_weights, ignore_index=ignore_index,
+                            reduction="sum")
     if average == "all":
         return total / masks.numel()
     return total / (masks != ignore_index).sum().clamp_min(1)
@@ -206,6 +212,7 @@ def upernet_losses(
     *,
     average: str = "all",  # what the sum is divided by: "all" pixels, as published, or the "valid" ones
     aux_weight: float = 0.4,
+    class_weights: Tensor | None = None,  # (num_classes,): what a pixel of each class counts; None: 1
     ignore_index: int = 255,  # the label of pixels without a class
 ) -> dict[str, Tensor]:
     """The weighted losses of the heads by name; their sum is what training minimises.
@@ -215,7 +222,8 @@ def upernet_losses(
     if average not in ("all", "valid"):
         raise ValueError(f'average must be "all" or "valid", got {average!r}')
     weights = {"out": 1., "aux": aux_weight}
-    return {name: weights[name] * _cross_entropy(logits, masks, ignore_index, average)
+    options = dict(ignore_index=ignore_index, average=average)
+    return {name: weights[name] * _cross_entropy(logits, masks, class_weights, **options)
             for name, logits in outputs.items()}
 
 def upernet_loss(outputs: Mapping[str, Tensor], masks: Tensor, **kwargs) -> Tensor:  # a scalar
