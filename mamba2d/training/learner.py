@@ -194,7 +194,7 @@ def plain_tensors(value):
         return [plain_tensors(part) for part in value]
     return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
-def compiled(model):
+def compile_network(model):
     """Return the network, compiled with `torch.compile`.
 
     Of a network with a backbone, as detection and segmentation have, only the backbone is compiled, in place:
@@ -220,7 +220,7 @@ class PrepareModelCallback(Callback):
             self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.choices.ema)).eval()
         if self.restored:
             self.restore()
-        self.wrapped = compiled(self.bare) if self.choices.compile else self.bare
+        self.wrapped = compile_network(self.bare) if self.choices.compile else self.bare
         if self.distributed.world > 1:
             self.wrapped = self.data_parallel(self.wrapped)
         self.skipped = False

@@ -218,8 +218,8 @@ recipes = {
     "mask_rcnn_1x": Recipe(**_dense, **_coco, epochs=12, drop_epochs=(8, 11), pipeline="1x"),
     "mask_rcnn_3x": Recipe(**_dense, **_coco, epochs=36, drop_epochs=(27, 33), pipeline="3x"),
     "upernet_ade20k": Recipe(
-        **_dense, epochs=64, epoch_steps=1250, lr=6e-5, warmup_steps=750, warmup_factor=1e-6, schedule="linear",
-        min_lr=0., image_size=512, pipeline="ade20k", loss_over="all"),
+        **_dense, epochs=64, epoch_steps=1250, lr=6e-5, min_lr=0., schedule="linear", warmup_steps=750,
+        warmup_factor=1e-6, image_size=512, pipeline="ade20k", loss_over="all"),
     "finetune_dense": Recipe(epochs=24, lr=2e-4, warmup=0.1, clip_grad=1., label_smoothing=0.),
 }
 
