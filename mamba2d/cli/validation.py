@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .arguments import validate_parser
+from .dense import check_task, dense_tasks, validate_dense
 from mamba2d.cli.common import (
     UsageError,
     build_model,
@@ -141,6 +142,11 @@ def _validate(args):
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(_weights_argument(args), args.size)
+    task = args.task or config.get("task", "classify")
+    check_task(task, size, {"labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan})
+    if task in dense_tasks:
+        validate_dense(args, _weights_argument(args))
+        return
     distributed = init_distributed(args.device)
     if args.out:
         _make_folder(args.out, distributed)
