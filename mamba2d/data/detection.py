@@ -326,7 +326,7 @@ class ResizeToFit(v2.Transform):
     def transform(self, inpt, params):
         return v2.functional.resize(inpt, list(params["size"]), antialias=False)
 
-# %% ../../nbs/26_data.detection.ipynb #3e5ff3e9
+# %% ../../nbs/26_data.detection.ipynb #80009e9f
 class CropBetween(v2.Transform):
     "Cuts out a part at random; both of its sides are from a range, as far as the image is that large."
     def __init__(
@@ -339,7 +339,8 @@ class CropBetween(v2.Transform):
 
     def make_params(self, flat_inputs):
         params = {}
-        for side, first, length in zip(("height", "width"), ("top", "left"), image_size(flat_inputs), strict=True):
+        size = image_size(flat_inputs)
+        for side, first, length in zip(("height", "width"), ("top", "left"), size, strict=True):
             low, high = min(self.low, length), min(self.high, length)
             params[side] = int(torch.randint(low, high + 1, ()))
             params[first] = int(torch.randint(0, length - params[side] + 1, ()))
@@ -469,8 +470,10 @@ def trainable(data) -> np.ndarray:
         raise ValueError("data: no training image has an object in it and sides of at least 32 pixels")
     return numbers
 
-# %% ../../nbs/26_data.detection.ipynb #d8775bdb
-def dense_dls(train, valid, loader, *, batch_size, valid_batch_size, seed, num_workers, device, after_batch, layout):
+# %% ../../nbs/26_data.detection.ipynb #52815e37
+def dense_dls(
+    train, valid, loader, *, batch_size, valid_batch_size, seed, num_workers, device, after_batch, layout,
+):
     "Return fastai `DataLoaders` of two data sets that are transformed already."
     device = default_device() if device is None else torch.device(device)
     options = dict(seed=seed, num_workers=worker_count(num_workers), device=device,
@@ -485,7 +488,7 @@ def dense_dls(train, valid, loader, *, batch_size, valid_batch_size, seed, num_w
     dls.fingerprint = data_fingerprint(train.categories, train.numbers, train.sizes, valid.sizes)
     return dls
 
-# %% ../../nbs/26_data.detection.ipynb #7704e9f0
+# %% ../../nbs/26_data.detection.ipynb #58ee5420
 def detection_dls(
     data,  # a folder for `find_detection`, or two data sets: for training and for validation
     batch_size: int = 2,  # images in a micro-batch
@@ -497,7 +500,9 @@ def detection_dls(
     num_workers: int | None = None,  # processes that prepare images; None: cores less one, at most 16
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of a list of (3, H, W) floats from 0 to 1, and a list of targets
-    """Make batches for a detector. Training images have their final size; for validation the network resizes.
+    """Make batches for a detector.
+
+    Training images have their final size; for validation the network resizes.
 
     Raises `FileNotFoundError` or `ValueError` naming the file or the argument, and what is wrong with it."""
     check_integer("batch_size", batch_size, 1)

@@ -53,7 +53,7 @@ def _suit(squares, markers, gap):
     far = np.abs(markers - centers).max(2) >= gap + sides[..., 0] // 2
     return (clear & far).all(1) & (above_left.sum(1) == 1), above_left.argmax(1)
 
-# %% ../../nbs/25_data.scenes.ipynb #3ab5c9a2
+# %% ../../nbs/25_data.scenes.ipynb #03b3faa0
 def _touches(square, squares):
     "Whether a square (row, column of its center, side) comes within two pixels of one of the others."
     squares = np.array(squares)
@@ -65,7 +65,8 @@ def _lay_out(rng, size, most):
     wanted = _whole(rng, 1, most + 1)
     for trial in itertools.count(1):
         wanted -= trial % 50 == 0 and wanted > 1  # where so many do not fit
-        markers = np.array([[_whole(rng, _marker_side, size * 3 // 5) for _ in range(2)] for _ in range(2)])
+        markers = [[_whole(rng, _marker_side, size * 3 // 5) for _ in range(2)] for _ in range(2)]
+        markers = np.array(markers)
         taken = [(*marker, _marker_side) for marker in markers]
         candidates = _squares(rng, 100, size)
         suits, names = _suit(candidates, markers, size // 5)
@@ -153,10 +154,10 @@ def _draw_scene(rng, size, kinds, most, pieces):
     label_map = (masks * labels[:, None, None]).amax(0)
     return Scene(image, boxes, labels, masks, label_map, torch.from_numpy(markers))
 
-# %% ../../nbs/25_data.scenes.ipynb #9cf5b32f
+# %% ../../nbs/25_data.scenes.ipynb #1e8bed00
 class DigitScenes:
     "A sequence of scenes. Number k depends on the seed and on k only; it is drawn when it is asked for."
-    def __init__(self, count, size, seed, held_out, digits, most):
+    def __init__(self, count, size, seed, *, held_out, digits, most):
         self.count, self.size, self.seed, self.held_out, self.most = count, size, seed, held_out, most
         self.digits = tuple(digits)
         glyphs = handwriting(held_out)
@@ -177,7 +178,7 @@ class DigitScenes:
         rng = np.random.default_rng([self.seed, int(self.held_out), k])
         return _draw_scene(rng, self.size, self.kinds, self.most, pieces=12)
 
-# %% ../../nbs/25_data.scenes.ipynb #f654c6a0
+# %% ../../nbs/25_data.scenes.ipynb #23d97bf0
 def digit_scenes(
     count: int,  # scenes
     size: int = 128,  # pixels of a side
@@ -197,7 +198,7 @@ def digit_scenes(
     digits = tuple(digits)
     if not digits or len(set(digits)) < len(digits) or not set(digits) <= set(range(10)):
         raise ValueError(f"digits must be different integers from 0 to 9, at least one, got {digits}")
-    return DigitScenes(count, size, seed, held_out, digits, most)
+    return DigitScenes(count, size, seed, held_out=held_out, digits=digits, most=most)
 
 # %% ../../nbs/25_data.scenes.ipynb #0374f42a
 def scenes_digest(scenes) -> str:

@@ -28,7 +28,7 @@ from ..models.detection import resized_size
 from ..models.segmentation import SegmentationTransforms, ade20k_categories
 from ..scan.checks import check_integer
 
-# %% ../../nbs/27_data.segmentation.ipynb #713b8534
+# %% ../../nbs/27_data.segmentation.ipynb #674d27ba
 _number_modes = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 no_class = 255
 
@@ -37,11 +37,11 @@ def _open_mask(file):
     with reading_image(str(file)):
         mask = Image.open(file)
     if mask.mode not in _number_modes:
-        raise ValueError(f"mask {str(file)!r} is a color image ({mask.mode}): a mask has the number of its class "
-                         "in each pixel, as gray of 8 or 16 bits or as a palette")
+        raise ValueError(f"mask {str(file)!r} is a color image ({mask.mode}): a mask has the number of its "
+                         "class in each pixel, as gray of 8 or 16 bits or as a palette")
     return mask
 
-# %% ../../nbs/27_data.segmentation.ipynb #9e22ccbe
+# %% ../../nbs/27_data.segmentation.ipynb #fb7d614b
 def read_mask(
     file: str | Path,
     classes: int,  # numbers from 0 to classes - 1 are accepted, and 255
@@ -49,7 +49,7 @@ def read_mask(
 ) -> np.ndarray:  # (H, W) int64
     """Read the numbers of a mask.
 
-    Raises `CorruptImageError` for a file that cannot be read, and `ValueError` for colors or other numbers."""
+    Raises `CorruptImageError` for a file that cannot be read, `ValueError` for colors or other numbers."""
     mask = _open_mask(file)
     with reading_image(str(file)):
         numbers = np.asarray(mask).astype(np.int64)
@@ -221,7 +221,7 @@ class ResizeByRatio(v2.Transform):
     def transform(self, inpt, params):
         return v2.functional.resize(inpt, list(params["size"]), antialias=False)
 
-# %% ../../nbs/27_data.segmentation.ipynb #00552135
+# %% ../../nbs/27_data.segmentation.ipynb #16efddbd
 class CropMixed(v2.Transform):
     "Cuts out a square in which no class has more than a fraction of the pixels, if ten tries find one."
     def __init__(
@@ -244,7 +244,8 @@ class CropMixed(v2.Transform):
         return len(numbers) > 1 and counts.max() < self.most * counts.sum()
 
     def make_params(self, flat_inputs):
-        mask = next(one for one in flat_inputs if isinstance(one, tv_tensors.Mask)).as_subclass(torch.Tensor)
+        mask = next(one for one in flat_inputs if isinstance(one, tv_tensors.Mask))
+        mask = mask.as_subclass(torch.Tensor)
         for _ in range(10):
             params = self._draw(image_size(flat_inputs))
             rows = slice(params["top"], params["top"] + params["height"])
@@ -256,7 +257,7 @@ class CropMixed(v2.Transform):
     def transform(self, inpt, params):
         return v2.functional.crop(inpt, **params)
 
-# %% ../../nbs/27_data.segmentation.ipynb #6aef9beb
+# %% ../../nbs/27_data.segmentation.ipynb #5f3cf2ab
 class PhotometricDistortion(v2.Transform):
     "Changes brightness, contrast, saturation and hue at random, as published."
     _transformed_types = (tv_tensors.Image,)
@@ -273,8 +274,10 @@ class PhotometricDistortion(v2.Transform):
                            hue=(-hue / 180, hue / 180))
 
     def make_params(self, flat_inputs):
-        drawn = {name: low + (high - low) * float(torch.rand(())) for name, (low, high) in self.ranges.items()}
-        used = {name: value for name, value in drawn.items() if torch.rand(()) < 0.5}
+        used = {}
+        for name, (low, high) in self.ranges.items():
+            if torch.rand(()) < 0.5:
+                used[name] = low + (high - low) * float(torch.rand(()))
         order = ["brightness", "contrast", "saturation", "hue"]
         if torch.rand(()) < 0.5:
             order.append(order.pop(1))
