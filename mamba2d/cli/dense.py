@@ -153,7 +153,7 @@ def dense_rows(
             continue
         parts = [f"{100 * result[name]:.2f} %"]
         for part in ("50", "75", "_small", "_medium", "_large"):
-            if name + part in result:
+            if result.get(name + part, float("nan")) == result.get(name + part):
                 parts.append(f"AP{part.replace('_', ' ')} {100 * result[name + part]:.2f} %")
         rows.append((title, ", ".join(parts)))
     return [*rows, ("validation loss", f"{result['loss']:.3f}")]
