@@ -405,7 +405,7 @@ def group_by_aspect(
             kind.clear()
     return np.array(grouped + waiting[0] + waiting[1], dtype=np.int64)
 
-# %% ../../nbs/26_data.detection.ipynb #90c7bbc6
+# %% ../../nbs/26_data.detection.ipynb #0c36773b
 class _ToFloats(ItemTransform):
     "Makes floats from 0 to 1 of the bytes of a list of images."
     def encodes(self, batch):
@@ -426,7 +426,7 @@ class DetectionDL(KeyedDL):
         height, width = self.dataset.sizes.T
         return group_by_aspect(order, height > width, self.bs)
 
-    def create_batch(self, items):
+    def do_batch(self, items):
         images, targets = zip(*items, strict=True)
         return [image.as_subclass(torch.Tensor) for image in images], [_plain(target) for target in targets]
 

@@ -323,10 +323,10 @@ def segmentation_transforms(
         _FillUp(side),
     ])
 
-# %% ../../nbs/27_data.segmentation.ipynb #f7a3546f
+# %% ../../nbs/27_data.segmentation.ipynb #8e9188b5
 class SegmentationDL(KeyedDL):
     "A loader of images (B, 3, H, W) and label maps (B, H, W)."
-    def create_batch(self, items):
+    def do_batch(self, items):
         images, masks = zip(*items, strict=True)
         return tuple(torch.stack([one.as_subclass(torch.Tensor) for one in many]) for many in (images, masks))
 
