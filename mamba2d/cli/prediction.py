@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from .arguments import predict_parser
-from .dense import check_task, dense_tasks, predict_dense
 from mamba2d.cli.common import (
     UsageError,
     build_model,
@@ -24,6 +23,7 @@ from mamba2d.cli.common import (
     resolve_weights,
     run_command,
 )
+from .dense import check_task, dense_tasks, predict_dense
 
 # %% ../../nbs/54_cli.prediction.ipynb #2a4b2944
 def _find_files(args):

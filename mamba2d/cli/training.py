@@ -18,16 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import train_parser
-from mamba2d.cli.dense import (
-    build_dense,
-    check_task,
-    default_dense_recipe,
-    dense_image_size,
-    dense_learner,
-    dense_rows,
-    dense_tasks,
-    load_dense,
-)
 from mamba2d.cli.common import (
     UsageError,
     build_model,
@@ -43,6 +33,16 @@ from mamba2d.cli.common import (
     quiet_imports,
     result_rows,
     run_command,
+)
+from mamba2d.cli.dense import (
+    build_dense,
+    check_task,
+    default_dense_recipe,
+    dense_image_size,
+    dense_learner,
+    dense_rows,
+    dense_tasks,
+    load_dense,
 )
 
 if TYPE_CHECKING:  # they load fastai, which takes seconds

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .arguments import validate_parser
-from .dense import check_task, dense_tasks, validate_dense
 from mamba2d.cli.common import (
     UsageError,
     build_model,
@@ -25,6 +24,7 @@ from mamba2d.cli.common import (
     result_rows,
     run_command,
 )
+from .dense import check_task, dense_tasks, validate_dense
 
 # %% ../../nbs/53_cli.validation.ipynb #d7897977
 def _left_out(args, config, data, *, distributed, evaluate):
@@ -143,7 +143,8 @@ def _validate(args):
     check_forced_backend()
     saved, config, size = resolve_weights(_weights_argument(args), args.size)
     task = args.task or config.get("task", "classify")
-    check_task(task, size, {"labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan})
+    check_task(task, size, {
+        "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan})
     if task in dense_tasks:
         validate_dense(args, _weights_argument(args))
         return

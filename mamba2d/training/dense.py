@@ -84,8 +84,9 @@ def draw_label_map(
 ) -> Tensor:  # (3, H, W) uint8
     "Draw a label map over an image of the same size."
     label_map, colors = label_map.cpu().as_subclass(Tensor), _colors(len(categories))
-    masks = torch.stack([label_map == label for label in range(len(categories))])
-    return draw_segmentation_masks(_as_bytes(image), masks, alpha=alpha, colors=colors)
+    first = int(categories[0] == "background")  # it keeps the image's own colors
+    masks = torch.stack([label_map == label for label in range(first, len(categories))])
+    return draw_segmentation_masks(_as_bytes(image), masks, alpha=alpha, colors=colors[first:])
 
 # %% ../../nbs/37_training.dense.ipynb #009061e2
 class Measured(NamedTuple):
@@ -324,7 +325,7 @@ def plot_dense(
     axes = figure.subplots(2, max(len(shown), 1), squeeze=False)
     for column, (image, target, prediction) in zip(axes.T, shown, strict=False):
         for axis, objects, title in zip(column, (target, prediction), ("target", "prediction"), strict=True):
-            axis.imshow(task.draw_image(image, objects, categories).permute(1, 2, 0))
+            axis.imshow(task.draw_image(image, objects, categories).permute(1, 2, 0).numpy())
             axis.set_title(title, fontsize=8)
     for axis in axes.flat:
         axis.axis("off")

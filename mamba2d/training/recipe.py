@@ -56,7 +56,7 @@ class Recipe:
     erasing: float = 0.  # probability that a random rectangle is erased
     mixup: float = 0.  # parameter of MixUp's Beta distribution; 0: no MixUp
     cutmix: float = 0.  # the same for CutMix; where both are given, each pair of images gets one of them
-    pipeline: str | None = None  # detection, segmentation: transforms "1x", "3x", "ade20k"; None: flips
+    pipeline: str | None = None  # "1x" (as None) or "3x" for detection, "ade20k" for segmentation
     loss_over: str | None = None  # segmentation: loss over "all" pixels, ignored ones too; None: the "valid"
     # regime
     ema: float | None = None  # EMA decay per step; the EMA weights are evaluated and exported; None: no EMA
