@@ -21,6 +21,7 @@ from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, Learner, ValueMetric
 from fastai.torch_core import to_device
 from fastcore.basics import patch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -319,9 +320,11 @@ def plot_dense(
     task,  # a `Detection` or a `Segmentation`
     shown: list,  # (image, target, prediction) each
     categories: list[str],
+    figure: Figure | None = None,
 ) -> Figure:
     "Draw targets in a row, and below each what is predicted."
-    figure = Figure(figsize=(2.4 * max(len(shown), 1), 5), layout="constrained")
+    figure = Figure(layout="constrained") if figure is None else figure
+    figure.set_size_inches(2.4 * max(len(shown), 1), 5)
     axes = figure.subplots(2, max(len(shown), 1), squeeze=False)
     for column, (image, target, prediction) in zip(axes.T, shown, strict=False):
         for axis, objects, title in zip(column, (target, prediction), ("target", "prediction"), strict=True):
@@ -348,12 +351,12 @@ class DenseLearner(Learner):
         raise TypeError("get_preds concatenates tensors of one size, which boxes and masks are not: "
                         "predict_batch gives predictions, and evaluate_dense measures them")
 
-    def show_results(self, ds_idx=1, dl=None, max_n=4, **kwargs) -> Figure:
-        "Draw the targets and predictions of the first images of a loader."
+    def show_results(self, ds_idx=1, dl=None, max_n=4, **kwargs):
+        "Show the targets and predictions of the first images of a loader."
         loader = (self.dls[ds_idx] if dl is None else dl).new(shuffle=False, bs=max_n, num_workers=0)
         images, targets = plain_tensors(loader.one_batch())
         shown = list(zip(images, targets, self.predict_batch(images), strict=True))
-        return plot_dense(self.task, shown, self.dense.categories)
+        plot_dense(self.task, shown, self.dense.categories, figure=plt.figure(layout="constrained"))
 
     def predict(self, item, **kwargs):
         "Return what the network predicts for one image, a tensor (3, H, W) as the loaders give it."
