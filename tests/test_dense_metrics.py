@@ -144,7 +144,7 @@ def as_tensors(objects, scored):
 
 def measured(images):
     "The project's scores."
-    metrics = DetectionMetrics(["one", "two", "three", "never there"])
+    metrics = DetectionMetrics(["background", "one", "two", "three", "never there"])
     for k, (targets, found) in enumerate(images):
         metrics.update([as_tensors(found, True)], [dict(as_tensors(targets, False), image_id=k)])
     return metrics.compute()
