@@ -1,4 +1,4 @@
-"""A small training for test_survival.py and test_distributed.py.
+"""A small training for test_survival.py, test_distributed.py and test_dense_training.py.
 
 Augmentation, mixing, accumulation and EMA are on. `train` runs it in this process. `processes` starts it in
 processes of its own, which a test can stop and kill. They are forked from a server that has imported
@@ -19,27 +19,35 @@ from fastai.callback.core import Callback
 from matplotlib.figure import Figure
 
 from mamba2d.data import datasets, digits_dls
-from mamba2d.models import Mamba2D
+from mamba2d.data.detection import detection_dls
+from mamba2d.data.scenes import DetectionScenes, SegmentationScenes, digit_scenes
+from mamba2d.data.segmentation import segmentation_dls
+from mamba2d.models import Mamba2D, MaskRCNN, UPerNet
 from mamba2d.training import (
     Distributed,
     Recipe,
     RunLockedError,
     StopRequestedError,
+    dense,
+    detection_learner,
     mamba2d_learner,
     runs,
+    segmentation_learner,
     train_run,
 )
 
 one_thread = {"OMP_NUM_THREADS": "1"}
 minutes_long = 300  # seconds that a held flush takes
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["mamba2d.cli", "mamba2d.data", "mamba2d.models", "mamba2d.training.runs"])
+context.set_forkserver_preload(["mamba2d.cli", "mamba2d.data", "mamba2d.models", "mamba2d.training.runs",
+                               "mamba2d.training.dense"])
 
 
 def parse(argv):
     "The settings of a training, from its arguments."
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
+    parser.add_argument("--task", choices=("classify", "detect", "segment"), default="classify")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--digits", type=int, default=900, help="so many images of scikit-learn's digits")
     parser.add_argument("--epochs", type=int, default=3)
@@ -106,7 +114,10 @@ def without_plots():
     def blank(*args, **kwargs):
         return Figure(figsize=(1, 1))
 
-    return mock.patch.multiple(runs, plot_curves=blank, plot_predictions=blank)
+    plots = contextlib.ExitStack()
+    plots.enter_context(mock.patch.multiple(runs, plot_curves=blank, plot_predictions=blank))
+    plots.enter_context(mock.patch.object(dense, "plot_dense", blank))
+    return plots
 
 
 def counted_minutes(learn):
@@ -128,14 +139,37 @@ def one_torch_thread():
 
 def network_of(given):
     "The arguments of the network: two scanning stages and one with attention."
+    if given.task != "classify":
+        return dict(task=given.task, drop_path=given.drop_path)
     return dict(
         depths=(1, 1, 1), dims=(8, 16, 32), mixers=("m2d", "m2d", "attention"), num_classes=10,
         drop_path=given.drop_path,
     )
 
 
+def dense_learner_of(given, distributed):
+    "A learner of a tiny network for detection or segmentation, on a few generated scenes."
+    recipe = Recipe(epochs=given.epochs, lr=1e-3, effective_batch=4, ema=0.9, clip_grad=1.)
+    torch.manual_seed(0)
+    body = Mamba2D(depths=(1, 1, 1, 1), dims=(8, 16, 32, 32), num_classes=0, drop_path=given.drop_path)
+    options = dict(batch_size=given.batch_size, device="cpu", num_workers=given.workers)
+    kind = DetectionScenes if given.task == "detect" else SegmentationScenes
+    sets = [kind(digit_scenes(count, 96, held_out=held)) for count, held in ((24, False), (4, True))]
+    cbs = [Report(given, distributed)]
+    if given.task == "segment":
+        dls = segmentation_dls(sets, size=64, **options)
+        model = UPerNet(body.features(), dls.c, channels=16, aux_channels=16)
+        return segmentation_learner(dls, model, recipe, cbs=cbs)
+    dls = detection_dls(sets, size=(64, 64), **options)
+    model = MaskRCNN(body.features(), dls.c, min_size=64, max_size=64, resize_in_training=False, channels=32,
+                     box_channels=32, anchor_scale=4)
+    return detection_learner(dls, model, recipe, cbs=cbs)
+
+
 def learner_of(given, distributed):
-    "A learner for the digits, with every part of a recipe that keeps a state."
+    "A learner with every part of a recipe that keeps a state; by default for the digits."
+    if given.task != "classify":
+        return dense_learner_of(given, distributed)
     recipe = Recipe(
         epochs=given.epochs, lr=2e-3, effective_batch=64, mixup=0.8, cutmix=1., ema=0.9, clip_grad=2.)
     torch.manual_seed(0)
@@ -167,7 +201,7 @@ def main(argv):
         sys.exit(stop.exit_code)
     except RunLockedError as problem:
         sys.exit(str(problem))
-    print("complete", result["accuracy"], flush=True)
+    print("complete", result["loss"], flush=True)
 
 
 # Processes that train

@@ -66,8 +66,11 @@ def _field(text):
 def _add_model_arguments(parser, size, batch_size, image_size):
     "Add the options of every command that runs a network. The texts name its defaults."
     add = parser.add_argument
-    add("--size", choices=("n", "t", "s", "t_v1"),
-        help=f"published network (default: {size})")
+    add("--task", choices=("classify", "detect", "segment"),
+        help="what the network is for (default: as the weights or the run say, else classify)")
+    add("--size", choices=("n", "t", "s", "t_v1", "mini"),
+        help="published network; mini: a small one of our own, for --task detect and segment "
+             f"(default: {size})")
     add("--batch-size", type=_at_least(1), metavar="B",
         help=f"images per batch in each process (default: {batch_size})")
     add("--image-size", type=_at_least(8), metavar="PIXELS",
@@ -85,7 +88,8 @@ def _add_data_arguments(parser, data):
     add = parser.add_argument
     add("--data", type=_folder_name, metavar="WHAT",
         help="'digits' (scikit-learn's handwritten digits, no download), or a folder: ImageNet in any "
-             "of its usual layouts, train/ and val/ with a folder per class, or only a folder per class "
+             "of its usual layouts, train/ and val/ with a folder per class, or only a folder per class; "
+             "with --task detect or segment 'digit-scenes' (generated), or a folder as COCO's or ADE20K's "
              f"(default: {data})")
     add("--labels", metavar="FILE",
         help="classes of a flat ImageNet validation folder (default: searched for beside it)")
@@ -102,8 +106,9 @@ def _add_recipe_arguments(parser):
     description = "how to train; these options override the recipe that is chosen"
     add = parser.add_argument_group("recipe", description).add_argument
     add("--recipe", metavar="NAME|FILE",
-        help="n, t, s, t_v1 (as published), finetune, digits, or a recipe.toml (default: "
-             "digits for digits, finetune with --weights, else the published recipe of --size)")
+        help="n, t, s, t_v1, mask_rcnn_1x, mask_rcnn_3x, upernet_ade20k (as published), finetune, "
+             "finetune_dense, digits, or a recipe.toml (default: digits for digits, finetune with "
+             "--weights, else the published recipe of --size; of the task with --task)")
     add("--print-recipe", action="store_true", help="print the recipe and exit")
     add("--epochs", type=_at_least(1), metavar="N", help="passes over the training images")
     add("--lr", type=_at_least(0, float), help="highest learning rate")
@@ -155,6 +160,8 @@ examples:
   mamba2d-train --data imagenet --size t --checkpoint-minutes 20
   mamba2d-train --data my/images --size t --weights M2D-T-backbone.ckpt --epochs 20
   mamba2d-train --recipe runs/quick/recipe.toml --set drop_path=0.1
+  mamba2d-train --task detect --data digit-scenes --size mini
+  mamba2d-train --task segment --data ADEChallengeData2016 --size n
   torchrun --nproc-per-node 8 -m mamba2d.cli train --data imagenet --size t"""
 
 # %% ../../nbs/50_cli.arguments.ipynb #44d51749
@@ -221,5 +228,6 @@ def predict_parser(prog: str = "mamba2d-predict") -> argparse.ArgumentParser:
     parser.add_argument("--top", type=_at_least(1), default=3, metavar="K",
                         help="classes per image (default: 3)")
     parser.add_argument("--out", metavar="FILE",
-                        help="write the predictions into a CSV file, print only the number of images")
+                        help="write the predictions into a CSV file, print only the number of images; "
+                             "for detection and segmentation the folder of what is drawn and written")
     return parser

@@ -23,6 +23,7 @@ from mamba2d.cli.common import (
     resolve_weights,
     run_command,
 )
+from .dense import check_task, dense_tasks, predict_dense
 
 # %% ../../nbs/54_cli.prediction.ipynb #2a4b2944
 def _find_files(args):
@@ -101,6 +102,13 @@ def _predict(args):
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(args.weights, args.size)
+    task = args.task or config.get("task", "classify")
+    check_task(task, size, {})
+    if task in dense_tasks:
+        if not args.out:
+            raise UsageError(f"argument --out: give the folder that the results of --task {task} are for")
+        predict_dense(args, _find_files(args))
+        return
     distributed = init_distributed(args.device)
     _check_writable(args.out)
     files = _find_files(args)

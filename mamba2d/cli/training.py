@@ -34,6 +34,16 @@ from mamba2d.cli.common import (
     result_rows,
     run_command,
 )
+from mamba2d.cli.dense import (
+    build_dense,
+    check_task,
+    default_dense_recipe,
+    dense_image_size,
+    dense_learner,
+    dense_rows,
+    dense_tasks,
+    load_dense,
+)
 
 if TYPE_CHECKING:  # they load fastai, which takes seconds
     from mamba2d.training.distributed import Distributed
@@ -52,6 +62,7 @@ class _Training:
     dashboards: list  # as `train_run` takes them
     distributed: "Distributed"
     out: Path  # run folder
+    task: str = "classify"  # or "detect", "segment"
     published: bool = False  # trains as published, with the published number of images per step
     batch_size: int = 64
     resumes: bool = False  # the run in the folder
@@ -61,16 +72,22 @@ class _Training:
     @property
     def image_size(self) -> int:
         "Side of the images in pixels."
+        if self.task in dense_tasks:
+            return dense_image_size(self.task, self.data, self.recipe.image_size)
         return self.recipe.image_size or (32 if self.data == "digits" else 224)
 
 # %% ../../nbs/52_cli.training.ipynb #a294c73e
 def _train(args):
     "Resolve the arguments, build the learner, and run the training."
     quiet_imports()
+    task = args.task or "classify"
+    one_task = {"labels": args.labels, "skip-corrupt": args.skip_corrupt, "check-data": args.check_data}
+    check_task(task, args.size, one_task)
     if args.check_data:
         _check_data(args)
         return
-    data, weights = args.data or "digits", args.weights
+    data = args.data or ("digit-scenes" if task in dense_tasks else "digits")
+    weights = args.weights
     if weights and Path(weights).is_file():
         weights = load_weights_file(weights)
     size = args.size or config_of(weights).get("size") or "n"
@@ -82,7 +99,7 @@ def _train(args):
     dashboards = _resolve_dashboards(args)
     distributed = init_distributed(args.device)
     out = _resolve_folder(args, data, size)
-    training = _Training(args, data, weights, size, name, recipe, dashboards, distributed, out)
+    training = _Training(args, data, weights, size, name, recipe, dashboards, distributed, out, task)
     with _locked_folder(out, distributed):
         _resolve_resume(training)
         learn = _build(training)
@@ -135,6 +152,8 @@ def _recipe_fields(args):
 # %% ../../nbs/52_cli.training.ipynb #cf547bd9
 def _default_recipe(args, data, size):
     "Return the name of the recipe for this data and network."
+    if args.task in dense_tasks:
+        return default_dense_recipe(args.task, data, args.weights)
     if data == "digits":
         return "digits"
     return "finetune" if args.weights else size
@@ -179,10 +198,12 @@ def _resolve_dashboards(args):
 # %% ../../nbs/52_cli.training.ipynb #4d776432
 def _resolve_folder(args, data, size):
     "Return the path of the run folder. Raises `UsageError` if it lies among the images."
-    name = data if data == "digits" else Path(data).resolve().name
+    embedded = data in ("digits", "digit-scenes")
+    name = data if embedded else Path(data).resolve().name
+    name = f"{args.task}-{name}" if args.task in dense_tasks else name
     kind = "try-" if args.fast_dev_run else ""
     out = Path(args.out or f"runs/{kind}{name}-{size}")
-    if data != "digits" and Path(data).resolve() in (out.resolve(), *out.resolve().parents):
+    if not embedded and Path(data).resolve() in (out.resolve(), *out.resolve().parents):
         raise UsageError(f"argument --out: {str(out)!r} lies in --data {data!r}, among the images; "
                          "give another folder")
     return out
@@ -242,7 +263,8 @@ def _resolve_resume(training):
     training.resumes = found and not training.overwrite
     as_published = training.recipe.effective_batch is not None and args.effective_batch is None
     training.published = as_published and training.recipe_name in recipes
-    training.batch_size = args.batch_size or (128 if training.published else 64)
+    usual = {"detect": 2, "segment": 8}.get(training.task, 128 if training.published else 64)
+    training.batch_size = args.batch_size or usual
     if training.resumes and saved:
         _keep_effective_batch(training, saved)
     if args.fast_dev_run and training.recipe.effective_batch:
@@ -270,6 +292,10 @@ def _shorten_steps(training):
 # %% ../../nbs/52_cli.training.ipynb #af2cc5fb
 def _load(training):
     "Make the `DataLoaders` of the training."
+    if training.task in dense_tasks:
+        return load_dense(training.task, training.data, size=training.image_size,
+                          batch_size=training.batch_size, workers=training.args.workers,
+                          device=training.distributed.device, recipe=training.recipe)
     return load_data(training.args, training.data, training.distributed, size=training.image_size,
                      batch_size=training.batch_size, recipe=training.recipe,
                      corrupt=training.corrupt)
@@ -345,11 +371,19 @@ def _summary(training, learn):
     plural = "s" if epochs > 1 else ""
     processes = f" in {world} processes" if world > 1 else ""
     origin = _origin(training, [str(c) for c in dls.vocab])
-    return (f"training mamba2d_{training.size} ({parameters:,} parameters) "
+    kind = {"detect": "mask_rcnn_m2d", "segment": "upernet_m2d"}.get(training.task, "mamba2d")
+    return (f"training {kind}_{training.size} ({parameters:,} parameters) "
             f"on {training.data} ({dls.layout}): {len(dls.train_ds)} training "
             f"and {len(dls.valid_ds)} validation images, {dls.c} classes; "
             f"recipe {training.recipe_name}, {epochs} epoch{plural}, "
             f"batch size {training.batch_size} on {dls.device}{processes}{origin}")
+
+# %% ../../nbs/52_cli.training.ipynb #6ab1f0d3
+def _build_dense_network(training, dls):
+    "Build the network of a detection or segmentation; initial weights may be of the whole or of a backbone."
+    weights = None if training.resumes else training.weights
+    return build_dense(training.task, training.size, dls.c, weights=weights,
+                       drop_path=training.recipe.drop_path, image_size=training.image_size)
 
 # %% ../../nbs/52_cli.training.ipynb #50ff3543
 def _build(training):
@@ -359,8 +393,11 @@ def _build(training):
     from mamba2d.training.learner import mamba2d_learner
     set_seed(training.recipe.seed, reproducible=True)
     dls = _build_loaders(training)
-    model = _build_network(training, [str(c) for c in dls.vocab])
-    learn = mamba2d_learner(dls, model, training.recipe)
+    if training.task in dense_tasks:
+        learn = dense_learner(training.task, dls, _build_dense_network(training, dls), training.recipe)
+    else:
+        model = _build_network(training, [str(c) for c in dls.vocab])
+        learn = mamba2d_learner(dls, model, training.recipe)
     _shard(training, dls)
     if training.distributed.rank == 0:
         print(_summary(training, learn), flush=True)
@@ -369,10 +406,12 @@ def _build(training):
 # %% ../../nbs/52_cli.training.ipynb #2737dad8
 def _weights_config(training, dls):
     "Return what is needed to build the network again and to find its data, as plain values."
-    args, digits = training.args, training.data == "digits"
+    args, digits = training.args, training.data in ("digits", "digit-scenes")
     config = {"size": training.size, "num_classes": dls.c, "image_size": training.image_size,
               "classes": [str(c) for c in dls.vocab],
               "data": training.data if digits else str(Path(training.data).resolve())}
+    if training.task in dense_tasks:
+        config["task"] = training.task
     if args.labels:
         config["labels"] = str(Path(args.labels).resolve())
     if training.corrupt:
@@ -433,7 +472,7 @@ def _run(training, learn):
         files = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         print("the run is complete" if result.get("complete") else "")
         print_table([
-            *result_rows(result, learn.dls.c),
+            *(dense_rows(result) if training.task in dense_tasks else result_rows(result, learn.dls.c)),
             ("training time", f"{result['seconds']:.0f} s"),
             ("run folder", f"{out}: {', '.join(files)}"),
         ])

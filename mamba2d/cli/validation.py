@@ -24,6 +24,7 @@ from mamba2d.cli.common import (
     result_rows,
     run_command,
 )
+from .dense import check_task, dense_tasks, validate_dense
 
 # %% ../../nbs/53_cli.validation.ipynb #d7897977
 def _left_out(args, config, data, *, distributed, evaluate):
@@ -141,6 +142,12 @@ def _validate(args):
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(_weights_argument(args), args.size)
+    task = args.task or config.get("task", "classify")
+    check_task(task, size, {
+        "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan})
+    if task in dense_tasks:
+        validate_dense(args, _weights_argument(args))
+        return
     distributed = init_distributed(args.device)
     if args.out:
         _make_folder(args.out, distributed)

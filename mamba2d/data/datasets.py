@@ -216,11 +216,12 @@ class Canvases(NamedTuple):
     places: torch.Tensor  # (count, digits, 2), the answer first; -1 where a canvas has fewer digits
     classes: torch.Tensor  # (count, digits), the label first; -1 where a canvas has fewer digits
 
-# %% ../../nbs/25_data.datasets.ipynb #d72cf028
+# %% ../../nbs/25_data.datasets.ipynb #b7d31f02
 _digit_side = 16  # pixels
 _marker_side = 10
 
-def _handwriting(held_out):
+# %% ../../nbs/25_data.datasets.ipynb #d72cf028
+def handwriting(held_out):
     "Images of each class, 0 to 9: arrays (n, 16, 16) of uint8."
     pixels, targets = load_digits(return_X_y=True)
     part = _split_digits(targets, 0.2, 42)[held_out]
@@ -313,7 +314,7 @@ def digit_canvases(
 ) -> Canvases:
     "Draw digit canvases. A bad argument raises `ValueError` naming it."
     _check_canvases(count, size, digits, gap)
-    handwriting = _handwriting(held_out)
+    glyphs_of = handwriting(held_out)
     rng = np.random.default_rng([seed, held_out])
     images = np.zeros((count, 1, size, size), dtype=np.uint8)
     markers = np.zeros((count, 2), dtype=np.int64)
@@ -323,7 +324,7 @@ def digit_canvases(
         present = rng.integers(1, digits + 1) if fewer else digits
         markers[k], places[k, :present] = _lay_out(rng, present, size, gap, balanced)
         classes[k, :present] = rng.permutation(10)[:present]
-        glyphs = [rng.choice(handwriting[label]) for label in classes[k, :present]]
+        glyphs = [rng.choice(glyphs_of[label]) for label in classes[k, :present]]
         _paint(images[k, 0], markers[k], places[k, :present], glyphs)
     arrays = images, classes[:, 0].copy(), markers, places, classes
     return Canvases(*map(torch.from_numpy, arrays))

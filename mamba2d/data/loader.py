@@ -127,8 +127,13 @@ def __len__(self: KeyedDL):  # noqa: N807 (it becomes a method)
 
 # %% ../../nbs/23_data.loader.ipynb #9fb8b77d
 @patch
+def order(self: KeyedDL):
+    "Return the numbers of all items in the epoch's order."
+    return epoch_order(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
+
+@patch
 def get_idxs(self: KeyedDL):
-    order = epoch_order(self.n, self.seed, self.epoch) if self.shuffle else np.arange(self.n)
+    order = self.order()
     if self.drop_last:
         batches = order[:len(self) * self.world * self.bs].reshape(-1, self.world, self.bs)
         mine = batches[:, self.rank].reshape(-1)

@@ -27,7 +27,7 @@ from mamba2d.models.weights import (
 )
 
 # %% ../../nbs/13_models.sizes.ipynb #676c1f6b
-_releases = "https://github.com/cocoalex00/Mamba2D/releases/download"
+releases = "https://github.com/cocoalex00/Mamba2D/releases/download"
 
 def _published_weights(url, num_params, top1):
     "An entry of a weights enum: ImageNet-1K at 224 pixels."
@@ -41,7 +41,7 @@ def _published_weights(url, num_params, top1):
         "_metrics": {"ImageNet-1K": {"acc@1": top1}},
         "_docs": "Weights published by the authors of the paper; the accuracy is the published one.",
     }
-    return Weights(url=f"{_releases}/{url}", transforms=transforms, meta=meta)
+    return Weights(url=f"{releases}/{url}", transforms=transforms, meta=meta)
 
 # %% ../../nbs/13_models.sizes.ipynb #460cb8ef
 class Mamba2D_N_Weights(WeightsEnum):  # noqa: N801  named as torchvision names them
@@ -86,7 +86,7 @@ def _download(entry):
                          "it will be downloaded again.") from problem
 
 # %% ../../nbs/13_models.sizes.ipynb #2656a4d9
-def _find_weights(weights, enum):
+def find_weights(weights, enum):
     "Resolve what a builder was given as weights to a state dict of tensors, or None."
     if weights is None:
         return None
@@ -128,7 +128,7 @@ def _fitted(model, tensors):
 # %% ../../nbs/13_models.sizes.ipynb #2fdfcefa
 def _mamba2d(enum, weights, num_classes, in_channels, config):
     "Build a model; with weights for another number of classes, keep their backbone and make a new head."
-    tensors = _find_weights(weights, enum)
+    tensors = find_weights(weights, enum)
     classes_of_weights = None if tensors is None else _classes_of(tensors)
     if num_classes is None:
         num_classes = classes_of_weights or 1000

@@ -15,12 +15,13 @@ import warnings
 from collections.abc import Container, Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .backbone import Mamba2D
+from .backbone import FeaturePyramid, Mamba2D
 
 # %% ../../nbs/12_models.weights.ipynb #8b9d15e5
 _published_rules = [(re.compile(ours), published) for ours, published in (
@@ -46,25 +47,39 @@ _published_rules = [(re.compile(ours), published) for ours, published in (
 )]
 
 # %% ../../nbs/12_models.weights.ipynb #6073a94e
-def _published_name(model, name):
-    "The published name of one of our parameters."
+def _published_name(name, depths):
+    "The published name of one of our parameters, in a network with so many blocks per stage."
     stage_norm = re.match(r"stages\.(\d+)\.norm\.", name)
     if stage_norm:
         stage = int(stage_norm[1])
-        name = f"backbone.stages.{stage}.{model.depths[stage]}.{name[stage_norm.end():]}"
+        name = f"backbone.stages.{stage}.{depths[stage]}.{name[stage_norm.end():]}"
     for ours, published in _published_rules:
         name = ours.sub(published, name)
     return name
 
 def published_names(model: Mamba2D) -> dict[str, str]:
     "The published name of each entry of `model.state_dict()`."
-    return {name: _published_name(model, name) for name in model.state_dict()}
+    return {name: _published_name(name, model.depths) for name in model.state_dict()}
 
 # %% ../../nbs/12_models.weights.ipynb #508097cd
 def published_state_dict(model: Mamba2D) -> dict[str, Tensor]:
     "The model's weights under the published names, for use with the published code."
     state = model.state_dict()
     return {published: state[name] for name, published in published_names(model).items()}
+
+# %% ../../nbs/12_models.weights.ipynb #5d1f0a72
+class _TrainingLog:
+    "Stands for MMEngine's `HistoryBuffer`, whose content is dropped."
+    def __setstate__(self, state):
+        pass
+
+def _log_types():
+    "What `torch.load` may meet in such a record, beside tensors and plain values."
+    rebuild_array = np.zeros(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("float64", "float32", "int64")]
+    return [(_TrainingLog, "mmengine.logging.history_buffer.HistoryBuffer"),
+            (rebuild_array, "numpy.core.multiarray._reconstruct"),  # NumPy 1
+            (rebuild_array, "numpy._core.multiarray._reconstruct"), np.ndarray, np.dtype, *dtypes]
 
 # %% ../../nbs/12_models.weights.ipynb #1aee7661
 def _read_safetensors(path):
@@ -78,7 +93,8 @@ def _read_torch(path):
     with warnings.catch_warnings():
         # torch's, of other pickles than its own: the error that follows says it
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_log_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 # %% ../../nbs/12_models.weights.ipynb #a541d78c
 _weights_files = ("a file of torch.save (a state dict, a Lightning checkpoint, weights or a checkpoint of "
@@ -196,23 +212,32 @@ def unwrapped(
     return found
 
 # %% ../../nbs/12_models.weights.ipynb #d5f709fc
-_head_names = [f"head.{layer}.{kind}" for layer in ("norm", "fc1", "hidden_norm", "fc2")
-               for kind in ("weight", "bias")]
-
-def in_our_names(model: Mamba2D, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def renamed(
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],  # from our name of an entry of a state dict to its published name
+) -> dict[str, Tensor]:
     "The tensors under our names, whether they come under the published ones or ours, wrapped or not."
-    names = {name: _published_name(model, name) for name in (*model.state_dict(), *_head_names)}
     tensors = unwrapped(tensors, {*names, *names.values()})
     if sum(name in tensors for name in names.values()) > sum(name in tensors for name in names):
         ours = {theirs: name for name, theirs in names.items()}
         return {ours.get(name, name): value for name, value in tensors.items()}
     return tensors
 
+# %% ../../nbs/12_models.weights.ipynb #76b603a7
+_head_names = [f"head.{layer}.{kind}" for layer in ("norm", "fc1", "hidden_norm", "fc2")
+               for kind in ("weight", "bias")]
+
+def in_our_names(model: Mamba2D, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors of a classifier under our names."
+    names = (*model.state_dict(), *_head_names)
+    return renamed(tensors, {name: _published_name(name, model.depths) for name in names})
+
 # %% ../../nbs/12_models.weights.ipynb #df80bb75
-def _is_plain(tensor):
-    "Whether a tensor holds floating-point values, one beside the other."
+def _is_plain(tensor, expected):
+    "Whether a tensor holds floating-point values (or integers as the model's), one beside the other."
     odd = tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout != torch.strided
-    return tensor.is_floating_point() and not odd
+    counts = expected is not None and tensor.dtype == expected.dtype == torch.int64
+    return (tensor.is_floating_point() or counts) and not odd
 
 def _kind(tensor):
     "What a tensor is that is not plain."
@@ -226,7 +251,7 @@ def _first(kind, found, limit):
 # %% ../../nbs/12_models.weights.ipynb #0669bb81
 def _differences(expected, tensors, limit=3):
     "What is missing, unexpected, with a size mismatch or no plain tensor, as lines of text."
-    odd = {name for name, value in tensors.items() if not _is_plain(value)}
+    odd = {name for name, value in tensors.items() if not _is_plain(value, expected.get(name))}
     mismatched = [f"{name} is {tuple(tensors[name].shape)}, the model's is {tuple(value.shape)}"
                   for name, value in expected.items()
                   if name in tensors and name not in odd and tensors[name].shape != value.shape]
@@ -251,6 +276,15 @@ def _copies(expected, tensors):
             raise ValueError(message) from error
     return copies
 
+# %% ../../nbs/12_models.weights.ipynb #62c0167f
+def _load(model, expected, tensors):
+    "Load the expected entries of a state dict from tensors under our names, all of them or none."
+    differences = _differences(expected, tensors)
+    if differences:
+        raise ValueError("weights do not fit this model:\n" + "\n".join(differences))
+    model.load_state_dict(_copies(expected, tensors), strict=False)
+    return model
+
 # %% ../../nbs/12_models.weights.ipynb #54de378c
 def load_published(
     model: Mamba2D,
@@ -266,11 +300,26 @@ def load_published(
     if backbone_only:
         tensors = {name: value for name, value in tensors.items() if not name.startswith("head.")}
         expected = {name: value for name, value in expected.items() if not name.startswith("head.")}
-    differences = _differences(expected, tensors)
-    if differences:
-        raise ValueError("weights do not fit this model:\n" + "\n".join(differences))
-    model.load_state_dict(_copies(expected, tensors), strict=not backbone_only)
-    return model
+    return _load(model, expected, tensors)
+
+# %% ../../nbs/12_models.weights.ipynb #a18e3884
+def pyramid_names(pyramid: FeaturePyramid) -> dict[str, str]:
+    "The published name of each entry of `pyramid.state_dict()`."
+    depths = pyramid.config["depths"]
+    return {name: _published_name(f"stages.{name}", depths) for name in pyramid.state_dict()}
+
+def load_named(
+    model: nn.Module,
+    names: Mapping[str, str],  # from our name to the published name, of each entry of the state dict
+    tensors: Mapping[str, Tensor],  # under the published names or ours
+    left_out: Container[str] = (),  # our names of what the model keeps, whatever the tensors are
+) -> nn.Module:  # the same model
+    """Load tensors into `model`, strictly, and without the prefixes of wrappers.
+
+    Raises `ValueError` as `load_published` does; the model is then unchanged."""
+    wanted = {name: value for name, value in model.state_dict().items() if name not in left_out}
+    found = {name: value for name, value in renamed(tensors, names).items() if name not in left_out}
+    return _load(model, wanted, found)
 
 # %% ../../nbs/12_models.weights.ipynb #3a8401ce
 def adapt_input_channels(

@@ -17,6 +17,12 @@ _modules = {
     "checkpoints": (
         "export_weights", "IncompatibleRunError", "load_checkpoint", "RunLockedError",
     ),
+    "dense": (
+        "DenseCallback", "DenseEvaluation", "DenseLearner", "DenseLoss", "Detection", "detection_learner",
+        "draw_detections", "draw_label_map", "evaluate_dense", "plot_dense", "Segmentation",
+        "segmentation_learner",
+    ),
+    "dense_metrics": ("DetectionMetrics", "SegmentationMetrics"),
     "runs": (
         "CheckpointCallback", "DashboardCallback", "dashboards", "plot_curves", "plot_predictions",
         "RunProgressCallback", "StopRequestedError", "TensorBoard", "train_run", "WeightsAndBiases",
@@ -27,11 +33,14 @@ _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
     "ablate_scan", "accuracies", "CheckpointCallback", "DashboardCallback", "dashboards",
-    "Distributed", "evaluate", "Evaluation", "export_weights", "FollowRecipeCallback",
-    "IncompatibleRunError", "layer_groups", "load_checkpoint", "mamba2d_learner", "plot_curves",
+    "DenseCallback", "DenseEvaluation", "DenseLearner", "DenseLoss", "Detection", "detection_learner",
+    "DetectionMetrics", "Distributed", "draw_detections", "draw_label_map", "evaluate",
+    "evaluate_dense", "Evaluation", "export_weights", "FollowRecipeCallback", "IncompatibleRunError",
+    "layer_groups", "load_checkpoint", "mamba2d_learner", "plot_curves", "plot_dense",
     "plot_predictions", "predict", "PrepareModelCallback", "RankZeroError", "Recipe", "recipe_schedule",
-    "recipes", "RecordEpochsCallback", "RunLockedError", "RunProgressCallback",
-    "StopRequestedError", "TensorBoard", "train_run", "WeightsAndBiases", "write_evaluation",
+    "recipes", "RecordEpochsCallback", "RunLockedError", "RunProgressCallback", "Segmentation",
+    "segmentation_learner", "SegmentationMetrics", "StopRequestedError", "TensorBoard", "train_run",
+    "WeightsAndBiases", "write_evaluation",
 ]
 
 __getattr__, __dir__ = load_when_used(globals(), _lazy)

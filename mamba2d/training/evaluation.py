@@ -93,7 +93,7 @@ def predict(
 
 # %% ../../nbs/33_training.evaluation.ipynb #d5292e12
 @contextlib.contextmanager
-def _evaluation_mode(model):
+def evaluation_mode(model):
     "Context manager: the network is in evaluation mode, and no gradients are computed."
     was_training = model.training
     model.eval()
@@ -112,7 +112,7 @@ def _run_batches(model, loader, count, *, precision, limit=None, stop=None):
     device = next(model.parameters()).device
     autocast = precision == "bf16" and device.type == "cuda"
     rows = []
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for batch in itertools.islice(loader, limit):
             images, *targets = [part.as_subclass(Tensor).to(device) for part in batch]
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

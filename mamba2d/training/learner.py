@@ -50,6 +50,8 @@ def mamba2d_learner(
     recipe: Recipe | None = None,  # None: `Recipe()`
     loss_func=None,  # None: cross entropy with label smoothing, of class numbers or probabilities
     metrics=accuracy,
+    *,
+    learner_class: type = Learner,
     **kwargs,  # of fastai's `Learner`, except lr, opt_func and splitter, which follow from the recipe
 ) -> Learner:
     """Make a fastai `Learner` with the recipe's optimizer and loss.
@@ -63,8 +65,8 @@ def mamba2d_learner(
         loss_func = CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing, flatten=False)
     splitter = partial(layer_groups, weight_decay=recipe.weight_decay)
     optimizer = partial(LayerGroupAdamW, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
-    learn = Learner(dls, model, loss_func=loss_func, metrics=metrics, lr=recipe.lr,
-                    splitter=splitter, opt_func=optimizer, **kwargs)
+    learn = learner_class(dls, model, loss_func=loss_func, metrics=metrics, lr=recipe.lr,
+                          splitter=splitter, opt_func=optimizer, **kwargs)
     learn.recipe = recipe
     return learn
 
@@ -181,6 +183,25 @@ def _losses_of_steps(learn):
     finally:
         learn.model, recorder["smooth_loss"] = bare, smooth_loss
 
+# %% ../../nbs/32_training.learner.ipynb #1b7c4e90
+def plain_tensors(value):
+    "Return tensors, or lists, tuples and dictionaries of them, without their subclasses."
+    if isinstance(value, dict):
+        return {name: plain_tensors(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_tensors(part) for part in value]
+    return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
+
+def compile_network(model):
+    """Return the network, compiled with `torch.compile`.
+
+    Of a network with a backbone, as detection and segmentation have, only the backbone is compiled, in place:
+    what follows it has shapes that depend on what is in the images."""
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        return torch.compile(model)
+    model.backbone.compile()
+    return model
+
 # %% ../../nbs/32_training.learner.ipynb #25f145e5
 class PrepareModelCallback(Callback):
     "Prepares the network for a fit: memory format, compilation, processes and EMA weights."
@@ -197,7 +218,7 @@ class PrepareModelCallback(Callback):
             self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.choices.ema)).eval()
         if self.restored:
             self.restore()
-        self.wrapped = torch.compile(self.bare) if self.choices.compile else self.bare
+        self.wrapped = compile_network(self.bare) if self.choices.compile else self.bare
         if self.distributed.world > 1:
             self.wrapped = self.data_parallel(self.wrapped)
         self.skipped = False
@@ -214,8 +235,8 @@ class PrepareModelCallback(Callback):
         limited = self.limit is not None and self.iter >= self.limit
         if limited and not self.training:
             raise CancelValidException
-        images, targets = [b.as_subclass(Tensor) for b in (*self.xb, *self.yb)]
-        if self.choices.channels_last:
+        images, targets = plain_tensors((*self.xb, *self.yb))
+        if self.choices.channels_last and isinstance(images, Tensor):
             images = images.contiguous(memory_format=torch.channels_last)
         self.learn.xb, self.learn.yb = (images,), (targets,)
 
@@ -245,8 +266,24 @@ def data_parallel(self: PrepareModelCallback, model):
     # older versions of torch do not know the replacement
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     ids = [device] if device.type == "cuda" else None
+    if ids:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return DistributedDataParallel(
         model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+# %% ../../nbs/32_training.learner.ipynb #e7a1b0c3
+def _running_statistics(model):
+    "Return the running means and variances of all batch norms."
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [value for m in norms for value in (m.running_mean, m.running_var) if value is not None]
+
+@patch
+def average_statistics(self: PrepareModelCallback):
+    "Give all processes the mean of their batch norms' running statistics."
+    statistics = _running_statistics(self.bare) if self.distributed.world > 1 else []
+    for value in statistics:
+        torch.distributed.all_reduce(value)
+        value /= self.distributed.world
 
 # %% ../../nbs/32_training.learner.ipynb #d19d63f7
 @patch
@@ -257,6 +294,7 @@ def after_cancel_step(self: PrepareModelCallback):
 @patch
 def after_step(self: PrepareModelCallback):
     "Move the EMA weights towards the new weights."
+    self.average_statistics()
     if self.ema and not self.skipped:
         self.ema.update_parameters(self.bare)
     self.skipped = False
@@ -364,8 +402,9 @@ def before_fit(self: FollowRecipeCallback):
     "Set the counters of the fit; restore optimizer and generators of a fit that resumes."
     loader = self.dls.train
     self.keyed = isinstance(loader, KeyedDL)
-    self.epoch_steps = min(len(loader) // self.accumulate, self.limit or len(loader))
-    self.rate = recipe_schedule(self.choices)
+    limits = [limit for limit in (self.limit, self.choices.epoch_steps) if limit]
+    self.epoch_steps = min(len(loader) // self.accumulate, *limits, len(loader))
+    self.rate = recipe_schedule(self.choices, self.steps_in_all)
     self.trained = [p for p in self.learn.model.parameters() if p.requires_grad]
     self.micro = 0  # batches of the current step that are done
     _load_optimizer(self.opt.opt, self.restored and self.restored["optimizer"])

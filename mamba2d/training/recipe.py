@@ -34,6 +34,10 @@ class Recipe:
     warmup_factor: float = 1e-4
     min_lr: float = 1e-6  # learning rate at the end of the cosine
     seed: int = 0  # of the order, augmentation and mixing of images, and of dropout
+    schedule: str | None = None  # after the warm-up; None: a cosine; "linear": both fall to min_lr; "steps"
+    drop_epochs: tuple | None = None  # "steps": the rate falls to a tenth after each of these epochs
+    warmup_steps: int | None = None  # optimizer steps of the warm-up; None: the fraction `warmup`
+    epoch_steps: int | None = None  # optimizer steps of an epoch, at most; None: what the data give
     # optimizer: AdamW
     effective_batch: int | None = None  # images per step, over all processes; None: batch size × processes
     weight_decay: float = 0.05  # not applied to A_log, D and parameters of fewer than two dimensions
@@ -52,6 +56,8 @@ class Recipe:
     erasing: float = 0.  # probability that a random rectangle is erased
     mixup: float = 0.  # parameter of MixUp's Beta distribution; 0: no MixUp
     cutmix: float = 0.  # the same for CutMix; where both are given, each pair of images gets one of them
+    pipeline: str | None = None  # "1x" (as None) or "3x" for detection, "ade20k" for segmentation
+    loss_over: str | None = None  # segmentation: loss over "all" pixels, ignored ones too; None: the "valid"
     # regime
     ema: float | None = None  # EMA decay per step; the EMA weights are evaluated and exported; None: no EMA
     precision: str = "fp32"  # "bf16": autocast on GPUs; a CPU computes in float32 either way
@@ -60,6 +66,7 @@ class Recipe:
 
     def __post_init__(self):
         _check_fields(self)
+        _check_schedule(self)
 
 # %% ../../nbs/30_training.recipe.ipynb #8cc73193
 class _Rule(NamedTuple):
@@ -70,6 +77,11 @@ class _Rule(NamedTuple):
 def _is_number(value):
     "Return whether the value is a finite number; `True` is none, although Python counts it as one."
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+
+def _is_rising(value):
+    "Return whether the value is a list of integers of at least 1, each above the one before."
+    listed = isinstance(value, (list, tuple)) and all(is_integer(v, 1) for v in value)
+    return listed and len(value) > 0 and sorted(set(value)) == list(value)
 
 def _or_none(rule):
     "Return a rule that also accepts None."
@@ -85,12 +97,17 @@ _fraction = _Rule("between 0 and 1", lambda v: _is_number(v) and 0 <= v <= 1)
 _positive_fraction = _Rule("above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1)
 _fraction_below_1 = _Rule("at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1)
 _switch = _Rule("true or false", lambda v: isinstance(v, bool))
+_schedule = _Rule('"linear" or "steps"', lambda v: v in ("linear", "steps"))
+_pipeline = _Rule('"1x", "3x" or "ade20k"', lambda v: v in ("1x", "3x", "ade20k"))
+_pixels = _Rule('"all" or "valid"', lambda v: v in ("all", "valid"))
+_epochs = _Rule("a list of rising integers of at least 1", lambda v: _is_rising(v))
 _precision = _Rule('"fp32" or "bf16"', lambda v: v in ("fp32", "bf16"))
 
 _rules = dict(
     # schedule
     epochs=_count, lr=_positive, warmup=_fraction, warmup_factor=_fraction, min_lr=_not_negative,
-    seed=_seed,
+    seed=_seed, schedule=_or_none(_schedule), drop_epochs=_or_none(_epochs),
+    warmup_steps=_or_none(_count), epoch_steps=_or_none(_count),
     # optimizer
     effective_batch=_or_none(_count), weight_decay=_not_negative, beta1=_fraction_below_1,
     beta2=_fraction_below_1, clip_grad=_or_none(_positive), label_smoothing=_fraction,
@@ -99,6 +116,7 @@ _rules = dict(
     # data
     image_size=_or_none(_count), min_scale=_positive_fraction, randaugment=_magnitude,
     randaugment_ops=_count, erasing=_fraction, mixup=_not_negative, cutmix=_not_negative,
+    pipeline=_or_none(_pipeline), loss_over=_or_none(_pixels),
     # regime
     ema=_or_none(_fraction_below_1), precision=_precision, channels_last=_switch, compile=_switch,
 )
@@ -114,6 +132,17 @@ def _check_fields(recipe):
             raise ValueError(f"{name} must be {accepted}, got {value!r}")
         if is_integer(value):
             setattr(recipe, name, int(value))  # NumPy's integers cannot be written as TOML
+        if isinstance(value, (list, tuple)):
+            setattr(recipe, name, tuple(map(int, value)))
+
+def _check_schedule(recipe):
+    "Raise `ValueError` where drops of the learning rate are given without its steps, or too late."
+    drops = recipe.drop_epochs
+    if (recipe.schedule == "steps") != (drops is not None):
+        raise ValueError(f'drop_epochs belong to schedule "steps", got drop_epochs {drops!r} and schedule '
+                         f"{recipe.schedule!r}")
+    if drops and drops[-1] >= recipe.epochs:
+        raise ValueError(f"drop_epochs must lie below epochs ({recipe.epochs}), got {drops!r}")
 
 # %% ../../nbs/30_training.recipe.ipynb #978c4cad
 _sections = {  # of the TOML file, and the first field of each
@@ -175,6 +204,9 @@ _imagenet = dict(
     epochs=300, lr=4e-3, effective_batch=4096, image_size=224, min_scale=0.08, randaugment=9, erasing=0.25,
     mixup=0.8, cutmix=1., ema=0.999, precision="bf16", channels_last=True)
 
+_dense = dict(effective_batch=16, weight_decay=0.05, clip_grad=1., label_smoothing=0.)
+_coco = dict(lr=1e-4, warmup_steps=125, warmup_factor=0.001, schedule="steps")
+
 recipes = {
     "n": Recipe(**_imagenet, weight_decay=0.025, drop_path=0., head_dropout=0.),
     "t": Recipe(**_imagenet, weight_decay=0.05, drop_path=0.175, head_dropout=0.15),
@@ -183,7 +215,21 @@ recipes = {
     "finetune": Recipe(
         epochs=30, lr=2e-4, warmup=0.1, image_size=224, randaugment=5, precision="bf16", channels_last=True),
     "digits": Recipe(epochs=12, image_size=32),
+    "mask_rcnn_1x": Recipe(**_dense, **_coco, epochs=12, drop_epochs=(8, 11), pipeline="1x"),
+    "mask_rcnn_3x": Recipe(**_dense, **_coco, epochs=36, drop_epochs=(27, 33), pipeline="3x"),
+    "upernet_ade20k": Recipe(
+        **_dense, epochs=64, epoch_steps=1250, lr=6e-5, min_lr=0., schedule="linear", warmup_steps=750,
+        warmup_factor=1e-6, image_size=512, pipeline="ade20k", loss_over="all"),
+    "finetune_dense": Recipe(epochs=24, lr=2e-4, warmup=0.1, clip_grad=1., label_smoothing=0.),
 }
+
+# %% ../../nbs/30_training.recipe.ipynb #90c4d7e2
+def _in_head(name, has_backbone):
+    "Return whether a parameter belongs to the head; a compiled or wrapped model has a prefix in its names."
+    parts = name.split(".")
+    if has_backbone:
+        return "backbone" not in parts or "fpn" in parts
+    return "head" in parts[:-1]
 
 # %% ../../nbs/30_training.recipe.ipynb #18c6e1cb
 def layer_groups(
@@ -192,8 +238,9 @@ def layer_groups(
 ) -> list[dict]:  # parameter groups for AdamW, with keys `layer` and `decay` besides its own
     "Return backbone (layer 0) and head (layer 1), each split by whether weight decay applies."
     groups = {}
+    has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
     for name, parameter in model.named_parameters():
-        layer = int(".head." in f".{name}")  # a compiled or wrapped model has a prefix
+        layer = int(_in_head(name, has_backbone))
         groups.setdefault((layer, is_decayed(name, parameter)), []).append(parameter)
     first = min(layer for layer, _ in groups)
     made = []
@@ -235,15 +282,37 @@ class LayerGroupAdamW(OptimWrapper):
                 if k != "wd" or group["decay"]:
                     set_item_pg(group, self.bwd_map[k], value)
 
+# %% ../../nbs/30_training.recipe.ipynb #a3f06a51
+def _warmup_fraction(recipe, steps):
+    "Return the fraction of all steps in which the learning rate rises."
+    if recipe.warmup_steps is None:
+        return recipe.warmup
+    if steps is None:
+        raise ValueError(f"warmup_steps {recipe.warmup_steps} need the number of all steps: give steps")
+    return min(1, recipe.warmup_steps / steps)
+
+def _fall(recipe):
+    "Return the schedule after the warm-up."
+    lowest = min(recipe.min_lr, recipe.lr)
+    if recipe.schedule == "steps":
+        drops = [epoch / recipe.epochs for epoch in recipe.drop_epochs]
+        return lambda done: recipe.lr * 0.1 ** sum(done >= drop for drop in drops)
+    return (SchedLin if recipe.schedule == "linear" else SchedCos)(recipe.lr, lowest)
+
 # %% ../../nbs/30_training.recipe.ipynb #14f465bc
 def recipe_schedule(
     recipe: Recipe,
+    steps: int | None = None,  # optimizer steps in all; only `warmup_steps` needs them
 ):  # -> function from the fraction of all steps that are done, 0 to 1, to the learning rate
-    "Return the schedule: linear from lr · warmup_factor to lr, then a cosine to min_lr."
-    cosine = SchedCos(recipe.lr, min(recipe.min_lr, recipe.lr))
-    if recipe.warmup == 0:
-        return cosine
+    """Return the schedule: linear from lr · warmup_factor to lr, then the fall that the recipe names.
+
+    Raises `ValueError` where `warmup_steps` need `steps`."""
+    warmup, fall = _warmup_fraction(recipe, steps), _fall(recipe)
+    if warmup == 0:
+        return fall
     rise = SchedLin(recipe.lr * recipe.warmup_factor, recipe.lr)
-    if recipe.warmup == 1:
+    if warmup == 1:
         return rise
-    return combine_scheds([recipe.warmup, 1 - recipe.warmup], [rise, cosine])
+    if recipe.schedule == "steps":  # counted from the start of the training, not from the end of the warm-up
+        return lambda done: rise(done / warmup) if done < warmup else fall(done)
+    return combine_scheds([warmup, 1 - warmup], [rise, fall])

@@ -162,6 +162,22 @@ def _begin(out, recipe):
     write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
     return run_id
 
+# %% ../../nbs/35_training.runs.ipynb #0d7b42e9
+class Classification:
+    "Says how a classifier is evaluated at the end of a run, and what is drawn of it."
+    def evaluate(self, learn, **options):
+        "Return the evaluation of the network, and the measured values; the options are those of `evaluate`."
+        precision = learn.recipe.precision
+        shown = evaluate(learn.model, learn.dls.valid, precision=precision, **options)
+        return shown, accuracies(learn, evaluation=shown, **options)
+
+    def draw(self, learn, shown) -> Figure:
+        return plot_predictions(learn.dls.valid, shown, learn.dls.vocab)
+
+def task_of(learn):
+    "Return what a learner says of its evaluation; a classifier's without a word."
+    return getattr(learn, "task", None) or Classification()
+
 # %% ../../nbs/35_training.runs.ipynb #fcfa7256
 def _evaluate_run(run, keep):
     "Return the evaluation of the trained network, and the result of the run."
@@ -171,9 +187,9 @@ def _evaluate_run(run, keep):
     learn = run.learn
     keep.answer = "ending the evaluation"
     options = dict(distributed=run.distributed, limit=run.limit, stop=stop)
-    shown = evaluate(learn.model, learn.dls.valid, precision=learn.recipe.precision, **options)
+    shown, measured = task_of(learn).evaluate(learn, **options)
     seconds = round(sum(row["seconds"] for row in learn.reached.history), 1)
-    result = {"seconds": seconds, **accuracies(learn, evaluation=shown, **options)}
+    result = {"seconds": seconds, **measured}
     if run.distributed.sum(stop())[0]:
         raise StopRequestedError("stopped after the last step, while the network was evaluated; "
                                  "the same command evaluates it again")
@@ -189,7 +205,7 @@ def _finish(run, identity, shown, result):
     "Write what a complete run leaves; settings.json last."
     learn, out = run.learn, run.out
     export_weights(learn.model.state_dict(), run.config, out)
-    figure = plot_predictions(learn.dls.valid, shown, learn.dls.vocab)
+    figure = task_of(learn).draw(learn, shown)
     write_atomically(out / "predictions.png", lambda file: _save_figure(figure, file))
     written = {
         "config": run.config, **run.settings, "recipe": identity["recipe"], "classes": identity["classes"],
@@ -427,11 +443,17 @@ def write_tables(self: CheckpointCallback):
             table = _csv(rows)
             write_atomically(self.folder / name, lambda file, table=table: file.write(table))
 
+# %% ../../nbs/35_training.runs.ipynb #4c92ae57
+score_names = {  # column of the history -> how it is called
+    "accuracy": "accuracy", "box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU",
+}
+
 # %% ../../nbs/35_training.runs.ipynb #35c0b1e7
 @patch
 def is_best(self: CheckpointCallback):
-    "Whether the epoch that ended last has the best score: its accuracy, or else its loss."
-    scores = [row.get("accuracy", -row["valid_loss"]) for row in self.follow_recipe.reached.history]
+    "Whether the epoch that ended last has the best score: its accuracy, box AP or mIoU, or else its loss."
+    history = self.follow_recipe.reached.history
+    scores = [next((row[name] for name in score_names if name in row), -row["valid_loss"]) for row in history]
     return all(scores[-1] > earlier for earlier in scores[:-1])
 
 @patch
@@ -553,8 +575,7 @@ def _epoch_line(row, epochs):
     "Return a line about an epoch, from its row of the history."
     parts = [f"epoch {row['epoch'] + 1:3}/{epochs}", f"training loss {row['train_loss']:.3f}",
              f"validation loss {row['valid_loss']:.3f}"]
-    if "accuracy" in row:
-        parts.append(f"accuracy {100 * row['accuracy']:.2f} %")
+    parts += [f"{title} {100 * row[name]:.2f} %" for name, title in score_names.items() if name in row]
     parts += [f"lr {row['lr']:.1e}", f"{row['images_per_second']:.0f} images/s",
               f"waiting for data {100 * row['data_wait']:.0f} %", f"{row['memory_gib']:.1f} GiB",
               f"{row['seconds']:.1f} s"]
@@ -674,13 +695,17 @@ def _draw_losses(axis, epochs, steps):
     axis.legend(fontsize=8)
 
 def _draw_scores(axis, epochs):
-    "Draw the validation accuracy, or the norm of the gradient where there is none."
-    done = [e + 1 for e in epochs["epoch"]]
-    if "accuracy" in epochs:
-        axis.plot(done, [100 * a for a in epochs["accuracy"]], marker=".", color="tab:green")
-        axis.set(ylabel="validation accuracy (%)",
-                 title=f"accuracy: {100 * epochs['accuracy'][-1]:.1f} % after epoch {len(done)}")
-    else:
+    "Draw the scores on the validation images, or the norm of the gradient where there are none."
+    done, names = [e + 1 for e in epochs["epoch"]], [name for name in score_names if name in epochs]
+    for name, color in zip(names, ("tab:green", "tab:olive"), strict=False):
+        axis.plot(done, [100 * a for a in epochs[name]], marker=".", color=color, label=score_names[name])
+    if names:
+        title = score_names[names[0]]
+        axis.set(ylabel=f"validation {title} (%)",
+                 title=f"{title}: {100 * epochs[names[0]][-1]:.1f} % after epoch {len(done)}")
+    if len(names) > 1:
+        axis.legend(fontsize=8)
+    if not names:
         axis.plot(done, epochs["grad_norm"], marker=".", color="tab:green")
         axis.set(ylabel="norm of the gradient", title="gradient")
 
