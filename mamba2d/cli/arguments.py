@@ -67,7 +67,7 @@ def _add_model_arguments(parser, size, batch_size, image_size):
     "Add the options of every command that runs a network. The texts name its defaults."
     add = parser.add_argument
     add("--task", choices=("classify", "detect", "segment"),
-        help="what the network is for (default: as the weights or the run say, else classify)")
+        help="what the network is for (default: classify; weights that are evaluated name it)")
     add("--size", choices=("n", "t", "s", "t_v1", "mini"),
         help="published network; mini: a small one of our own, for --task detect and segment "
              f"(default: {size})")

@@ -178,24 +178,36 @@ def _validation_setup(args, weights):
     task = args.task or config.get("task", "classify")
     if config.get("task", task) != task:
         raise UsageError(f"argument --task: the weights are for {config['task']}, got {task}")
+    if _is_backbone(saved):
+        raise UsageError(f"the weights are a classifier's: train with --task {task} --weights first")
     data = getattr(args, "data", None) or config.get("data", "digit-scenes")
     image_size = dense_image_size(task, data, args.image_size or config.get("image_size"))
     known = dict(task=task, data=data, image_size=image_size, size=size, classes=config.get("classes"))
     return saved, known, init_distributed(args.device)
 
+def _build_trained(known, saved):
+    "Build the network of trained weights, with as many classes as they have."
+    count = len(known["classes"]) if known["classes"] else None
+    return build_dense(known["task"], known["size"], count, weights=saved, image_size=known["image_size"])
+
+def _check_classes(known, model, names):
+    "Raise `UsageError` if the data have other classes than the weights."
+    if known["classes"] in (None, names) and model.num_classes == len(names):
+        return
+    raise UsageError(f"argument --data: {known['data']!r} has other classes than the weights "
+                     f"({len(names)} and {model.num_classes})")
+
+# %% ../../nbs/59_cli.dense.ipynb #ffe308f6
 def validate_dense(args, weights):
     "Measure a network for detection or segmentation, and print its scores."
     from mamba2d.training.dense import evaluate_dense
     saved, known, distributed = _validation_setup(args, weights)
     dls = load_dense(known["task"], known["data"], size=known["image_size"], batch_size=args.batch_size or 1,
                      workers=args.workers, device=distributed.device)
-    if known["classes"] and known["classes"] != list(dls.vocab):
-        raise UsageError(f"argument --data: {known['data']!r} has other classes than the weights "
-                         f"({len(dls.vocab)} and {len(known['classes'])})")
-    model = build_dense(known["task"], known["size"], dls.c, weights=saved, image_size=known["image_size"])
+    model, names = _build_trained(known, saved), list(dls.vocab)
+    _check_classes(known, model, names)
     task = dense_learner(known["task"], dls, model.to(dls.device), None).task
-    found = evaluate_dense(model, dls.valid, task, list(dls.vocab), distributed=distributed,
-                           precision=args.precision)
+    found = evaluate_dense(model, dls.valid, task, names, distributed=distributed, precision=args.precision)
     if distributed.rank == 0:
         _report(args, known, found, task, dls)
     distributed.destroy()
@@ -221,16 +233,31 @@ def _report(args, known, found, task, dls):
         plot_dense(task, found.shown, list(dls.vocab)).savefig(folder / "predictions.png", dpi=110)
         print(f"wrote scores.json and predictions.png into {folder}")
 
+# %% ../../nbs/59_cli.dense.ipynb #cf4a0d02
+def _category_ids(names):
+    "Return COCO's number of each class if all are COCO's, else their positions; the first is the background."
+    from torchvision.models._meta import _COCO_CATEGORIES
+    if all(name in _COCO_CATEGORIES for name in names[1:]):
+        return [0, *map(_COCO_CATEGORIES.index, names[1:])]
+    return list(range(len(names)))
+
+def _image_ids(files):
+    "Return the numbers that are the files' names if all are different numbers, else their positions."
+    stems = [Path(file).stem for file in files]
+    if all(stem.isdecimal() for stem in stems) and len({*map(int, stems)}) == len(stems):
+        return [*map(int, stems)]
+    return list(range(len(files)))
+
 # %% ../../nbs/59_cli.dense.ipynb #d79c8693
-def _coco_rows(name, number, found):
-    "Return the objects of an image in the format of COCO's results."
+def _coco_rows(name, number, found, ids):
+    "Return the objects of an image in the format of COCO's results; `ids` are the numbers of the classes."
     from mamba2d.training.dense_metrics import encode_masks
     rows = []
     for box, label, score, mask in zip(found["boxes"].tolist(), found["labels"].tolist(),
                                        found["scores"].tolist(), encode_masks(found["masks"]), strict=True):
         left, top, right, bottom = box
         mask = {"size": mask["size"], "counts": mask["counts"].decode()}
-        rows.append({"image_id": number, "file_name": name, "category_id": label, "score": score,
+        rows.append({"image_id": number, "file_name": name, "category_id": ids[label], "score": score,
                      "bbox": [left, top, right - left, bottom - top], "segmentation": mask})
     return rows
 
@@ -245,44 +272,16 @@ def _predict_image(model, known, image):
         side = known["image_size"]
         return segment(model, image, limits=(side, 4 * side))
 
-# %% ../../nbs/59_cli.dense.ipynb #844d9389
-def predict_dense(
-    args,
-    files: list[str],  # images
-):
-    "Predict boxes and masks, or label maps, of images; draw and write them into the folder of --out."
-    from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
+# %% ../../nbs/59_cli.dense.ipynb #3421b19d
+def _published_names(task, count):
+    "Return the names of the published networks' classes if there are as many, else numbers."
+    from mamba2d.models.detection import MaskRCNN_M2D_N_Weights
+    from mamba2d.models.segmentation import UPerNet_M2D_N_Weights
+    enum = MaskRCNN_M2D_N_Weights if task == "detect" else UPerNet_M2D_N_Weights
+    names = next(iter(enum)).meta["categories"]
+    return list(names) if len(names) == count else [f"class {k}" for k in range(count)]
 
-    from mamba2d.data.images import CorruptImageError, open_image
-    from mamba2d.training.dense import Detection, Segmentation
-    saved, known, distributed = _validation_setup(args, args.weights)
-    classes = known["classes"]
-    model = build_dense(known["task"], known["size"], len(classes) if classes else None, weights=saved,
-                        image_size=known["image_size"]).eval()
-    if distributed.device is not None:
-        model.to(distributed.device)
-    names = classes or [f"class {k}" for k in range(model.num_classes)]
-    task, folder, rows = Detection() if known["task"] == "detect" else Segmentation(), Path(args.out), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (file, name) in enumerate(zip(files, _output_names(files), strict=True)):
-        try:
-            image = pil_to_tensor(open_image(file))
-        except CorruptImageError as error:
-            message = f"mamba2d-predict: error: {error}; --skip-corrupt leaves such images out"
-            end_process(distributed, 1, message, alone=True)
-        found = _predict_image(model, known, image)
-        drawn = task.draw_image(image, found, names).permute(1, 2, 0).numpy()
-        Image.fromarray(drawn).save(folder / f"{name}.drawn.png")
-        if known["task"] == "detect":
-            rows += _coco_rows(file, number, found)
-        else:
-            Image.fromarray(found.cpu().numpy().astype("uint8" if len(names) < 256 else "uint16")).save(
-                folder / f"{name}.png")
-    if known["task"] == "detect":
-        (folder / "results.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
-    print(f"wrote the predictions for {len(files)} images into {folder}")
-
+# %% ../../nbs/59_cli.dense.ipynb #0ac08ddc
 def _output_names(files):
     "Return a name for each file, without its ending; a number is added where two are the same."
     names, seen = [], {}
@@ -291,3 +290,54 @@ def _output_names(files):
         seen[stem] = seen.get(stem, 0) + 1
         names.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
     return names
+
+# %% ../../nbs/59_cli.dense.ipynb #2b462673
+def _open_or_end(file, distributed):
+    "Return an image (3, H, W) of bytes; one that cannot be read ends the command."
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    from mamba2d.data.images import CorruptImageError, open_image
+    try:
+        return pil_to_tensor(open_image(file))
+    except CorruptImageError as error:
+        message = f"mamba2d-predict: error: {error}; --skip-corrupt leaves such images out"
+        end_process(distributed, 1, message, alone=True)
+
+def _write_image(pixels, path):
+    "Write an image (3, H, W) of bytes."
+    from PIL import Image
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+
+def _write_label_map(labels, classes, path):
+    "Write a label map (H, W) as a PNG of 8 bits, or 16 where there are more than 256 classes."
+    from PIL import Image
+    kind = "uint8" if classes <= 256 else "uint16"
+    Image.fromarray(labels.cpu().numpy().astype(kind)).save(path)
+
+# %% ../../nbs/59_cli.dense.ipynb #844d9389
+def predict_dense(
+    args,
+    files: list[str],  # images
+):
+    "Predict boxes and masks, or label maps, of images; draw and write them into the folder of --out."
+    from mamba2d.training.dense import Detection, Segmentation
+    saved, known, distributed = _validation_setup(args, args.weights)
+    model = _build_trained(known, saved).eval()
+    if distributed.device is not None:
+        model.to(distributed.device)
+    names = known["classes"] or _published_names(known["task"], model.num_classes)
+    is_detector = known["task"] == "detect"
+    task = Detection() if is_detector else Segmentation()
+    folder, rows, ids = Path(args.out), [], _category_ids(names)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, name, number in zip(files, _output_names(files), _image_ids(files), strict=True):
+        image = _open_or_end(file, distributed)
+        found = _predict_image(model, known, image)
+        _write_image(task.draw_image(image, found, names), folder / f"{name}.drawn.png")
+        if is_detector:
+            rows += _coco_rows(file, number, found, ids)
+        else:
+            _write_label_map(found, len(names), folder / f"{name}.png")
+    if is_detector:
+        (folder / "results.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    print(f"wrote the predictions for {len(files)} images into {folder}")
