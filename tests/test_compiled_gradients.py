@@ -1,0 +1,17 @@
+"""What compiled training relies on, and a newer torch would not notice."""
+from pathlib import Path
+
+import mamba2d
+
+
+def test_no_autograd_function():
+    """Compiled graphs of torch 2.11 lose gradients that pass through an `autograd.Function` around layers.
+
+    torch 2.15 computes them, so comparing gradients here would not tell. Operators of `torch.library`, which the
+    scan consists of, are not concerned.
+    """
+    package = Path(mamba2d.__file__).parent
+    sources = sorted(package.rglob("*.py"))
+    assert len(sources) > 50
+    found = [str(path.relative_to(package)) for path in sources if "autograd.Function" in path.read_text("utf-8")]
+    assert not found, f"these modules define an autograd function: {', '.join(found)}"
