@@ -142,7 +142,8 @@ def _add_run_arguments(parser):
         help="see whether everything works: one epoch of N steps and N validation batches "
              "(default: 2)")
     add("--check-data", action="store_true",
-        help="read every image once, report the corrupt ones and exit")
+        help="read every image once, with its targets for --task detect or segment, report the "
+             "corrupt ones and exit")
     add("--tensorboard", action="store_true", help="also log to TensorBoard, in the run folder")
     add("--wandb", action="store_true",
         help="also log to Weights & Biases (WANDB_MODE=offline: in the run folder)")
@@ -170,8 +171,10 @@ def train_parser(prog: str = "mamba2d-train") -> argparse.ArgumentParser:
     parser = make_parser(prog, _train_description, epilog=_train_examples)
     _add_data_arguments(parser, "digits")
     _add_model_arguments(parser, size="the one that the weights name, else n",
-                         batch_size="64, or 128 with a published recipe; fewer for a small dataset",
-                         image_size="as the recipe says, else 32 for digits and 224 for others")
+                         batch_size="64, or 128 with a published recipe; fewer for a small dataset; 2 for "
+                                    "--task detect, 8 for segment",
+                         image_size="as the recipe says, else 32 for digits and 224 for others; short side "
+                                    "800 for --task detect, 512 for segment, 128 for their scenes")
     parser.add_argument("--weights", metavar="FILE",
                         help="initial weights: a file, or DEFAULT for the published ones (downloaded)")
     _add_recipe_arguments(parser)
@@ -182,13 +185,15 @@ def train_parser(prog: str = "mamba2d-train") -> argparse.ArgumentParser:
 _validate_examples = """\
 examples:
   mamba2d-validate runs/digits-n
+  mamba2d-validate --task detect --data coco --size n --weights M2D-N-mask-rcnn-1x.pth
   mamba2d-validate --data imagenet --size t --weights M2D-T-backbone.ckpt --out validation
   torchrun --nproc-per-node 8 -m mamba2d.cli validate runs/imagenet-t/checkpoints/best.pth"""
 
 # %% ../../nbs/50_cli.arguments.ipynb #15f844a9
 def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
     "Make the parser of `mamba2d-validate`."
-    description = "Measure the accuracy of saved weights on the validation images of a dataset."
+    description = ("Measure saved weights on the validation images of a dataset: the accuracy of a "
+                   "classifier, box and mask AP of a detector, mIoU of a segmentation network.")
     parser = make_parser(prog, description, epilog=_validate_examples)
     parser.add_argument("file", nargs="?", metavar="FILE",
                         help="a run folder, its weights or one of its checkpoints, which name their "
@@ -210,12 +215,14 @@ _predict_examples = """\
 examples:
   mamba2d-predict runs/pets-n cat.jpg
   mamba2d-predict runs/pets-n/weights.pth my/images --out predictions.csv
-  mamba2d-predict M2D-T-backbone.ckpt --size t my/images"""
+  mamba2d-predict M2D-T-backbone.ckpt --size t my/images
+  mamba2d-predict runs/detect-coco-n my/images --out found"""
 
 # %% ../../nbs/50_cli.arguments.ipynb #1f6399c5
 def predict_parser(prog: str = "mamba2d-predict") -> argparse.ArgumentParser:
     "Make the parser of `mamba2d-predict`."
-    description = "Predict the most likely classes of images."
+    description = ("Predict the most likely classes of images; with --task detect or segment, or weights "
+                   "that were trained so, boxes and masks or label maps.")
     parser = make_parser(prog, description, epilog=_predict_examples)
     parser.add_argument("weights", metavar="WEIGHTS",
                         help="a run folder, its weights or one of its checkpoints; or, with --size, "

@@ -50,6 +50,14 @@ def _scenes(task):
     train, valid = _scene_counts
     return [kind(digit_scenes(train, _scene_size)), kind(digit_scenes(valid, _scene_size, held_out=True))]
 
+def check_packages(task: str):
+    "Raise `UsageError` if a package is missing that the task needs, before anything is computed."
+    from mamba2d.training.dense import Detection, Segmentation
+    try:
+        (Detection() if task == "detect" else Segmentation()).meter(["background", "object"])
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+
 def dense_image_size(
     task: str,
     data: str,  # "digit-scenes", or a folder
@@ -73,6 +81,7 @@ def load_dense(
 ):
     "Make fastai's `DataLoaders` of a task. Raises `UsageError` if there is no such data."
     options = dict(device=device, num_workers=workers, seed=recipe.seed if recipe else 0)
+    check_packages(task)
     source = _scenes(task) if data == "digit-scenes" else data
     pipeline = recipe.pipeline if recipe else None
     if pipeline and (pipeline == "ade20k") != (task == "segment"):
@@ -87,6 +96,43 @@ def load_dense(
         return detection_dls(source, batch_size, size=(size, longest), schedule=pipeline or "1x", **options)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+
+# %% ../../nbs/59_cli.dense.ipynb #b1c2d3e5
+class _Problems:
+    "For each item of a data set what is wrong with it, or an empty string."
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, k):
+        try:
+            self.data[k]
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
+def check_dense_data(
+    task: str,
+    data: str,  # a folder
+    workers: int | None = None,  # processes; None: one per core but one, at most 16
+) -> list[str]:  # what is wrong, a line for each image
+    "Decode every image and its targets. Raises `UsageError` if there is no such data."
+    from torch.utils.data import DataLoader
+
+    from mamba2d.data.detection import find_detection
+    from mamba2d.data.loader import worker_count
+    from mamba2d.data.segmentation import find_segmentation
+    check_packages(task)
+    try:
+        parts = (find_detection if task == "detect" else find_segmentation)(data)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    count = worker_count(workers)
+    print(f"{data}: {len(parts[0])} training and {len(parts[1])} validation images", flush=True)
+    loaders = [DataLoader(_Problems(part), batch_size=None, num_workers=count) for part in parts]
+    return [problem for loader in loaders for problem in loader if problem]
 
 # %% ../../nbs/59_cli.dense.ipynb #b5a967bc
 def _mini(task, num_classes, drop_path, **settings):
@@ -200,6 +246,7 @@ def _check_classes(known, model, names):
 # %% ../../nbs/59_cli.dense.ipynb #ffe308f6
 def validate_dense(args, weights):
     "Measure a network for detection or segmentation, and print its scores."
+    from mamba2d.data.images import CorruptImageError
     from mamba2d.training.dense import evaluate_dense
     saved, known, distributed = _validation_setup(args, weights)
     dls = load_dense(known["task"], known["data"], size=known["image_size"], batch_size=args.batch_size or 1,
@@ -207,7 +254,11 @@ def validate_dense(args, weights):
     model, names = _build_trained(known, saved), list(dls.vocab)
     _check_classes(known, model, names)
     task = dense_learner(known["task"], dls, model.to(dls.device), None).task
-    found = evaluate_dense(model, dls.valid, task, names, distributed=distributed, precision=args.precision)
+    try:
+        found = evaluate_dense(model, dls.valid, task, names, distributed=distributed,
+                               precision=args.precision)
+    except CorruptImageError as error:
+        end_process(distributed, 1, f"mamba2d-validate: error: {error}", alone=True)
     if distributed.rank == 0:
         _report(args, known, found, task, dls)
     distributed.destroy()
@@ -322,6 +373,8 @@ def predict_dense(
     "Predict boxes and masks, or label maps, of images; draw and write them into the folder of --out."
     from mamba2d.training.dense import Detection, Segmentation
     saved, known, distributed = _validation_setup(args, args.weights)
+    if known["task"] == "detect":
+        check_packages("detect")  # masks are written as run lengths
     model = _build_trained(known, saved).eval()
     if distributed.device is not None:
         model.to(distributed.device)

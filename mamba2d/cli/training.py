@@ -36,6 +36,7 @@ from mamba2d.cli.common import (
 )
 from mamba2d.cli.dense import (
     build_dense,
+    check_dense_data,
     check_task,
     default_dense_recipe,
     dense_image_size,
@@ -81,7 +82,7 @@ def _train(args):
     "Resolve the arguments, build the learner, and run the training."
     quiet_imports()
     task = args.task or "classify"
-    one_task = {"labels": args.labels, "skip-corrupt": args.skip_corrupt, "check-data": args.check_data}
+    one_task = {"labels": args.labels, "skip-corrupt": args.skip_corrupt}
     check_task(task, args.size, one_task)
     if args.check_data:
         _check_data(args)
@@ -111,14 +112,25 @@ def train(argv: list[str] | None = None):
     run_command("mamba2d-train", _train, train_parser(), argv)
 
 # %% ../../nbs/52_cli.training.ipynb #81304692
+def _report_problems(problems):
+    "Print what is wrong with images or their targets. The exit code is 1 if there is anything."
+    print(f"{len(problems)} images or their targets cannot be used")
+    for problem in problems:
+        print(f"  {problem}")
+    if problems:
+        raise SystemExit(1)
+
 def _check_data(args):
     "Read every image once and report the corrupt ones. The exit code is 1 if there are any."
     from mamba2d.data.imagefolder import check_images, find_images
-    if args.data in (None, "digits"):
+    if args.data in (None, "digits", "digit-scenes"):
         raise UsageError("argument --check-data: the digits are part of scikit-learn; "
                          "give --data FOLDER")
     if int(os.environ.get("RANK", 0)):
         return  # rank zero reads them all
+    if args.task in dense_tasks:
+        _report_problems(check_dense_data(args.task, args.data, args.workers))
+        return
     try:
         found = find_images(args.data, labels=args.labels)
     except (FileNotFoundError, ValueError) as error:
@@ -336,6 +348,9 @@ def _build_network(training, classes):
         raise UsageError(f"{error}{hint}") from error
 
 # %% ../../nbs/52_cli.training.ipynb #7bc7bc3c
+_meant_for = {"classify": ("ImageNet", "finetune"), "detect": ("COCO", "finetune_dense"),
+              "segment": ("ADE20K", "finetune_dense")}
+
 def _shard(training, dls):
     "Give each process its shard of the images. Raises `UsageError` if the batches do not fit."
     from mamba2d.training.distributed import shard_loaders
@@ -344,8 +359,9 @@ def _shard(training, dls):
     except ValueError as error:
         message = re.sub(r"^([a-z]+)_([a-z]+)", r"argument --\1-\2:", str(error))
         if training.published and training.recipe.effective_batch > dls.train.n:
-            message += (f"; recipe {training.recipe_name} is for as many images as ImageNet has: "
-                        "--recipe finetune is for fewer, best with --weights FILE")
+            usual, name = _meant_for[training.task]
+            message += (f"; recipe {training.recipe_name} is for as many images as {usual} has: "
+                        f"--recipe {name} is for fewer, best with --weights FILE")
         raise UsageError(message) from error
 
 # %% ../../nbs/52_cli.training.ipynb #b9e70270
@@ -464,7 +480,10 @@ def _run(training, learn):
     except FloatingPointError as error:
         end_process(distributed, 1, f"mamba2d-train: error: {error}")
     except CorruptImageError as error:
-        message = f"mamba2d-train: error: {error}; --skip-corrupt leaves such images out"
+        hint = "--skip-corrupt leaves such images out"
+        if training.task in dense_tasks:
+            hint = "--check-data lists all such files"
+        message = f"mamba2d-train: error: {error}; {hint}"
         end_process(distributed, 1, message, alone=True)
     except OSError as error:
         end_process(distributed, 1, f"mamba2d-train: error: {error}", alone=True)

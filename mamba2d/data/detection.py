@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .images import open_image
+from .images import CorruptImageError, open_image
 from .loader import KeyedDL, data_fingerprint, worker_count
 from .scenes import DetectionScenes, digit_scenes
 from ..models.detection import resized_size
@@ -449,7 +449,10 @@ class Transformed(Dataset):
         return len(self.numbers)
 
     def __getitem__(self, k):
-        item = self.data[int(self.numbers[k])]
+        try:
+            item = self.data[int(self.numbers[k])]
+        except ValueError as error:  # a training ends with one line, also where workers decode
+            raise CorruptImageError(str(error)) from error
         return item if self.transforms is None else self.transforms(*item)
 
 # %% ../../nbs/26_data.detection.ipynb #12e58f09

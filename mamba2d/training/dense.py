@@ -23,7 +23,9 @@ from fastai.torch_core import to_device
 from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from PIL import ImageDraw, ImageFont
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..data.loader import KeyedDL
@@ -53,6 +55,19 @@ def _as_bytes(
         image = image * deviation + mean
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
+# %% ../../nbs/37_training.dense.ipynb #a7c1d001
+def _write_names(image, boxes, names, colors):
+    "Write a name above each box, or inside where there is no room; returns an image of bytes."
+    canvas = to_pil_image(image)
+    font, draw = ImageFont.load_default(max(9, min(image.shape[1:]) / 30)), ImageDraw.Draw(canvas)
+    for (left, top, _, _), name, color in zip(boxes.tolist(), names, colors, strict=True):
+        _, _, width, height = draw.textbbox((0, 0), name, font)
+        left = max(0, min(left, canvas.width - width))
+        top = min(top - height if top >= height else max(top, 0), canvas.height - height)
+        draw.rectangle((left, top, left + width, top + height), fill=color)
+        draw.text((left, top), name, fill="black", font=font)
+    return pil_to_tensor(canvas)
+
 def draw_detections(
     image: Tensor,  # as for `_as_bytes`
     objects: dict,  # boxes, labels and perhaps masks and scores: a prediction or a target
@@ -75,8 +90,9 @@ def draw_detections(
         names = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
     boxes = objects["boxes"][keep].float()
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2])
-    return draw_bounding_boxes(image, boxes, names, colors=colors)
+    return _write_names(draw_bounding_boxes(image, boxes, colors=colors), boxes, names, colors)
 
+# %% ../../nbs/37_training.dense.ipynb #a7c1d002
 def draw_label_map(
     image: Tensor,  # as for `_as_bytes`
     label_map: Tensor,  # (H, W) int64; 255: no class
