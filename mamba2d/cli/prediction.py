@@ -16,6 +16,7 @@ from mamba2d.cli.common import (
     build_model,
     check_forced_backend,
     end_process,
+    escaped,
     imagenet_classes,
     init_distributed,
     print_table,
@@ -37,7 +38,7 @@ def _find_files(args):
         return files
     corrupt = check_images(files, args.workers, progress=len(files) > 100)
     for name, reason in corrupt.items():
-        print(f"{name}: left out, {reason}", file=sys.stderr)
+        print(escaped(f"{name}: left out, {reason}"), file=sys.stderr)
     files = [name for name in files if name not in corrupt]
     if not files:
         raise UsageError("argument IMAGE: none of the images can be read")
@@ -65,6 +66,10 @@ def _predict_files(args, model, loader, distributed):
     except CorruptImageError as error:
         message = f"mamba2d-predict: error: {error}; --skip-corrupt leaves such images out"
         end_process(distributed, 1, message, alone=True)
+    undefined = int(probabilities.isnan().any(1).sum())
+    if undefined:
+        raise UsageError(f"weights: {args.weights!r} give no probabilities (nan) for {undefined} of "
+                         f"{len(probabilities)} images: the network overflows; try --precision fp32, or other weights")
     return list(zip(predictions.tolist(), probabilities.tolist(), strict=True))
 
 # %% ../../nbs/54_cli.prediction.ipynb #8aeb5156
@@ -77,13 +82,13 @@ def _write_csv(path, files, rows, classes):
     "Write a row per image. Raises `UsageError` if the file cannot be written."
     import csv
 
-    from mamba2d.training.evaluation import prediction_cells, prediction_columns
+    from mamba2d.training.evaluation import prediction_cells, prediction_columns, table_cell
     try:
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["image", *prediction_columns(len(rows[0][0]))])
             for name, row in zip(files, rows, strict=True):
-                writer.writerow([name, *prediction_cells(classes, *row)])
+                writer.writerow([table_cell(name), *prediction_cells(classes, *row)])
     except OSError as error:
         raise UsageError(f"argument --out: {error}") from error
 

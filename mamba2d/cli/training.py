@@ -14,16 +14,19 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import train_parser
 from mamba2d.cli.common import (
+    Display,
     UsageError,
     build_model,
     check_forced_backend,
     config_of,
     end_process,
+    escaped,
     find_corrupt,
     init_distributed,
     load_data,
@@ -106,9 +109,14 @@ def _train(args):
         _run(training, learn)
 
 # %% ../../nbs/52_cli.training.ipynb #dc28db42
+def _train_displayed(args):
+    "Train; output that nobody takes any more is dropped."
+    with contextlib.redirect_stdout(Display(sys.stdout)), contextlib.redirect_stderr(Display(sys.stderr)):
+        _train(args)
+
 def train(argv: list[str] | None = None):
     "Run the command `mamba2d-train`."
-    run_command("mamba2d-train", _train, train_parser(), argv)
+    run_command("mamba2d-train", _train_displayed, train_parser(), argv)
 
 # %% ../../nbs/52_cli.training.ipynb #81304692
 def _check_data(args):
@@ -128,7 +136,7 @@ def _check_data(args):
     corrupt = check_images(found.files, args.workers)
     print(f"{len(corrupt)} of {len(found.files)} images cannot be read")
     for name, reason in corrupt.items():
-        print(f"  {name}: {reason}")
+        print(escaped(f"  {name}: {reason}"))
     if corrupt:
         raise SystemExit(1)
 
@@ -400,7 +408,7 @@ def _build(training):
         learn = mamba2d_learner(dls, model, training.recipe)
     _shard(training, dls)
     if training.distributed.rank == 0:
-        print(_summary(training, learn), flush=True)
+        print(escaped(_summary(training, learn)), flush=True)
     return learn
 
 # %% ../../nbs/52_cli.training.ipynb #2737dad8

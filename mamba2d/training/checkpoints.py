@@ -7,12 +7,12 @@ __all__ = ['IncompatibleRunError', 'load_checkpoint', 'RunLockedError', 'export_
 
 # %% ../../nbs/34_training.checkpoints.ipynb #3ecf0ec8
 import errno
-import fcntl
 import json
 import os
 import pickle
 import shutil
 import socket
+import stat
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,6 +20,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # %% ../../nbs/34_training.checkpoints.ipynb #d7644c76
 def write_atomically(
@@ -40,11 +45,7 @@ def write_atomically(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _flush_folder(path.parent)
 
 # %% ../../nbs/34_training.checkpoints.ipynb #a870d2e7
 def link_as(path, name):
@@ -61,7 +62,8 @@ def link_as(path, name):
 def _write_flushed(temporary, write, path):
     "Write a file and flush it to the disk. Errors name `path`, which the user knows."
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # a new one, never where a link leads
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -70,6 +72,16 @@ def _write_flushed(temporary, write, path):
         if behind is None:
             raise
         raise behind from error
+
+def _flush_folder(folder):
+    "Flush the names in a folder to the disk."
+    if os.name == "nt":  # Windows opens no folders
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 def _system_error(error, path):
     "Return the system's error behind `error`; None where there is none."
@@ -170,14 +182,26 @@ def read_corrupt_images(
 class RunLockedError(RuntimeError):
     "Another process uses the run folder."
 
+# %% ../../nbs/34_training.checkpoints.ipynb #4658b092
+def _open_lock(path):
+    "Open a lock file. Raises `IncompatibleRunError` unless it is a regular file, or new."
+    no_links = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if path.is_symlink():
+        raise IncompatibleRunError(f"{str(path)!r} is a symbolic link and no lock file: delete it")
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | no_links, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise IncompatibleRunError(f"{str(path)!r} is no regular file and so no lock file: delete it")
+    return os.fdopen(number, "a+")
+
 # %% ../../nbs/34_training.checkpoints.ipynb #9d65f771
 class RunLock:
     "Locks a run folder for as long as the process lives or until `release`."
     def __init__(self, folder):
-        self.file = open(Path(folder) / ".lock", "a+")
+        self.file = _open_lock(Path(folder) / ".lock")
         try:
-            # not flock, which the processes that load images would inherit
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:  # not flock, which the processes that load images would inherit
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.file.seek(0)
             owner = self.file.read().strip()
