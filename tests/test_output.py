@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-quick = ("train", "--fast-dev-run", "--batch-size", "8", "--image-size", "16", "--workers", "0", "--device", "cpu")
+quick = "train --fast-dev-run --batch-size 8 --image-size 16 --workers 0 --device cpu"
 
 
 @pytest.mark.parametrize("ending", ("| head -c 1", ">/dev/full 2>&1", ">&- 2>&-"))
 def test_a_training_needs_no_reader(tmp_path, ending):
-    command = f'set -o pipefail; "$0" -W ignore -m mamba2d.cli {" ".join(quick)} --out "$1" {ending}'
+    command = f'set -o pipefail; "$0" -W ignore -m mamba2d.cli {quick} --out "$1" {ending}'
     done = subprocess.run(["bash", "-c", command, sys.executable, tmp_path], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and not done.stderr.count("Error"), done.stderr

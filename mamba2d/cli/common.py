@@ -18,6 +18,13 @@ from pathlib import Path
 class UsageError(Exception):
     "An error that the user can mend. The command prints its message and exits with code 2."
 
+# %% ../../nbs/51_cli.common.ipynb #baf0dfa3
+def system_reason(error: OSError) -> str:
+    "Return what the system says, and of which file, without the number."
+    if not error.strerror:
+        return str(error)
+    return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+
 # %% ../../nbs/51_cli.common.ipynb #2b8c7bbb
 def _peer_has_failed(error):
     "Tell from an error of torch whether another process of the run has closed its connection."
@@ -184,14 +191,36 @@ def load_weights_file(
         content = read_weights(file)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
+    _check_config(file, config_of(content))
     tensors = {}
-    with contextlib.suppress(ValueError):  # without tensors, the network that takes the weights says what is wrong
+    with contextlib.suppress(ValueError):  # without tensors: the network that takes them says what is wrong
         tensors = tensors_in(content)
     bad = [name for name, value in tensors.items() if not value.isfinite().all()]
     if bad:
         raise UsageError(f"weights: {str(file)!r} holds values that are not finite, in {len(bad)} of "
-                         f"{len(tensors)} tensors ({bad[0]}): the network would predict nothing; give another file")
+                         f"{len(tensors)} tensors ({bad[0]}); give another file")
     return content
+
+# %% ../../nbs/51_cli.common.ipynb #40c76252
+_config_types = {"size": str, "task": str, "num_classes": int, "image_size": int, "classes": list,
+                 "data": str, "labels": str, "corrupt": list}
+
+def _check_config(file, config):
+    "Raise `UsageError` if a field of a configuration is not what mamba2d-train writes."
+    known = f"weights: {str(file)!r} has a config whose"
+    for name, kind in _config_types.items():
+        value = config.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise UsageError(f"{known} {name} is of type "
+                             f"{type(value).__name__}; accepted: {kind.__name__}")
+    names = [*(config.get("classes") or []), *(config.get("corrupt") or [])]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{known} classes or corrupt images are no text")
+    size, task = config.get("image_size"), config.get("task") or "classify"
+    if size is not None and not 8 <= size <= 8192:
+        raise UsageError(f"{known} image_size is {size}; accepted: 8 to 8192")
+    if task not in ("classify", "detect", "segment"):
+        raise UsageError(f"{known} task is {task!r}; accepted: classify, detect, segment")
 
 # %% ../../nbs/51_cli.common.ipynb #c56ed06d
 def config_of(
@@ -200,6 +229,15 @@ def config_of(
     "Return the configuration beside the weights; it is empty if there is none."
     config = saved.get("config") if isinstance(saved, dict) else None
     return config if isinstance(config, dict) else {}
+
+# %% ../../nbs/51_cli.common.ipynb #f5176a2a
+def require_weights(
+    weights: str | None,  # a run folder, a file, DEFAULT or a name
+):
+    "Raise `UsageError` if the argument looks like a path and there is nothing at it."
+    looks_like_path = weights and (os.sep in weights or Path(weights).suffix)
+    if looks_like_path and not Path(weights).exists():
+        raise UsageError(f"weights: there is no file {weights!r}")
 
 # %% ../../nbs/51_cli.common.ipynb #04a3b382
 def resolve_weights(
@@ -229,6 +267,8 @@ def build_model(
 ):
     "Build a network of a published size. Raises `UsageError` if its weights do not fit."
     from mamba2d.models.sizes import builders
+    if size not in builders:
+        raise UsageError(f"argument --size: there is no network {size!r}; accepted: {', '.join(builders)}")
     try:
         return builders[size](**kwargs)
     except (FileNotFoundError, ValueError, RuntimeError) as error:

@@ -21,8 +21,10 @@ from mamba2d.cli.common import (
     init_distributed,
     print_table,
     quiet_imports,
+    require_weights,
     resolve_weights,
     run_command,
+    system_reason,
 )
 from .dense import check_task, dense_tasks, predict_dense
 
@@ -69,7 +71,7 @@ def _predict_files(args, model, loader, distributed):
     undefined = int(probabilities.isnan().any(1).sum())
     if undefined:
         raise UsageError(f"weights: {args.weights!r} give no probabilities (nan) for {undefined} of "
-                         f"{len(probabilities)} images: the network overflows; try --precision fp32, or other weights")
+                         f"{len(probabilities)} images; try --precision fp32, or other weights")
     return list(zip(predictions.tolist(), probabilities.tolist(), strict=True))
 
 # %% ../../nbs/54_cli.prediction.ipynb #8aeb5156
@@ -90,7 +92,7 @@ def _write_csv(path, files, rows, classes):
             for name, row in zip(files, rows, strict=True):
                 writer.writerow([table_cell(name), *prediction_cells(classes, *row)])
     except OSError as error:
-        raise UsageError(f"argument --out: {error}") from error
+        raise UsageError(f"argument --out: {system_reason(error)}") from error
 
 # %% ../../nbs/54_cli.prediction.ipynb #c6256a07
 def _print_predictions(files, rows, classes):
@@ -104,6 +106,7 @@ def _print_predictions(files, rows, classes):
 # %% ../../nbs/54_cli.prediction.ipynb #ecf86ba2
 def _predict(args):
     "Resolve the arguments, load the images and the network, and predict."
+    require_weights(args.weights)
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(args.weights, args.size)
@@ -118,13 +121,17 @@ def _predict(args):
     _check_writable(args.out)
     files = _find_files(args)
     model = build_model(size, weights=saved)
+    classes = config.get("classes") or imagenet_classes(model.num_classes)
+    if len(classes) != model.num_classes:
+        raise UsageError(f"weights: {args.weights!r} name {len(classes)} classes, "
+                         f"and are for {model.num_classes}")
     loader = _load_files(args, files, config, distributed.device)
     model.to(loader.device)
     rows = _predict_files(args, model, loader, distributed)
-    classes = config.get("classes") or imagenet_classes(model.num_classes)
     if args.out:
         _write_csv(args.out, files, rows, classes)
-        print(f"wrote the predictions for {len(rows)} images into {args.out}")
+        plural = "s" if len(rows) > 1 else ""
+        print(f"wrote the predictions for {len(rows)} image{plural} into {args.out}")
     else:
         _print_predictions(files, rows, classes)
 

@@ -85,7 +85,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:  # (n, count) each, in the loader's order
     """Return the most likely classes of each image, in order, and their probabilities.
 
-    Raises `ValueError` where the loader has no images, `count` is no positive integer, or `precision` is unknown."""
+    Raises `ValueError` where the loader has no images, `count` is no positive integer, or `precision` is
+    unknown."""
     check_integer("count", count, 1)
     columns = _run_batches(model, loader, count, precision=precision)
     if not columns:

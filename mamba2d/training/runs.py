@@ -40,12 +40,13 @@ from ..scan.operator import available_backends
 from mamba2d.training.checkpoints import (
     IncompatibleRunError,
     RunLock,
+    check_fields,
     checkpoint_files,
     checkpoint_format,
     differences,
     export_weights,
     link_as,
-    load_checkpoint,
+    load_run_checkpoint,
     read_json,
     write_atomically,
 )
@@ -74,6 +75,7 @@ def train_run(
     max_nonfinite_steps: int = 0,  # steps with a loss or gradient that is not finite to skip, at most
     dashboards: tuple = (),  # of `TensorBoard`, `WeightsAndBiases`
     show_progress: bool = False,  # a bar over the whole run and a line per epoch
+    started=None,  # called without arguments once nothing keeps the run from being trained or resumed
     locked: bool = False,  # `lock_run` has locked the folder already
     weights: str | Path | None = None,  # file or name of the starting weights; other weights make another run
 ) -> dict:  # loss, accuracy, accuracy_without_scan, seconds ...; as `result` in settings.json
@@ -90,7 +92,7 @@ def train_run(
     run = _Run(
         learn, out, config, settings or {}, weights, distributed, checkpoint_minutes=checkpoint_minutes,
         limit=limit, max_nonfinite_steps=max_nonfinite_steps, dashboards=dashboards,
-        show_progress=show_progress)
+        show_progress=show_progress, started=started or (lambda: None))
     lock = None if locked else distributed.on_rank_zero(lambda: lock_run(out))
     try:
         distributed.on_rank_zero(lambda: _clear(out, overwrite))
@@ -114,6 +116,7 @@ class _Run:
     max_nonfinite_steps: int
     dashboards: tuple
     show_progress: bool
+    started: object
 
 # %% ../../nbs/35_training.runs.ipynb #16201252
 def _train(run):
@@ -123,8 +126,10 @@ def _train(run):
     recipe = _with_effective_batch(run, checkpoint)
     if checkpoint:
         if _is_complete(run.out, checkpoint, recipe):
+            run.started()
             return _load_result(run, checkpoint)
         _check_batches(run, recipe)
+    run.started()
     run.learn.recipe = recipe
     identity["recipe"] = dataclasses.asdict(recipe)
     keep = CheckpointCallback(run.out, run.distributed, identity, run.config, resumed_from=path,
@@ -159,7 +164,7 @@ def _begin(out, recipe):
     "Write the recipe, the images per step and the run's identity for dashboards, which is returned."
     write_atomically(out / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
     path = out / "run.json"
-    run_id = read_json(path)["id"] if path.exists() else uuid.uuid4().hex[:12]
+    run_id = read_json(path, {"id": str})["id"] if path.exists() else uuid.uuid4().hex[:12]
     known = {"id": run_id, "effective_batch": recipe.effective_batch}
     write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
     return run_id
@@ -301,7 +306,7 @@ def _find_checkpoint(out, identity):
     """Return the newest checkpoint and its path, or None twice.
 
     Raises `IncompatibleRunError` where it is of another run."""
-    found = load_checkpoint(out)
+    found = load_run_checkpoint(out)
     if found is None:
         return None, None
     different = differences(found[0]["identity"], identity)
@@ -319,7 +324,7 @@ def _load_result(run, checkpoint):
     "Load the weights of a complete run, and return its result."
     ema = checkpoint["ema"]
     run.learn.model.load_state_dict(ema["weights"] if ema else checkpoint["model"])
-    return read_json(run.out / "settings.json")["result"] | {"complete": True}
+    return read_json(run.out / "settings.json", {"result": dict})["result"] | {"complete": True}
 
 # %% ../../nbs/35_training.runs.ipynb #f457a118
 def _with_effective_batch(run, checkpoint):
@@ -341,10 +346,15 @@ def saved_effective_batch(
     folder = Path(folder)
     if not checkpoint_files(folder):
         return None
-    known = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    if "effective_batch" in known:
-        return known["effective_batch"]
-    return load_checkpoint(folder)[0]["identity"]["recipe"]["effective_batch"]
+    path = folder / "run.json"
+    known = read_json(path) if path.exists() else {}
+    if "effective_batch" not in known:
+        return load_run_checkpoint(folder)[0]["identity"]["recipe"]["effective_batch"]
+    check_fields(path, known, {"effective_batch": int})
+    if known["effective_batch"] < 1:
+        given = known["effective_batch"]
+        raise IncompatibleRunError(f"{str(path)!r} is damaged (effective_batch is {given}): delete it")
+    return known["effective_batch"]
 
 # %% ../../nbs/35_training.runs.ipynb #d64feb00
 def _check_batches(run, recipe):
