@@ -29,8 +29,8 @@ def make_parser(
     return parser
 
 # %% ../../nbs/50_cli.arguments.ipynb #9e65ae48
-def _at_least(smallest, kind=int):
-    "Return an argparse type that accepts numbers of `kind` from `smallest` on."
+def _at_least(smallest, kind=int, largest=float("inf")):
+    "Return an argparse type that accepts numbers of `kind` from `smallest` to `largest`."
     def convert(text):
         try:
             value = kind(text)
@@ -39,6 +39,8 @@ def _at_least(smallest, kind=int):
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if not value >= smallest:
             raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {text}")
+        if value > largest:
+            raise argparse.ArgumentTypeError(f"must be at most {largest}, got {text}")
         return value
     return convert
 
@@ -73,7 +75,7 @@ def _add_model_arguments(parser, size, batch_size, image_size):
              f"(default: {size})")
     add("--batch-size", type=_at_least(1), metavar="B",
         help=f"images per batch in each process (default: {batch_size})")
-    add("--image-size", type=_at_least(8), metavar="PIXELS",
+    add("--image-size", type=_at_least(8, largest=8192), metavar="PIXELS",
         help=f"side of the images (default: {image_size})")
     add("--workers", type=_at_least(0), metavar="N",
         help="processes that load images, for each training process "

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/51_cli.common.ipynb #710e1ded
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -17,10 +18,74 @@ from pathlib import Path
 class UsageError(Exception):
     "An error that the user can mend. The command prints its message and exits with code 2."
 
+# %% ../../nbs/51_cli.common.ipynb #baf0dfa3
+def system_reason(error: OSError) -> str:
+    "Return what the system says, and of which file, without the number."
+    if not error.strerror:
+        return str(error)
+    return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+
 # %% ../../nbs/51_cli.common.ipynb #2b8c7bbb
 def _peer_has_failed(error):
     "Tell from an error of torch whether another process of the run has closed its connection."
     return "closed by peer" in str(error) or "Connection reset" in str(error)
+
+# %% ../../nbs/51_cli.common.ipynb #3d449cfe
+def escaped(text: str) -> str:
+    "Return a text whose control characters, but for line breaks, are spelled out."
+    if text.replace("\n", "").isprintable():
+        return text
+    from mamba2d.training.evaluation import printable
+    return "\n".join(map(printable, text.split("\n")))
+
+# %% ../../nbs/51_cli.common.ipynb #32fb18b3
+def prepare_streams():
+    "Open closed standard files again, and let the output spell out characters that it cannot show."
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        reconfigure = getattr(getattr(sys, name), "reconfigure", None)
+        if reconfigure:
+            reconfigure(errors="backslashreplace")
+
+# %% ../../nbs/51_cli.common.ipynb #0d1d5967
+def _output_has_failed(error):
+    "Tell from a system's error whether it is of the output: it names no file."
+    return error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO)
+
+# %% ../../nbs/51_cli.common.ipynb #20971247
+def discard_output(stream):
+    "From now on, let a stream take everything and write it nowhere."
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is no file of the system
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+# %% ../../nbs/51_cli.common.ipynb #f1ca9d76
+class Display:
+    "A text stream that drops what the one behind it no longer takes."
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._attempt(lambda: self.stream.write(text), len(text))
+
+    def flush(self):
+        self._attempt(self.stream.flush, None)
+
+    def _attempt(self, action, otherwise):
+        "Return what the action returns; if it fails, discard the output."
+        try:
+            return action()
+        except (OSError, ValueError):
+            discard_output(self.stream)
+            return otherwise
 
 # %% ../../nbs/51_cli.common.ipynb #5dfebfff
 def run_command(
@@ -33,17 +98,22 @@ def run_command(
     # Threads that wait should sleep. By default they spin, and beside another program each step
     # then takes many times longer. torch reads the variable when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_streams()
     args = parser.parse_args(argv)
     try:
         action(args)
+        sys.stdout.flush()
     except UsageError as error:
-        parser.exit(2, f"{prog}: error: {error}\n")
+        parser.exit(2, escaped(f"{prog}: error: {error}\n"))
     except KeyboardInterrupt:
         parser.exit(130, f"\n{prog}: interrupted\n")
-    except BrokenPipeError:  # the reader of the output has seen enough
-        # Python flushes the output once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    except OSError as error:
+        if not _output_has_failed(error):
+            raise
+        discard_output(sys.stdout)
+        if isinstance(error, BrokenPipeError):  # the reader of the output has seen enough
+            raise SystemExit(1) from None
+        parser.exit(1, f"{prog}: error: the output cannot be written: {error.strerror}\n")
     except RuntimeError as error:
         from mamba2d.training.distributed import RankZeroError
         if isinstance(error, RankZeroError):
@@ -76,7 +146,7 @@ def end_process(
 ):
     "Exit with a code. Rank zero prints the message, or the process that failed `alone`."
     if alone or distributed.rank == 0:
-        print(message, file=sys.stderr, flush=True)
+        print(escaped(message), file=sys.stderr, flush=True)
     if not alone:
         distributed.destroy()
     raise SystemExit(code)
@@ -116,11 +186,41 @@ def load_weights_file(
     file: str | Path,
 ) -> dict:
     "Read a file of weights. Raises `UsageError` if it cannot be read."
-    from mamba2d.models.weights import read_weights
+    from mamba2d.models.weights import read_weights, tensors_in
     try:
-        return read_weights(file)
-    except (FileNotFoundError, ValueError) as error:
+        content = read_weights(file)
+    except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
+    _check_config(file, config_of(content))
+    tensors = {}
+    with contextlib.suppress(ValueError):  # without tensors: the network that takes them says what is wrong
+        tensors = tensors_in(content)
+    bad = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if bad:
+        raise UsageError(f"weights: {str(file)!r} holds values that are not finite, in {len(bad)} of "
+                         f"{len(tensors)} tensors ({bad[0]}); give another file")
+    return content
+
+# %% ../../nbs/51_cli.common.ipynb #40c76252
+_config_types = {"size": str, "task": str, "num_classes": int, "image_size": int, "classes": list,
+                 "data": str, "labels": str, "corrupt": list}
+
+def _check_config(file, config):
+    "Raise `UsageError` if a field of a configuration is not what mamba2d-train writes."
+    known = f"weights: {str(file)!r} has a config whose"
+    for name, kind in _config_types.items():
+        value = config.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise UsageError(f"{known} {name} is of type "
+                             f"{type(value).__name__}; accepted: {kind.__name__}")
+    names = [*(config.get("classes") or []), *(config.get("corrupt") or [])]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{known} classes or corrupt images are no text")
+    size, task = config.get("image_size"), config.get("task") or "classify"
+    if size is not None and not 8 <= size <= 8192:
+        raise UsageError(f"{known} image_size is {size}; accepted: 8 to 8192")
+    if task not in ("classify", "detect", "segment"):
+        raise UsageError(f"{known} task is {task!r}; accepted: classify, detect, segment")
 
 # %% ../../nbs/51_cli.common.ipynb #c56ed06d
 def config_of(
@@ -129,6 +229,15 @@ def config_of(
     "Return the configuration beside the weights; it is empty if there is none."
     config = saved.get("config") if isinstance(saved, dict) else None
     return config if isinstance(config, dict) else {}
+
+# %% ../../nbs/51_cli.common.ipynb #f5176a2a
+def require_weights(
+    weights: str | None,  # a run folder, a file, DEFAULT or a name
+):
+    "Raise `UsageError` if the argument looks like a path and there is nothing at it."
+    looks_like_path = weights and (os.sep in weights or Path(weights).suffix)
+    if looks_like_path and not Path(weights).exists():
+        raise UsageError(f"weights: there is no file {weights!r}")
 
 # %% ../../nbs/51_cli.common.ipynb #04a3b382
 def resolve_weights(
@@ -158,6 +267,8 @@ def build_model(
 ):
     "Build a network of a published size. Raises `UsageError` if its weights do not fit."
     from mamba2d.models.sizes import builders
+    if size not in builders:
+        raise UsageError(f"argument --size: there is no network {size!r}; accepted: {', '.join(builders)}")
     try:
         return builders[size](**kwargs)
     except (FileNotFoundError, ValueError, RuntimeError) as error:
@@ -186,7 +297,7 @@ def _report_corrupt(args, data, evaluate):
     corrupt = {os.path.relpath(name, found.root): reason for name, reason in reasons.items()}
     print(f"{len(corrupt)} of {len(found.files)} images cannot be read and are left out")
     for name, reason in list(corrupt.items())[:10]:
-        print(f"  {name}: {reason}")
+        print(escaped(f"  {name}: {reason}"))
     if len(corrupt) > 10:
         print("  ...")
     return corrupt
@@ -251,6 +362,7 @@ def print_table(
     rows: list[tuple[str, str]],
 ):
     "Print the rows as two aligned columns."
+    rows = [(escaped(str(name)), escaped(str(value))) for name, value in rows]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:{width}}  {value}")

@@ -16,12 +16,15 @@ from mamba2d.cli.common import (
     build_model,
     check_forced_backend,
     end_process,
+    escaped,
     imagenet_classes,
     init_distributed,
     print_table,
     quiet_imports,
+    require_weights,
     resolve_weights,
     run_command,
+    system_reason,
 )
 from .dense import check_task, dense_tasks, predict_dense
 
@@ -37,7 +40,7 @@ def _find_files(args):
         return files
     corrupt = check_images(files, args.workers, progress=len(files) > 100)
     for name, reason in corrupt.items():
-        print(f"{name}: left out, {reason}", file=sys.stderr)
+        print(escaped(f"{name}: left out, {reason}"), file=sys.stderr)
     files = [name for name in files if name not in corrupt]
     if not files:
         raise UsageError("argument IMAGE: none of the images can be read")
@@ -65,6 +68,10 @@ def _predict_files(args, model, loader, distributed):
     except CorruptImageError as error:
         message = f"mamba2d-predict: error: {error}; --skip-corrupt leaves such images out"
         end_process(distributed, 1, message, alone=True)
+    undefined = int(probabilities.isnan().any(1).sum())
+    if undefined:
+        raise UsageError(f"weights: {args.weights!r} give no probabilities (nan) for {undefined} of "
+                         f"{len(probabilities)} images; try --precision fp32, or other weights")
     return list(zip(predictions.tolist(), probabilities.tolist(), strict=True))
 
 # %% ../../nbs/54_cli.prediction.ipynb #8aeb5156
@@ -77,15 +84,15 @@ def _write_csv(path, files, rows, classes):
     "Write a row per image. Raises `UsageError` if the file cannot be written."
     import csv
 
-    from mamba2d.training.evaluation import prediction_cells, prediction_columns
+    from mamba2d.training.evaluation import prediction_cells, prediction_columns, table_cell
     try:
         with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
             writer.writerow(["image", *prediction_columns(len(rows[0][0]))])
             for name, row in zip(files, rows, strict=True):
-                writer.writerow([name, *prediction_cells(classes, *row)])
+                writer.writerow([table_cell(name), *prediction_cells(classes, *row)])
     except OSError as error:
-        raise UsageError(f"argument --out: {error}") from error
+        raise UsageError(f"argument --out: {system_reason(error)}") from error
 
 # %% ../../nbs/54_cli.prediction.ipynb #c6256a07
 def _print_predictions(files, rows, classes):
@@ -99,6 +106,7 @@ def _print_predictions(files, rows, classes):
 # %% ../../nbs/54_cli.prediction.ipynb #ecf86ba2
 def _predict(args):
     "Resolve the arguments, load the images and the network, and predict."
+    require_weights(args.weights)
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(args.weights, args.size)
@@ -113,13 +121,17 @@ def _predict(args):
     _check_writable(args.out)
     files = _find_files(args)
     model = build_model(size, weights=saved)
+    classes = config.get("classes") or imagenet_classes(model.num_classes)
+    if len(classes) != model.num_classes:
+        raise UsageError(f"weights: {args.weights!r} name {len(classes)} classes, "
+                         f"and are for {model.num_classes}")
     loader = _load_files(args, files, config, distributed.device)
     model.to(loader.device)
     rows = _predict_files(args, model, loader, distributed)
-    classes = config.get("classes") or imagenet_classes(model.num_classes)
     if args.out:
         _write_csv(args.out, files, rows, classes)
-        print(f"wrote the predictions for {len(rows)} images into {args.out}")
+        plural = "s" if len(rows) > 1 else ""
+        print(f"wrote the predictions for {len(rows)} image{plural} into {args.out}")
     else:
         _print_predictions(files, rows, classes)
 

@@ -14,16 +14,19 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import train_parser
 from mamba2d.cli.common import (
+    Display,
     UsageError,
     build_model,
     check_forced_backend,
     config_of,
     end_process,
+    escaped,
     find_corrupt,
     init_distributed,
     load_data,
@@ -31,8 +34,10 @@ from mamba2d.cli.common import (
     other_size_hint,
     print_table,
     quiet_imports,
+    require_weights,
     result_rows,
     run_command,
+    system_reason,
 )
 from mamba2d.cli.dense import (
     build_dense,
@@ -64,6 +69,7 @@ class _Training:
     distributed: "Distributed"
     out: Path  # run folder
     task: str = "classify"  # or "detect", "segment"
+    note: str = ""  # what was chosen for the data, to be said once
     published: bool = False  # trains as published, with the published number of images per step
     batch_size: int = 64
     resumes: bool = False  # the run in the folder
@@ -80,6 +86,7 @@ class _Training:
 # %% ../../nbs/52_cli.training.ipynb #a294c73e
 def _train(args):
     "Resolve the arguments, build the learner, and run the training."
+    require_weights(args.weights)
     quiet_imports()
     task = args.task or "classify"
     one_task = {"labels": args.labels, "skip-corrupt": args.skip_corrupt}
@@ -107,9 +114,14 @@ def _train(args):
         _run(training, learn)
 
 # %% ../../nbs/52_cli.training.ipynb #dc28db42
+def _train_displayed(args):
+    "Train; output that nobody takes any more is dropped."
+    with contextlib.redirect_stdout(Display(sys.stdout)), contextlib.redirect_stderr(Display(sys.stderr)):
+        _train(args)
+
 def train(argv: list[str] | None = None):
     "Run the command `mamba2d-train`."
-    run_command("mamba2d-train", _train, train_parser(), argv)
+    run_command("mamba2d-train", _train_displayed, train_parser(), argv)
 
 # %% ../../nbs/52_cli.training.ipynb #81304692
 def _report_problems(problems):
@@ -140,7 +152,7 @@ def _check_data(args):
     corrupt = check_images(found.files, args.workers)
     print(f"{len(corrupt)} of {len(found.files)} images cannot be read")
     for name, reason in corrupt.items():
-        print(f"  {name}: {reason}")
+        print(escaped(f"  {name}: {reason}"))
     if corrupt:
         raise SystemExit(1)
 
@@ -177,6 +189,9 @@ def _resolve_recipe(args, data, size):
     Raises `UsageError` if there is no such recipe or field, or a value is out of range."""
     from mamba2d.training.recipe import Recipe, recipes
     name = args.recipe or _default_recipe(args, data, size)
+    if name not in recipes and not Path(name).is_file():
+        raise UsageError(f"argument --recipe: there is no recipe and no file {name!r}; "
+                         f"recipes: {', '.join(recipes)}")
     fields = _recipe_fields(args)
     known = sorted(field.name for field in dataclasses.fields(Recipe))
     unknown = [field for field in fields if field not in known]
@@ -186,7 +201,9 @@ def _resolve_recipe(args, data, size):
     try:
         recipe = recipes[name] if name in recipes else Recipe.load(name)
         return name, dataclasses.replace(recipe, **fields)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"argument --recipe: {system_reason(error)}") from error
+    except ValueError as error:
         raise UsageError(f"recipe: {error}") from error
 
 # %% ../../nbs/52_cli.training.ipynb #3dd69ca0
@@ -232,13 +249,13 @@ def _locked_folder(out, distributed):
     except (RunLockedError, IncompatibleRunError) as error:
         raise UsageError(str(error)) from error
     except OSError as error:
-        raise UsageError(f"argument --out: {error}") from error
+        raise UsageError(f"argument --out: {system_reason(error)}") from error
     try:
         yield
     finally:
         if lock:
             lock.release()
-        if lock and new and os.listdir(out) == [".lock"]:
+        if lock and new and out.is_dir() and os.listdir(out) == [".lock"]:
             shutil.rmtree(out)
             for path in new[1:]:
                 path.rmdir()
@@ -248,14 +265,14 @@ def _saved_run(training):
     """Return whether the folder holds a run, whether it is a --fast-dev-run, and its images per step.
 
     The second is read for a --fast-dev-run with --out, the third if the recipe leaves it open."""
-    from mamba2d.training.checkpoints import checkpoint_files, load_checkpoint
+    from mamba2d.training.checkpoints import checkpoint_files, load_run_checkpoint
     from mamba2d.training.runs import saved_effective_batch
     args, out = training.args, training.out
     if args.overwrite or not checkpoint_files(out):
         return False, False, None
     limited = False
     if args.fast_dev_run and args.out:
-        limited = load_checkpoint(out)[0]["identity"]["limit"] is not None
+        limited = load_run_checkpoint(out)[0]["identity"]["limit"] is not None
     effective_batch = None if training.recipe.effective_batch else saved_effective_batch(out)
     return True, limited, effective_batch
 
@@ -312,15 +329,35 @@ def _load(training):
                      batch_size=training.batch_size, recipe=training.recipe,
                      corrupt=training.corrupt)
 
+def _choose_smaller_recipe(training, images):
+    """Choose the recipe for few images where nobody chose one and the published one needs more for a step.
+
+    Returns whether it did; the training then has the recipe, its batches, and a note that says so."""
+    from mamba2d.training.recipe import recipes
+    args, published = training.args, training.recipe_name
+    given = args.recipe or "effective_batch" in _recipe_fields(args)
+    if given or training.task in dense_tasks or not training.published:
+        return False
+    if recipes[published].effective_batch <= images:
+        return False
+    args.recipe = "finetune"
+    training.recipe_name, training.recipe = _resolve_recipe(args, training.data, training.size)
+    _resolve_resume(training)
+    training.note = (f"{images} training images are fewer than a step of the published recipe {published} "
+                     "takes: recipe finetune is used (--recipe chooses another, --weights FILE helps most)")
+    return True
+
 def _build_loaders(training):
     "Find the images to leave out, and make `DataLoaders`; a small dataset gets smaller batches."
     args, distributed = training.args, training.distributed
     try:
         training.corrupt = find_corrupt(args, training.data, distributed, out=training.out,
                                         overwrite=training.overwrite)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     dls = _load(training)
+    if _choose_smaller_recipe(training, dls.train.n):
+        dls = _load(training)
     if args.batch_size is not None or training.recipe.effective_batch:
         return dls
     most = dls.train.n // distributed.world // 2 * 2  # even, so that MixUp can make pairs
@@ -415,8 +452,6 @@ def _build(training):
         model = _build_network(training, [str(c) for c in dls.vocab])
         learn = mamba2d_learner(dls, model, training.recipe)
     _shard(training, dls)
-    if training.distributed.rank == 0:
-        print(_summary(training, learn), flush=True)
     return learn
 
 # %% ../../nbs/52_cli.training.ipynb #2737dad8
@@ -435,6 +470,11 @@ def _weights_config(training, dls):
     return config
 
 # %% ../../nbs/52_cli.training.ipynb #382963ab
+def _say(training, learn):
+    "Print on rank zero what is trained, once it is clear that it can be."
+    if training.distributed.rank == 0:
+        print(escaped("\n".join(filter(None, (training.note, _summary(training, learn))))), flush=True)
+
 def _fit(training, learn):
     "Train in the run folder, and return the result."
     from mamba2d.training.checkpoints import write_atomically
@@ -460,6 +500,7 @@ def _fit(training, learn):
             max_nonfinite_steps=args.max_nonfinite_steps,
             weights=args.weights,
             dashboards=training.dashboards,
+            started=lambda: _say(training, learn),
             show_progress=True,
             locked=True,
         )
@@ -486,7 +527,7 @@ def _run(training, learn):
         message = f"mamba2d-train: error: {error}; {hint}"
         end_process(distributed, 1, message, alone=True)
     except OSError as error:
-        end_process(distributed, 1, f"mamba2d-train: error: {error}", alone=True)
+        end_process(distributed, 1, f"mamba2d-train: error: {system_reason(error)}", alone=True)
     if distributed.rank == 0:
         files = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         print("the run is complete" if result.get("complete") else "")

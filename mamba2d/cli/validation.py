@@ -20,9 +20,11 @@ from mamba2d.cli.common import (
     load_data,
     print_table,
     quiet_imports,
+    require_weights,
     resolve_weights,
     result_rows,
     run_command,
+    system_reason,
 )
 from .dense import check_task, dense_tasks, validate_dense
 
@@ -115,7 +117,7 @@ def _write(folder, found, images, distributed):
     try:
         write_evaluation(folder, found, images.dls.valid, images.dls.vocab)
     except OSError as error:
-        end_process(distributed, 1, f"mamba2d-validate: error: {error}", alone=True)
+        end_process(distributed, 1, f"mamba2d-validate: error: {system_reason(error)}", alone=True)
     print(f"wrote predictions.csv, classes.csv and top_losses.png into {folder}")
 
 # %% ../../nbs/53_cli.validation.ipynb #2a13812d
@@ -134,11 +136,12 @@ def _make_folder(folder, distributed):
     try:
         distributed.on_rank_zero(lambda: Path(folder).mkdir(parents=True, exist_ok=True))
     except OSError as error:
-        raise UsageError(f"argument --out: {error}") from error
+        raise UsageError(f"argument --out: {system_reason(error)}") from error
 
 # %% ../../nbs/53_cli.validation.ipynb #ef2ce667
 def _validate(args):
     "Resolve the arguments, load the images and the network, and evaluate."
+    require_weights(_weights_argument(args))
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(_weights_argument(args), args.size)

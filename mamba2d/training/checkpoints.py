@@ -7,12 +7,12 @@ __all__ = ['IncompatibleRunError', 'load_checkpoint', 'RunLockedError', 'export_
 
 # %% ../../nbs/34_training.checkpoints.ipynb #3ecf0ec8
 import errno
-import fcntl
 import json
 import os
 import pickle
 import shutil
 import socket
+import stat
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,6 +20,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # %% ../../nbs/34_training.checkpoints.ipynb #d7644c76
 def write_atomically(
@@ -40,11 +45,7 @@ def write_atomically(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _flush_folder(path.parent)
 
 # %% ../../nbs/34_training.checkpoints.ipynb #a870d2e7
 def link_as(path, name):
@@ -61,7 +62,8 @@ def link_as(path, name):
 def _write_flushed(temporary, write, path):
     "Write a file and flush it to the disk. Errors name `path`, which the user knows."
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # a new one, never where a link leads
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -70,6 +72,16 @@ def _write_flushed(temporary, write, path):
         if behind is None:
             raise
         raise behind from error
+
+def _flush_folder(folder):
+    "Flush the names in a folder to the disk."
+    if os.name == "nt":  # Windows opens no folders
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 def _system_error(error, path):
     "Return the system's error behind `error`; None where there is none."
@@ -117,6 +129,9 @@ def checkpoint_files(
     return [path for path in paths if path.exists()]
 
 # %% ../../nbs/34_training.checkpoints.ipynb #3ec34d50
+_damage = (OSError, ValueError, RuntimeError, EOFError, KeyError, AttributeError, TypeError,
+           zipfile.BadZipFile, pickle.UnpicklingError)
+
 def _read_checkpoint(path):
     "Read a checkpoint, in the current format. Raises `ValueError` if the file is damaged."
     try:
@@ -128,7 +143,7 @@ def _read_checkpoint(path):
         if not isinstance(content, dict) or content.get("format") not in (1, checkpoint_format):
             raise ValueError("it is not a checkpoint of a run")
         return _from_format_1(content) if content["format"] == 1 else content
-    except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except _damage as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{str(path)!r} is damaged ({reason})") from error
 
@@ -148,13 +163,58 @@ def _from_format_1(
     config = _renamed(checkpoint["config"], "broken", "corrupt")
     return _renamed(checkpoint, "average", "ema") | {"format": 2, "identity": identity, "config": config}
 
+# %% ../../nbs/34_training.checkpoints.ipynb #094b9886
+def check_fields(
+    path: Path,  # of the file, for the message
+    content,  # of the file
+    fields: dict[str, object],  # name -> type or types, or a dictionary of the fields within
+):
+    "Raise `IncompatibleRunError` unless the content is a dictionary with these fields."
+    if not isinstance(content, dict):
+        raise IncompatibleRunError(f"{str(path)!r} is damaged (it has a {type(content).__name__} where "
+                                   "fields with names belong): delete it")
+    for name, kinds in fields.items():
+        if name not in content:
+            raise IncompatibleRunError(f"{str(path)!r} is damaged ({name} is missing): delete it")
+        if isinstance(kinds, dict):
+            check_fields(path, content[name], kinds)
+        elif not isinstance(content[name], kinds):
+            given = type(content[name]).__name__
+            raise IncompatibleRunError(f"{str(path)!r} is damaged ({name} is of type {given}): delete it")
+
+# %% ../../nbs/34_training.checkpoints.ipynb #f968e4d4
+_number_or_none = (int, type(None))
+
+_fields_of_a_checkpoint = {
+    "identity": {"network": dict, "classes": list, "images": (str, type(None)), "limit": _number_or_none,
+                 "recipe": {"effective_batch": _number_or_none}},
+    "config": dict, "model": dict, "ema": (dict, type(None)),
+    "progress": {"epoch": int, "step": int, "history": list, "steps": list},
+}
+
+def load_run_checkpoint(
+    folder: str | Path,  # the run's
+) -> tuple[dict, Path] | None:  # as of `load_checkpoint`
+    """Read the newest intact checkpoint and check that it has the fields of a run.
+
+    Raises `IncompatibleRunError` where it has not, or where all checkpoints are damaged."""
+    found = load_checkpoint(folder)
+    if found:
+        check_fields(found[1], found[0], _fields_of_a_checkpoint)
+    return found
+
 # %% ../../nbs/34_training.checkpoints.ipynb #afd6fc2d
-def read_json(path: Path):
+def read_json(
+    path: Path,
+    fields: dict | None = None,  # name -> type of a field that must be there
+) -> dict:
     "Return what a JSON file of a run holds. Raises `IncompatibleRunError` where it is damaged."
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise IncompatibleRunError(f"{str(path)!r} is damaged ({error}): delete it") from error
+    check_fields(path, content, fields or {})
+    return content
 
 # %% ../../nbs/34_training.checkpoints.ipynb #87007480
 def read_corrupt_images(
@@ -163,21 +223,39 @@ def read_corrupt_images(
     "Return the images that a run leaves out of its data."
     for name in ("corrupt.json", "broken.json"):
         if (Path(folder) / name).exists():
-            return read_json(Path(folder) / name)
+            return _read_reasons(Path(folder) / name)
     return None
+
+def _read_reasons(path):
+    "Return the images and reasons in a file. Raises `IncompatibleRunError` where they are no text."
+    reasons = read_json(path)
+    check_fields(path, reasons, dict.fromkeys(reasons, str))
+    return reasons
 
 # %% ../../nbs/34_training.checkpoints.ipynb #9bce02d6
 class RunLockedError(RuntimeError):
     "Another process uses the run folder."
 
+# %% ../../nbs/34_training.checkpoints.ipynb #4658b092
+def _open_lock(path):
+    "Open a lock file. Raises `IncompatibleRunError` unless it is a regular file, or new."
+    no_links = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if path.is_symlink():
+        raise IncompatibleRunError(f"{str(path)!r} is a symbolic link and no lock file: delete it")
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | no_links, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise IncompatibleRunError(f"{str(path)!r} is no regular file and so no lock file: delete it")
+    return os.fdopen(number, "a+")
+
 # %% ../../nbs/34_training.checkpoints.ipynb #9d65f771
 class RunLock:
     "Locks a run folder for as long as the process lives or until `release`."
     def __init__(self, folder):
-        self.file = open(Path(folder) / ".lock", "a+")
+        self.file = _open_lock(Path(folder) / ".lock")
         try:
-            # not flock, which the processes that load images would inherit
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:  # not flock, which the processes that load images would inherit
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.file.seek(0)
             owner = self.file.read().strip()

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
+import unicodedata
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:  # (n, count) each, in the loader's order
     """Return the most likely classes of each image, in order, and their probabilities.
 
-    Raises `ValueError` where the loader has no images, or `count` is no positive integer."""
+    Raises `ValueError` where the loader has no images, `count` is no positive integer, or `precision` is
+    unknown."""
     check_integer("count", count, 1)
     columns = _run_batches(model, loader, count, precision=precision)
     if not columns:
@@ -109,6 +111,8 @@ def _run_batches(model, loader, count, *, precision, limit=None, stop=None):
 
     Returns predictions (n, count) and probabilities (n, count) and, if the loader has classes, targets
     (n,) and losses (n,), on the CPU. Without a batch the list is empty."""
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
     device = next(model.parameters()).device
     autocast = precision == "bf16" and device.type == "cuda"
     rows = []
@@ -156,8 +160,23 @@ def accuracies(
 
 # %% ../../nbs/33_training.evaluation.ipynb #d49ca4c6
 def printable(name) -> str:
-    "Return a name as text; bytes of a file name that are no UTF-8 are spelled out."
-    return str(name).encode(errors="backslashreplace").decode()
+    "Return a name as text; control characters, and bytes of a file name that are no UTF-8, are spelled out."
+    return "".join(_spelled_out(c) if _is_control(c) else c for c in str(name))
+
+def _is_control(character):
+    "Tell whether a character is a command to a terminal, a line break or half of a character."
+    turns_around = character in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    return turns_around or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+
+def _spelled_out(character):
+    "Return the escape sequence of a character, as in a Python string."
+    return character.encode("unicode_escape").decode()
+
+# %% ../../nbs/33_training.evaluation.ipynb #b4f52984
+def table_cell(name) -> str:
+    "Return a name as a cell of a CSV file: printable, and no formula for a spreadsheet."
+    text = printable(name)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 # %% ../../nbs/33_training.evaluation.ipynb #75e25255
 def prediction_columns(
@@ -175,5 +194,5 @@ def prediction_cells(
     "Return the values of these columns for one image."
     cells = []
     for number, probability in zip(predictions, probabilities, strict=True):
-        cells += [printable(names[number]), f"{probability:.5f}"]
+        cells += [table_cell(names[number]), f"{probability:.5f}"]
     return cells

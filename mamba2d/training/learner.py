@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import math
 import random
-import resource
 import time
 import warnings
 from functools import partial
@@ -42,6 +41,12 @@ from ..data.random import seed_from
 from ..data.transforms import mix_pairs
 from .distributed import Distributed, preserve_shards, shard_loaders
 from .recipe import LayerGroupAdamW, Recipe, layer_groups, recipe_schedule, recipes
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 # %% ../../nbs/32_training.learner.ipynb #ea9476ce
 def mamba2d_learner(
@@ -544,9 +549,13 @@ class RecordEpochsCallback(Callback):
 
 # %% ../../nbs/32_training.learner.ipynb #ab6c8f5e
 def _peak_memory(model):
-    "Return the most bytes that were in use: of the GPU, or of the process where the network is on a CPU."
+    """Return the most bytes that were in use: of the GPU, or of the process where the network is on a CPU.
+
+    On Windows, which does not say it of a process, they are 0."""
     if next(model.parameters()).is_cuda:
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 # %% ../../nbs/32_training.learner.ipynb #edd86424

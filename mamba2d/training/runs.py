@@ -7,6 +7,7 @@ __all__ = ['dashboards', 'train_run', 'StopRequestedError', 'CheckpointCallback'
            'WeightsAndBiases', 'DashboardCallback', 'plot_curves', 'plot_predictions', 'write_evaluation']
 
 # %% ../../nbs/35_training.runs.ipynb #4295f5f2
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -39,12 +40,13 @@ from ..scan.operator import available_backends
 from mamba2d.training.checkpoints import (
     IncompatibleRunError,
     RunLock,
+    check_fields,
     checkpoint_files,
     checkpoint_format,
     differences,
     export_weights,
     link_as,
-    load_checkpoint,
+    load_run_checkpoint,
     read_json,
     write_atomically,
 )
@@ -56,6 +58,7 @@ from mamba2d.training.evaluation import (
     prediction_cells,
     prediction_columns,
     printable,
+    table_cell,
 )
 
 # %% ../../nbs/35_training.runs.ipynb #0fb2a0bd
@@ -72,6 +75,7 @@ def train_run(
     max_nonfinite_steps: int = 0,  # steps with a loss or gradient that is not finite to skip, at most
     dashboards: tuple = (),  # of `TensorBoard`, `WeightsAndBiases`
     show_progress: bool = False,  # a bar over the whole run and a line per epoch
+    started=None,  # called without arguments once nothing keeps the run from being trained or resumed
     locked: bool = False,  # `lock_run` has locked the folder already
     weights: str | Path | None = None,  # file or name of the starting weights; other weights make another run
 ) -> dict:  # loss, accuracy, accuracy_without_scan, seconds ...; as `result` in settings.json
@@ -88,7 +92,7 @@ def train_run(
     run = _Run(
         learn, out, config, settings or {}, weights, distributed, checkpoint_minutes=checkpoint_minutes,
         limit=limit, max_nonfinite_steps=max_nonfinite_steps, dashboards=dashboards,
-        show_progress=show_progress)
+        show_progress=show_progress, started=started or (lambda: None))
     lock = None if locked else distributed.on_rank_zero(lambda: lock_run(out))
     try:
         distributed.on_rank_zero(lambda: _clear(out, overwrite))
@@ -112,6 +116,7 @@ class _Run:
     max_nonfinite_steps: int
     dashboards: tuple
     show_progress: bool
+    started: object
 
 # %% ../../nbs/35_training.runs.ipynb #16201252
 def _train(run):
@@ -121,8 +126,10 @@ def _train(run):
     recipe = _with_effective_batch(run, checkpoint)
     if checkpoint:
         if _is_complete(run.out, checkpoint, recipe):
+            run.started()
             return _load_result(run, checkpoint)
         _check_batches(run, recipe)
+    run.started()
     run.learn.recipe = recipe
     identity["recipe"] = dataclasses.asdict(recipe)
     keep = CheckpointCallback(run.out, run.distributed, identity, run.config, resumed_from=path,
@@ -155,9 +162,9 @@ def _fit(run, keep, checkpoint):
 # %% ../../nbs/35_training.runs.ipynb #667908ae
 def _begin(out, recipe):
     "Write the recipe, the images per step and the run's identity for dashboards, which is returned."
-    recipe.save(out / "recipe.toml")
+    write_atomically(out / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
     path = out / "run.json"
-    run_id = read_json(path)["id"] if path.exists() else uuid.uuid4().hex[:12]
+    run_id = read_json(path, {"id": str})["id"] if path.exists() else uuid.uuid4().hex[:12]
     known = {"id": run_id, "effective_batch": recipe.effective_batch}
     write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
     return run_id
@@ -251,10 +258,19 @@ def lock_run(
     return RunLock(out)
 
 # %% ../../nbs/35_training.runs.ipynb #f463e8e3
+_checkpoint_names = ("last.pth", "previous.pth", "best.pth")
+
+def _is_unfinished(path):
+    "Tell whether a path is a file that a run began to write: .NAME.NUMBER.tmp, with a name of its own."
+    name, number = path.name[1:].removesuffix(".tmp").rpartition(".")[::2]
+    names = (*_files_of_a_run, *_checkpoint_names, "corrupt.json")
+    return name in names and number.isdigit() and path.is_file() and not path.is_symlink()
+
 def _clear(out, overwrite):
     "Remove unfinished files of a process that was killed, and an earlier run if that is asked for."
     for left in [*out.glob(".*.tmp"), *(out / "checkpoints").glob(".*.tmp")]:
-        left.unlink()
+        if _is_unfinished(left):
+            left.unlink()
     if overwrite:
         for name in (*_files_of_a_run, "broken.json"):
             (out / name).unlink(missing_ok=True)
@@ -290,7 +306,7 @@ def _find_checkpoint(out, identity):
     """Return the newest checkpoint and its path, or None twice.
 
     Raises `IncompatibleRunError` where it is of another run."""
-    found = load_checkpoint(out)
+    found = load_run_checkpoint(out)
     if found is None:
         return None, None
     different = differences(found[0]["identity"], identity)
@@ -308,7 +324,7 @@ def _load_result(run, checkpoint):
     "Load the weights of a complete run, and return its result."
     ema = checkpoint["ema"]
     run.learn.model.load_state_dict(ema["weights"] if ema else checkpoint["model"])
-    return read_json(run.out / "settings.json")["result"] | {"complete": True}
+    return read_json(run.out / "settings.json", {"result": dict})["result"] | {"complete": True}
 
 # %% ../../nbs/35_training.runs.ipynb #f457a118
 def _with_effective_batch(run, checkpoint):
@@ -330,10 +346,15 @@ def saved_effective_batch(
     folder = Path(folder)
     if not checkpoint_files(folder):
         return None
-    known = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    if "effective_batch" in known:
-        return known["effective_batch"]
-    return load_checkpoint(folder)[0]["identity"]["recipe"]["effective_batch"]
+    path = folder / "run.json"
+    known = read_json(path) if path.exists() else {}
+    if "effective_batch" not in known:
+        return load_run_checkpoint(folder)[0]["identity"]["recipe"]["effective_batch"]
+    check_fields(path, known, {"effective_batch": int})
+    if known["effective_batch"] < 1:
+        given = known["effective_batch"]
+        raise IncompatibleRunError(f"{str(path)!r} is damaged (effective_batch is {given}): delete it")
+    return known["effective_batch"]
 
 # %% ../../nbs/35_training.runs.ipynb #d64feb00
 def _check_batches(run, recipe):
@@ -516,58 +537,79 @@ def on_signal(self: CheckpointCallback, number, frame):
     self.asked_to_stop = number
     if os.getpid() == self.process and self.distributed.rank == 0:
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: {self.answer}; a second signal exits at once\n".encode())
+        with _shown_if_possible():
+            os.write(2, f"\n{name}: {self.answer}; a second signal exits at once\n".encode())
 
 # %% ../../nbs/35_training.runs.ipynb #98813fa9
+@contextlib.contextmanager
+def _shown_if_possible():
+    "Context manager: inside it, output that nobody takes any more is dropped."
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed
+        yield
+
 class RunProgressCallback(Callback):
     """Shows a bar over all steps of a run, on standard error, and prints a line per epoch.
 
     Where standard error is no terminal, a line now and then takes the place of the bar."""
-    order = 65
+    order = 75  # after the checkpoint
     seconds = 30  # between two lines
     def before_fit(self):
         follow = self.follow_recipe
-        self.bar = tqdm(
-            total=follow.steps_in_all, initial=follow.steps_done, unit="step", dynamic_ncols=True,
-            mininterval=0.5, smoothing=0.05, file=sys.stderr, disable=None)
-        self.describe(follow.reached.epoch)
         self.begun = self.told = time.monotonic()
-        self.first = follow.steps_done
+        self.first, self.follow, self.rows_shown = follow.steps_done, follow, len(follow.reached.history)
+        self.bar = tqdm(disable=True)
+        with _shown_if_possible():
+            self.bar = tqdm(
+                total=follow.steps_in_all, initial=follow.steps_done, unit="step", dynamic_ncols=True,
+                mininterval=0.5, smoothing=0.05, file=sys.stderr, disable=None if sys.stderr else True)
+            self.describe(follow.reached.epoch)
 
     def after_batch(self):
         if self.training and self.follow_recipe.between_steps:
-            self.bar.update()
-            if self.bar.disable:
-                self.tell()
+            with _shown_if_possible():
+                self.bar.update()
+                if self.bar.disable:
+                    self.tell()
 
     def after_epoch(self):
-        row = self.follow_recipe.reached.history[-1]
-        with self.bar.external_write_mode(sys.stdout):
-            print(_epoch_line(row, self.follow_recipe.choices.epochs), flush=True)
-        self.describe(row["epoch"] + 1)
+        self.show_rows()
 
 # %% ../../nbs/35_training.runs.ipynb #2e1293c1
 @patch
+def show_rows(self: RunProgressCallback):
+    "Print a line for each epoch that has none yet."
+    epochs = self.follow.choices.epochs
+    for row in self.follow.reached.history[self.rows_shown:]:
+        self.rows_shown += 1
+        with _shown_if_possible():
+            with self.bar.external_write_mode(sys.stdout):
+                print(_epoch_line(row, epochs), flush=True)
+            self.describe(row["epoch"] + 1)
+
+@patch
 def describe(self: RunProgressCallback, done):
     "Write the current epoch before the bar; `done` epochs are complete."
-    epochs = self.follow_recipe.choices.epochs
+    epochs = self.follow.choices.epochs
     self.bar.set_description(f"epoch {min(done + 1, epochs)}/{epochs}")
 
 @patch
 def tell(self: RunProgressCallback):
     "Print a line, if the last one was long enough ago."
     follow, now = self.follow_recipe, time.monotonic()
-    if now - self.told < self.seconds or follow.steps_done == self.first:
+    if sys.stderr is None or now - self.told < self.seconds or follow.steps_done == self.first:
         return
     per_step = (now - self.begun) / (follow.steps_done - self.first)
     left = tqdm.format_interval(per_step * (follow.steps_in_all - follow.steps_done))
-    print(f"step {follow.steps_done} of {follow.steps_in_all}, {left} left", file=sys.stderr, flush=True)
     self.told = now
+    print(f"step {follow.steps_done} of {follow.steps_in_all}, {left} left", file=sys.stderr, flush=True)
 
 @patch
 def close(self: RunProgressCallback):
-    "Take the bar away."
-    if hasattr(self, "bar"):
+    "Show the epoch after which the run was asked to stop, and take the bar away."
+    if not hasattr(self, "bar"):
+        return
+    self.show_rows()
+    with _shown_if_possible():
         self.bar.close()
 
 # %% ../../nbs/35_training.runs.ipynb #6fc6b21d
@@ -632,8 +674,13 @@ class DashboardCallback(Callback):
 
     def send(self, row, group):
         values = {f"{group}/{k}": v for k, v in row.items() if k not in ("step", "epoch")}
-        for board in self.boards:
-            board.row(self.follow_recipe.steps_done, values)
+        for board in list(self.boards):
+            try:
+                board.row(self.follow_recipe.steps_done, values)
+            except Exception as error:  # of a library; a display that fails ends no run
+                self.boards.remove(board)
+                warnings.warn(f"{type(board).__name__} gets no more rows, the run continues: {error}",
+                              stacklevel=2)
 
     def after_batch(self):
         rows = self.follow_recipe.reached.steps
@@ -765,7 +812,7 @@ def write_evaluation(
     classes,  # their names
 ):
     "Write `predictions.csv` (a row per image), `classes.csv` (a row per class) and `top_losses.png`."
-    folder, names = Path(folder), [printable(c) for c in classes]
+    folder, names = Path(folder), [table_cell(c) for c in classes]
     folder.mkdir(parents=True, exist_ok=True)
     head = ["image", "class", *prediction_columns(result.predictions.shape[1]), "loss"]
     _write_table(folder / "predictions.csv", head, _image_rows(result, loader.items, names))
@@ -783,7 +830,7 @@ def _write_table(path, head, rows):
 
 def _image_name(items, k):
     "Return the file of an image, or its number in the data."
-    return printable(items[k]["file"]) if isinstance(items[k], np.void) else f"number {k}"
+    return table_cell(items[k]["file"]) if isinstance(items[k], np.void) else f"number {k}"
 
 def _image_rows(result, items, names):
     "Yield the row of each image."
