@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from mamba2d.data import check_images, images_dl, imagenet_dls, list_images, make_image_tree
+from mamba2d.data import check_images, imagenet_dls, images_dl, list_images, make_image_tree
 from mamba2d.data.detection import detection_dls, make_detection_tree
 from mamba2d.data.segmentation import check_masks, find_segmentation, make_segmentation_tree, segmentation_dls
 
@@ -43,7 +43,8 @@ def assert_same(loaders):
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "classes"
-    return make_image_tree(folder, ["a", "b"], per_class=3, valid_per_class=1, size=(40, 30), layout="folders")
+    counts = dict(per_class=3, valid_per_class=1)
+    return make_image_tree(folder, ["a", "b"], size=(40, 30), layout="folders", **counts)
 
 
 def training_loaders(make, *args, **kwargs):
