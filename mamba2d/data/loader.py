@@ -221,11 +221,19 @@ def _heed_parent():
         if came.si_signo == signal.SIGTERM and came.si_pid == parent:
             os._exit(0)
 
+# %% ../../nbs/23_data.loader.ipynb #b1c0de16
+def _end_with_parent():
+    "End this worker when its parent has ended, however that came."
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
 # %% ../../nbs/23_data.loader.ipynb #cbd89cbf
 def start_worker(number=None):
     "Set up a worker: it neither cleans up what its parent left behind nor handles its signals."
     if multiprocessing.get_start_method() == "fork":
         gc.freeze()  # such as the iterator of an epoch that was cut short
+    else:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
         threading.Thread(target=_heed_parent, daemon=True).start()
