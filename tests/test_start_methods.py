@@ -1,9 +1,13 @@
 "Loaders give the same batches whichever way their worker processes are started."
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -90,3 +94,24 @@ def test_workers_heed_only_their_parent(start_by, photographs):
     assert worker.exitcode == 0
     iterator.close()
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+killed_parent = """
+import multiprocessing, os, signal
+from mamba2d.data.loader import KeyedDL
+multiprocessing.set_start_method({method!r})
+batches = iter(KeyedDL(list(range(12)), bs=2, num_workers=1, device="cpu"))
+next(batches)
+worker, = multiprocessing.active_children()
+print(worker.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@methods
+def test_workers_end_with_a_killed_parent(method):
+    program = killed_parent.format(method=method)
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(60)
