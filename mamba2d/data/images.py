@@ -8,6 +8,7 @@ __all__ = ['CorruptImageError', 'open_image']
 # %% ../../nbs/21_data.images.ipynb #41b84a15
 import contextlib
 import io
+import os
 import warnings
 from pathlib import Path
 
@@ -60,7 +61,14 @@ def _is_turned(image):
         return False
 
 # %% ../../nbs/21_data.images.ipynb #39fea22e
+def _check_regular(path):
+    "Raise `OSError` for a folder, a pipe or a device: reading these fails late, waits or never ends."
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise OSError(f"it is {'a folder' if os.path.isdir(path) else 'no regular file'}")
+
 def _as_pillow(source):
+    if isinstance(source, (str, Path)):
+        _check_regular(source)
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):

@@ -9,10 +9,12 @@ __all__ = ['KeyedDL']
 import contextlib
 import gc
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
 import time
+from multiprocessing import resource_tracker
 
 import fastai.vision.data  # noqa: F401  registers how batches and results are drawn
 import numpy as np
@@ -28,6 +30,12 @@ from .images import CorruptImageError
 from .random import epoch_order, keyed_random
 from .transforms import ChannelsLast, ImageTransform
 from ..scan.checks import check_integer
+
+# %% ../../nbs/23_data.loader.ipynb #b1c0de10
+class _OwnGenerator(torch.Generator):
+    "A generator without a state that travels: it is new where it is unpickled."
+    def __reduce__(self):
+        return type(self), ()
 
 # %% ../../nbs/23_data.loader.ipynb #d53d2869
 class KeyedDL(TfmdDL):
@@ -56,7 +64,7 @@ class KeyedDL(TfmdDL):
             dataset, bs=bs, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last, **kwargs
         )
         # torch's iterators draw a number that nobody uses: not from the global generator
-        self.fake_l.generator = torch.Generator()
+        self.fake_l.generator = _OwnGenerator()
 
     def new(self, dataset=None, cls=None, **kwargs):
         "Make a loader like this one, with some arguments changed."
@@ -198,18 +206,34 @@ def _signals_wait():
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+# %% ../../nbs/23_data.loader.ipynb #b1c0de13
+def _start_tracker():
+    "Start the resource tracker of spawned processes, if workers are such."
+    if hasattr(signal, "pthread_sigmask") and multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()
+
 # %% ../../nbs/23_data.loader.ipynb #76831e73
 def _heed_parent():
     "End this worker when its parent sends SIGTERM, as multiprocessing does at exit; ignore others."
+    parent = multiprocessing.parent_process().pid
     while True:
         came = signal.sigwaitinfo(_ending)
-        if came.si_signo == signal.SIGTERM and came.si_pid == os.getppid():
+        if came.si_signo == signal.SIGTERM and came.si_pid == parent:
             os._exit(0)
+
+# %% ../../nbs/23_data.loader.ipynb #b1c0de16
+def _end_with_parent():
+    "End this worker when its parent has ended, however that came."
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 # %% ../../nbs/23_data.loader.ipynb #cbd89cbf
 def start_worker(number=None):
     "Set up a worker: it neither cleans up what its parent left behind nor handles its signals."
-    gc.freeze()  # such as the iterator of an epoch that was cut short
+    if multiprocessing.get_start_method() == "fork":
+        gc.freeze()  # such as the iterator of an epoch that was cut short
+    else:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
         threading.Thread(target=_heed_parent, daemon=True).start()
@@ -219,6 +243,8 @@ def start_worker(number=None):
 def _batches(self: KeyedDL):
     "Yield the epoch's batches on the device; `waited` becomes the seconds that the last one took to come."
     asked = time.perf_counter()
+    if self.fake_l.num_workers:
+        _start_tracker()
     with _signals_wait():
         batches = _loaders[self.fake_l.num_workers == 0](self.fake_l)
     for batch in batches:

@@ -183,13 +183,33 @@ class Augmentation:
             transforms.append(_NoiseErasing(self.erasing))
         return transforms
 
+# %% ../../nbs/22_data.transforms.ipynb #b1c0de20
+class _ResizeMiddle:
+    "torchvision's `Resize` of the short side and `CenterCrop`; of a long strip it resizes only the middle."
+    longest = 8  # long side by short side: from here on the whole is not resized
+
+    def __init__(self, size):
+        self.size = size
+        self.resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        self.crop = v2.CenterCrop(size)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        short, long = sorted(image.size)
+        if long <= self.longest * short:
+            return self.crop(self.resize(image))
+        resized = int(self.size * long / short)  # torchvision's length of the long side
+        start = round((resized - self.size) / 2) * long / resized
+        span = (start, start + self.size * long / resized)
+        wide = image.size[0] == long
+        box = (span[0], 0, span[1], short) if wide else (0, span[0], short, span[1])
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+
 # %% ../../nbs/22_data.transforms.ipynb #f6b309a5
 def evaluation_transforms(
     size: int,  # pixels
 ) -> list:  # from an image to a tensor (3, size, size) of uint8
     "Return transforms that resize the short side to `size`, bicubic, and cut out the middle."
-    resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    return [resize, v2.CenterCrop(size), v2.PILToTensor()]
+    return [_ResizeMiddle(size), v2.PILToTensor()]
 
 # %% ../../nbs/22_data.transforms.ipynb #7153d5dd
 def _pair_numbers(pairs, first, *, seed, epoch):

@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Container, Mapping
 from pathlib import Path
 
@@ -132,6 +133,25 @@ def _why_unreadable(path, error):
         problem = f"is damaged or {kind} ({reason})"
     return f"weights: {str(path)!r} {problem}; accepted: {_weights_files}"
 
+# %% ../../nbs/12_models.weights.ipynb #b1c0de31
+def _unpacked_bytes(path):
+    "The size of the content of a ZIP file, by its directory; 0 for any other file."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return 0
+
+def _check_file(path):
+    "Raise an error unless this is a regular file whose content takes no more memory than the file has bytes."
+    if not path.is_file():
+        problem = f"{str(path)!r} is no regular file" if path.exists() else f"there is no file {str(path)!r}"
+        raise FileNotFoundError(f"weights: {problem}")
+    size, unpacked = path.stat().st_size, _unpacked_bytes(path)
+    if unpacked > size:
+        raise ValueError(f"weights: {str(path)!r} is compressed: its {size} bytes would take {unpacked}, "
+                         f"which torch.save does not write; accepted: {_weights_files}")
+
 # %% ../../nbs/12_models.weights.ipynb #42a575a1
 def read_weights(
     path: str | Path,
@@ -139,10 +159,10 @@ def read_weights(
 ) -> dict:
     """What is in a file of weights, on the CPU.
 
-    Raises `FileNotFoundError`, or `ValueError` for a file that is no such thing or holds code."""
+    Raises `FileNotFoundError`, or `ValueError` for a file that is no such thing, holds code, or takes more
+    memory than it has bytes."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: there is no file {str(path)!r}")
+    _check_file(path)
     read = _read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch
     try:
         content = read(path)

@@ -135,6 +135,8 @@ _damage = (OSError, ValueError, RuntimeError, EOFError, KeyError, AttributeError
 def _read_checkpoint(path):
     "Read a checkpoint, in the current format. Raises `ValueError` if the file is damaged."
     try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
         with zipfile.ZipFile(path) as archive:
             corrupt = archive.testzip()  # compares every checksum
         if corrupt:

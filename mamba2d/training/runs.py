@@ -33,6 +33,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 from tqdm import tqdm
 
 import mamba2d
@@ -756,6 +757,14 @@ def _draw_scores(axis, epochs):
         axis.plot(done, epochs["grad_norm"], marker=".", color="tab:green")
         axis.set(ylabel="norm of the gradient", title="gradient")
 
+# %% ../../nbs/35_training.runs.ipynb #b1c0de24
+def _thumbnail(image, side=256):
+    "Return an image whose longer side has at most `side` pixels; what is no Pillow image stays."
+    if not isinstance(image, Image.Image) or max(image.size) <= side:
+        return image
+    size = [max(1, round(side * pixels / max(image.size))) for pixels in image.size]
+    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.)
+
 # %% ../../nbs/35_training.runs.ipynb #193abed7
 def plot_predictions(
     loader,  # of the images
@@ -777,7 +786,7 @@ def plot_predictions(
     for axis in axes:
         axis.axis("off")
     for axis, k in zip(axes, order.tolist(), strict=False):
-        axis.imshow(loader.dataset[int(result.index[k])][0], cmap="gray")
+        axis.imshow(_thumbnail(loader.dataset[int(result.index[k])][0]), cmap="gray")
         prediction, target = classes[int(result.predictions[k, 0])], classes[int(result.targets[k])]
         title = _title(prediction, target, correct[k])
         axis.set_title(title, fontsize=8, color="black" if correct[k] else "#c02020", parse_math=False)
