@@ -68,6 +68,15 @@ def dense_image_size(
         return given or _scene_size
     return 800 if task == "detect" else 512
 
+# %% ../../nbs/59_cli.dense.ipynb #32c7e9bd
+def _find_parts(task, data, evaluate):
+    "Return the data sets in a folder, for training and for validation; to evaluate, the latter is enough."
+    if task == "detect":
+        from mamba2d.data.detection import find_detection
+        return find_detection(data, evaluate)
+    from mamba2d.data.segmentation import find_segmentation
+    return find_segmentation(data, evaluate=evaluate)
+
 # %% ../../nbs/59_cli.dense.ipynb #9661075c
 def load_dense(
     task: str,
@@ -82,11 +91,11 @@ def load_dense(
     "Make fastai's `DataLoaders` of a task. Raises `UsageError` if there is no such data."
     options = dict(device=device, num_workers=workers, seed=recipe.seed if recipe else 0)
     check_packages(task)
-    source = _scenes(task) if data == "digit-scenes" else data
     pipeline = recipe.pipeline if recipe else None
     if pipeline and (pipeline == "ade20k") != (task == "segment"):
         raise UsageError(f"recipe: pipeline {pipeline!r} is not for --task {task}")
     try:
+        source = _scenes(task) if data == "digit-scenes" else _find_parts(task, data, evaluate=recipe is None)
         if task == "segment":
             from mamba2d.data.segmentation import segmentation_dls
             augment = data != "digit-scenes"  # a crop would cut markers off

@@ -291,15 +291,20 @@ def _find_part(folder, names):
 
 def find_detection(
     folder: str | Path,  # COCO, or one's own data in its format
+    evaluate: bool = False,  # only the validation part is looked for, and given twice
 ) -> tuple[DetectionData, DetectionData]:  # for training and for validation
     """Find and read both parts of a set.
 
     Raises `FileNotFoundError` or `ValueError` naming the file and what is wrong with it."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: there is no folder {str(folder)!r}; {_expected_parts}")
     train, valid = (_find_part(folder, names) for names in (["train"], ["val", "valid"]))
-    if train is None or valid is None:
-        lost = "training" if train is None else "validation"
+    if valid is None or train is None and not evaluate:
+        lost = "validation" if valid is None else "training"
         raise FileNotFoundError(f"data: {str(folder)!r} has no {lost} part; {_expected_parts}")
+    if evaluate:
+        return (DetectionData(*valid),) * 2
     train = DetectionData(*train)
     return train, DetectionData(*valid, categories=train.categories)
 

@@ -183,11 +183,14 @@ def find_segmentation(
     folder: str | Path,  # ADE20K, or one's own data in its layout
     categories: list[str] | None = None,  # None: of classes.txt, or ADE20K's
     reduce_zero_label: bool | None = None,  # 0 in a mask means no class; None: for ADE20K only
+    evaluate: bool = False,  # only the validation part is looked for, and given twice
 ) -> tuple[SegmentationData, SegmentationData]:  # for training and for validation
     """Find both parts of a set.
 
     Raises `FileNotFoundError` or `ValueError` naming the file and what is wrong with it."""
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data: there is no folder {str(folder)!r}; {_expected}")
     is_ade = (folder / "objectInfo150.txt").is_file() and not (folder / "classes.txt").is_file()
     if categories is None and is_ade:
         categories = list(ade20k_categories)
@@ -197,8 +200,10 @@ def find_segmentation(
         categories = (folder / "classes.txt").read_text(encoding="utf-8").split("\n")
         categories = [name.strip() for name in categories if name.strip()]
     reduce = is_ade if reduce_zero_label is None else reduce_zero_label
-    parts = [_parts_of(folder, names) for names in (["training", "train"], ["validation", "val", "valid"])]
-    return tuple(SegmentationData(*part, categories, reduce) for part in parts)
+    valid = SegmentationData(*_parts_of(folder, ["validation", "val", "valid"]), categories, reduce)
+    if evaluate:
+        return valid, valid
+    return SegmentationData(*_parts_of(folder, ["training", "train"]), categories, reduce), valid
 
 # %% ../../nbs/27_data.segmentation.ipynb #507d76ee
 class ResizeByRatio(v2.Transform):
