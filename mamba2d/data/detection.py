@@ -300,8 +300,9 @@ def find_detection(
     if not folder.is_dir():
         raise FileNotFoundError(f"data: there is no folder {str(folder)!r}; {_expected_parts}")
     train, valid = (_find_part(folder, names) for names in (["train"], ["val", "valid"]))
-    if valid is None or train is None and not evaluate:
-        lost = "validation" if valid is None else "training"
+    lacks_train = train is None and not evaluate
+    if valid is None or lacks_train:
+        lost = "training" if lacks_train else "validation"
         raise FileNotFoundError(f"data: {str(folder)!r} has no {lost} part; {_expected_parts}")
     if evaluate:
         return (DetectionData(*valid),) * 2
