@@ -51,7 +51,8 @@ def prepare_streams():
             setattr(sys, name, open(os.devnull, "w"))
         reconfigure = getattr(getattr(sys, name), "reconfigure", None)
         if reconfigure:
-            reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a file in place of which somebody has put a pipe
+                reconfigure(errors="backslashreplace")
 
 # %% ../../nbs/51_cli.common.ipynb #0d1d5967
 def _output_has_failed(error):
