@@ -52,8 +52,9 @@ def table(rows):
 
 
 def without_addresses(text):
-    "The text of values with a function's name in place of its address, and `...` for other objects."
+    "The text of values with the name of a function or class in its place, and `...` for other objects."
     text = re.sub(r"<function ([\w.]+) at 0x\w+>", r"\1", text)
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     return re.sub(r"<[\w.]+ object at 0x\w+>", "...", text)
 
 
