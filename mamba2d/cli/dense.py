@@ -7,6 +7,8 @@ __all__ = []
 
 # %% ../../nbs/59_cli.dense.ipynb #4b4fa9a9
 import json
+from functools import partial
+from operator import getitem
 from pathlib import Path
 
 from mamba2d.cli.common import (
@@ -68,6 +70,10 @@ def dense_image_size(
         return given or _scene_size
     return 800 if task == "detect" else 512
 
+def _longest_side(short):
+    "Return the longest side in pixels that a detector's images may have: 1333 for 800, as for COCO."
+    return round(short * 1333 / 800)
+
 # %% ../../nbs/59_cli.dense.ipynb #32c7e9bd
 def _find_parts(task, data, evaluate):
     "Return the data sets in a folder, for training and for validation; to evaluate, the latter is enough."
@@ -101,27 +107,12 @@ def load_dense(
             augment = data != "digit-scenes"  # a crop would cut markers off
             return segmentation_dls(source, batch_size, size=size, augment=augment, **options)
         from mamba2d.data.detection import detection_dls
-        longest = round(size * 1333 / 800)
-        return detection_dls(source, batch_size, size=(size, longest), schedule=pipeline or "1x", **options)
+        sides = (size, _longest_side(size))
+        return detection_dls(source, batch_size, size=sides, schedule=pipeline or "1x", **options)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
 
 # %% ../../nbs/59_cli.dense.ipynb #b1c2d3e5
-class _Problems:
-    "For each item of a data set what is wrong with it, or an empty string."
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, k):
-        try:
-            self.data[k]
-        except (OSError, ValueError) as error:
-            return str(error)
-        return ""
-
 def check_dense_data(
     task: str,
     data: str,  # a folder
@@ -130,17 +121,16 @@ def check_dense_data(
     "Decode every image and its targets. Raises `UsageError` if there is no such data."
     from torch.utils.data import DataLoader
 
-    from mamba2d.data.detection import find_detection
-    from mamba2d.data.loader import worker_count
-    from mamba2d.data.segmentation import find_segmentation
+    from mamba2d.data.loader import Problems, worker_count
     check_packages(task)
     try:
-        parts = (find_detection if task == "detect" else find_segmentation)(data)
+        parts = _find_parts(task, data, evaluate=False)
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from error
     count = worker_count(workers)
     print(f"{data}: {len(parts[0])} training and {len(parts[1])} validation images", flush=True)
-    loaders = [DataLoader(_Problems(part), batch_size=None, num_workers=count) for part in parts]
+    problems = [Problems(partial(getitem, part), len(part)) for part in parts]
+    loaders = [DataLoader(found, batch_size=None, num_workers=count) for found in problems]
     return [problem for loader in loaders for problem in loader if problem]
 
 # %% ../../nbs/59_cli.dense.ipynb #b5a967bc
@@ -187,8 +177,7 @@ def build_dense(
     from mamba2d.models import detection, segmentation
     settings = {}
     if task == "detect":
-        longest = round(image_size * 1333 / 800)
-        settings = dict(min_size=image_size, max_size=longest, resize_in_training=False)
+        settings = dict(min_size=image_size, max_size=_longest_side(image_size), resize_in_training=False)
     try:
         if size == "mini":
             return _load_mini(_mini(task, num_classes, drop_path, **settings), weights)

@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +29,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
 from tqdm import tqdm
 
-from .images import CorruptImageError, open_image
+from .images import open_image
 from mamba2d.data.loader import (
     KeyedDL,
+    Problems,
     cpu_cores,
     data_fingerprint,
     loader_options,
@@ -67,19 +69,18 @@ def _folders(folder):
 # %% ../../nbs/24_data.imagefolder.ipynb #31343d2d
 _unreadable = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow only names them, or starts a program
 
-def _find_suffixes():
-    "Suffixes of the files that Pillow can read."
+@lru_cache(maxsize=None)
+def _image_suffixes():
+    "Suffixes of the files that Pillow can read. It loads all its formats for that, so not when imported."
     Image.init()
     formats = Image.registered_extensions().items()
     return tuple(sorted(suffix for suffix, kind in formats if kind in Image.OPEN and kind not in _unreadable))
-
-_image_suffixes = _find_suffixes()
 
 _readable = ".jpg, .png, .gif, .tif, .webp, or another suffix that Pillow reads"
 
 # %% ../../nbs/24_data.imagefolder.ipynb #72e57e82
 def _is_image_name(name):
-    return name.lower().endswith(_image_suffixes) and not name.startswith(".")
+    return name.lower().endswith(_image_suffixes()) and not name.startswith(".")
 
 def _identity(folder):
     "What tells a real folder from all others, however it was reached."
@@ -514,20 +515,9 @@ def find_images(
     return ImageList(found.root, train, valid, found.vocab, found.layout + _described(tree.walk))
 
 # %% ../../nbs/24_data.imagefolder.ipynb #b966a6f1
-class _Check(torch.utils.data.Dataset):
-    "For each image what is wrong with it, or an empty string."
-    def __init__(self, files):
-        self.files = np.array(files)
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, k):
-        try:
-            open_image(str(self.files[k]))
-        except CorruptImageError as error:
-            return str(error).partition("': ")[2]
-        return ""
+def _open_number(files, k):
+    "Open the k-th of some files, and give nothing back: a worker would send the image."
+    open_image(str(files[k]))
 
 # %% ../../nbs/24_data.imagefolder.ipynb #02869505
 def check_images(
@@ -538,7 +528,7 @@ def check_images(
     "Decode every image once, in parallel, and return the corrupt ones."
     files = [str(file) for file in files]
     loader = DataLoader(
-        _Check(files),
+        Problems(partial(_open_number, np.array(files)), len(files)),
         batch_size=32,
         num_workers=cpu_cores() if num_workers is None else num_workers,
         collate_fn=list,
@@ -548,7 +538,7 @@ def check_images(
     reasons = []
     for batch in tqdm(loader, unit="batch", disable=not progress):
         reasons += batch
-    return {file: reason for file, reason in zip(files, reasons, strict=True) if reason}
+    return {file: reason.partition("': ")[2] for file, reason in zip(files, reasons, strict=True) if reason}
 
 # %% ../../nbs/24_data.imagefolder.ipynb #481b9a05
 def _without(records, root, corrupt):

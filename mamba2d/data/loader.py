@@ -281,6 +281,26 @@ def data_fingerprint(*parts):
         digest.update(f"{part.dtype} {part.shape} ".encode() + part.tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/23_data.loader.ipynb #5ff8e18d
+class Problems:
+    "For each item what is wrong with it, or an empty string."
+    def __init__(
+        self,
+        read,  # called with the number of an item; raises `OSError` or `ValueError` where it is wrong
+        count: int,  # of the items
+    ):
+        self.read, self.count = read, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, k):
+        try:
+            self.read(k)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
 # %% ../../nbs/23_data.loader.ipynb #16029392
 def loader_options(num_workers, device, mean, std):
     "Arguments of every loader of images: workers, device, and transforms from bytes to floats."

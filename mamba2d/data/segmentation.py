@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from .detection import Transformed, dense_dls, image_size, open_annotated
 from .imagefolder import list_images
 from .images import reading_image
-from .loader import KeyedDL
+from .loader import KeyedDL, Problems
 from .scenes import SegmentationScenes, digit_scenes
 from ..models.detection import resized_size
 from ..models.segmentation import SegmentationTransforms, ade20k_categories
@@ -119,27 +119,13 @@ class SegmentationData(Dataset):
         return image, tv_tensors.Mask(torch.from_numpy(self.mask(k)))
 
 # %% ../../nbs/27_data.segmentation.ipynb #0752a6a3
-class _Check(Dataset):
-    "For each mask what is wrong with it, or an empty string."
-    def __init__(self, data):
-        self.data = data
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, k):
-        try:
-            self.data.mask(k)
-        except (ValueError, OSError) as error:
-            return str(error)
-        return ""
-
 def check_masks(
     data: SegmentationData,
     num_workers: int = 0,  # processes
 ) -> dict[str, str]:  # path -> what is wrong, only for masks that are wrong
     "Decode every mask once, and return what is wrong."
-    loader = torch.utils.data.DataLoader(_Check(data), batch_size=None, num_workers=num_workers,
+    problems = Problems(data.mask, len(data))
+    loader = torch.utils.data.DataLoader(problems, batch_size=None, num_workers=num_workers,
                                          generator=torch.Generator())
     reasons = zip(data.pairs, loader, strict=True)
     return {str(mask): reason for (_, mask), reason in reasons if reason}

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #49540a7d
 import ctypes
-import hashlib
 import os
 import sys
 from functools import lru_cache
@@ -146,24 +145,17 @@ def _target(capability):
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #5ff24d2b
 def _cached_code(stem, key, compile):
-    """What `compile` makes, from the cache folder if it is there and whole.
+    """What `compile` makes, from the cache folder if it is there and intact.
 
     None where that folder cannot be used."""
     def build(folder):
-        code = compile()
-        (folder / "code").write_bytes(hashlib.sha256(code).digest() + code)
+        (folder / "code").write_bytes(compile())
         return folder / "code"
 
-    for _ in range(2):
-        try:
-            path = build_once(stem, key, build, ".bin")
-            content = path.read_bytes()
-            if len(content) > 32 and hashlib.sha256(content[32:]).digest() == content[:32]:
-                return content[32:]
-            path.unlink(missing_ok=True)  # damaged
-        except OSError:  # a folder that cannot be written to costs time, not correctness
-            break
-    return None
+    try:
+        return build_once(stem, key, build, ".cubin").read_bytes()
+    except OSError:  # a folder that cannot be written to costs time, not correctness
+        return None
 
 # %% ../../nbs/03_scan.nvrtc.ipynb #a25e630a
 def compile_cuda(
