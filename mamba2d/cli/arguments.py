@@ -183,6 +183,15 @@ def train_parser(prog: str = "mamba2d-train") -> argparse.ArgumentParser:
     _add_run_arguments(parser)
     return parser
 
+# %% ../../nbs/50_cli.arguments.ipynb #bafabb8f
+def _add_view_arguments(parser):
+    "Add how a segmentation network looks at an image."
+    add = parser.add_argument_group("segmentation").add_argument
+    add("--windows", action="store_true",
+        help="overlapping windows as large as the training images instead of the whole image")
+    add("--multi-scale", action="store_true",
+        help="average six sizes of each image, 0.5 to 1.75 of its own, and their mirror images")
+
 # %% ../../nbs/50_cli.arguments.ipynb #c761d85c
 _validate_examples = """\
 examples:
@@ -206,6 +215,7 @@ def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
     _add_model_arguments(parser, size="the one that the weights name", batch_size="64",
                          image_size="as the weights say, else 32 for digits and 224 for others")
     _add_precision_argument(parser)
+    _add_view_arguments(parser)
     parser.add_argument("--without-scan", action="store_true",
                         help="also measure the accuracy with the output of every scan set to zero")
     parser.add_argument("--out", metavar="FOLDER",
@@ -234,6 +244,7 @@ def predict_parser(prog: str = "mamba2d-predict") -> argparse.ArgumentParser:
     _add_model_arguments(parser, size="the one that the weights name", batch_size="64",
                          image_size="as the weights say, else 224")
     _add_precision_argument(parser)
+    _add_view_arguments(parser)
     parser.add_argument("--top", type=_at_least(1), default=3, metavar="K",
                         help="classes per image (default: 3)")
     parser.add_argument("--out", metavar="FILE",

@@ -111,7 +111,7 @@ def _predict(args):
     check_forced_backend()
     saved, config, size = resolve_weights(args.weights, args.size)
     task = args.task or config.get("task", "classify")
-    check_task(task, size, {})
+    check_task(task, size, {}, views={"windows": args.windows, "multi-scale": args.multi_scale})
     if task in dense_tasks:
         if not args.out:
             raise UsageError(f"argument --out: give the folder that the results of --task {task} are for")

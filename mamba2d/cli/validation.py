@@ -147,7 +147,8 @@ def _validate(args):
     saved, config, size = resolve_weights(_weights_argument(args), args.size)
     task = args.task or config.get("task", "classify")
     check_task(task, size, {
-        "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan})
+        "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan},
+        views={"windows": args.windows, "multi-scale": args.multi_scale})
     if task in dense_tasks:
         validate_dense(args, _weights_argument(args))
         return
