@@ -1,7 +1,7 @@
 // What a compilation is for: types, sizes and options of one call.
 //
 // The loader (mamba2d/scan/cuda.py) passes macros named SCAN_... to NVRTC. Here, in ForwardTraits
-// (scan_fwd.cu) and in BackwardTraits (scan_bwd.cu) they become members of a struct, and stand nowhere else.
+// (scan_fwd.cu) and in BackwardTraits (backward.cuh) they become members of a struct, and stand nowhere else.
 // README.md lists what they mean and which values they take. No header is included, neither torch's nor
 // CUDA's, so that NVRTC needs no include directory.
 #pragma once
