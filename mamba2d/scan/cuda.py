@@ -68,8 +68,8 @@ def _structure_size(*members):
     return -(-end // largest) * largest
 
 # %% ../../nbs/04_scan.cuda.ipynb #07d4b8f9
-def _gate_bytes(span):
-    "Bytes of the gates between rows at each of `span` columns, and of two more."
+def _mbarrier_bytes(span):
+    "Bytes of the mbarriers between rows at each of `span` columns, and of two more."
     return 8 * ((_strip + 1) * span + 2)
 
 # %% ../../nbs/04_scan.cuda.ipynb #5b761023
@@ -87,7 +87,7 @@ def _backward_shared(lanes, channels_per_thread, span, real):
         (real * pixels * 4 * channels, 16),  # inputs
         (real * pixels * 3 * padded_n, 16),  # matrices
         (real * 3 * channels, 16),  # constants: biases and skip
-        (_gate_bytes(span), 8),
+        (_mbarrier_bytes(span), 8),
         (real * _strip * sums, 16),
     )
 
@@ -118,7 +118,7 @@ def _mma_shared(span, channels):
         (4 * pixels * 4 * 8 * channels, 16),  # inputs
         (2 * pixels * 3 * 16, 16),  # matrices
         (4 * 3 * 8 * channels, 16),  # constants
-        (_gate_bytes(span), 8),
+        (_mbarrier_bytes(span), 8),
         (2 * pixels * 3 * 8 * channels, 16),  # weights
         (2 * _strip * tile, 16),  # states to the left of the tile
     )
