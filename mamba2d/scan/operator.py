@@ -21,7 +21,9 @@ from torch.autograd import forward_ad
 
 from mamba2d.scan.cpu import (
     cpu_backward,
+    cpu_backward_with_borders,
     cpu_forward,
+    cpu_forward_with_borders,
     cpu_kernel_status,
     cpu_saved_shape,
     cpu_unsupported_reason,
@@ -66,7 +68,9 @@ class ScanKernels(NamedTuple):
 
 # %% ../../nbs/05_scan.operator.ipynb #3aa49c23
 _kernels: dict[str, ScanKernels] = {
-    "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status),
+    "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status,
+                       forward_with_borders=cpu_forward_with_borders,
+                       backward_with_borders=cpu_backward_with_borders),
     "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_unsupported_reason,
                         cuda_kernel_status, cuda_backward_joined),
 }
