@@ -131,7 +131,8 @@ def test_sides_in_other_dtypes(backend):
         borders = {k: v.detach().to(dtype).requires_grad_() for k, v in random_borders(problem).items()}
         with scan_backend(backend):
             outputs, grads = gradients_with_borders(selective_scan_2d, problem, borders, **softplus)
-        expected, expected_grads = gradients_with_borders(selective_scan_2d_naive, problem, borders, **softplus)
+        expected, expected_grads = gradients_with_borders(
+            selective_scan_2d_naive, problem, borders, **softplus)
         assert [output.dtype for output in outputs] == [torch.float32, of_states, of_states]
         assert max(map(relative_error, outputs, expected)) < 1e-5
         for key in grads:
