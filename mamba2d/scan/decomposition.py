@@ -104,8 +104,9 @@ class _PieceStep(_Step):
 
 # %% ../../nbs/07_scan.decomposition.ipynb #25410523
 def _before_columns(before, height, width, reverse, no_states):
-    """What `_PieceStep` needs: the states (H, B, E, N) to begin with, and for each column those above its first
-    row, and which rows wait."""
+    """What `_PieceStep` needs: the states (H, B, E, N) to begin with.
+
+    Then, for each column, those above its first row, and which rows wait."""
     row, column = [None if states is None else states.flip(1) if reverse else states for states in before]
     columns = height + width - 1
     waits = (_places(height, width, no_states.device) < 0).to(no_states.dtype)[..., None, None, None]
