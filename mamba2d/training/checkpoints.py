@@ -53,10 +53,16 @@ def link_as(path, name):
     spare = path.with_name(f".{Path(name).name}.{os.getpid()}.tmp")
     spare.unlink(missing_ok=True)
     try:
-        os.link(path, spare)
+        _link_or_copy(path, spare)
+        os.replace(spare, name)
+    finally:
+        spare.unlink(missing_ok=True)  # it is left where that fails, and where `name` is this file already
+
+def _link_or_copy(path, name):
+    try:
+        os.link(path, name)
     except OSError:
-        shutil.copyfile(path, spare)  # a file system without links
-    os.replace(spare, name)
+        shutil.copyfile(path, name)  # a file system without links
 
 # %% ../../nbs/34_training.checkpoints.ipynb #ffe5cfe9
 def _write_flushed(temporary, write, path):

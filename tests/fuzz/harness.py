@@ -33,7 +33,7 @@ class Kind:
     name: str
     prepare: object  # called once in a process with an empty folder; returns what its cases share
     run: object  # called with that and the number of a case; returns a word for what happened, or raises
-    cases: object  # called with True for the long run; returns the numbers of its cases
+    cases: object  # called with what they share, and True for the long run; returns the numbers of its cases
     seconds: float = 30.  # that a case may take
     mebibytes: int = 1024  # that a case may take beside what the process has
 
@@ -54,6 +54,13 @@ class Report:
     @property
     def cases(self):
         return self.outcomes.total() + len(self.findings)
+
+    def add(self, seed, is_finding, text):
+        "Keep what a case showed: what is wrong, or a word."
+        if is_finding:
+            self.findings[seed] = text
+        else:
+            self.outcomes[text] += 1
 
     def __str__(self):
         words = ", ".join(f"{count} {word}" for word, count in sorted(self.outcomes.items()))
@@ -95,8 +102,10 @@ def limit_memory(mebibytes):
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def work(name, seeds, connection, stack):
-    "Run cases, and report each through the connection; `stack` is the file for the stack of one that hangs."
+def work(name, seeds, long, connection, stack):
+    """Run cases, those of the kind where none are given, and report each through the connection.
+
+    `stack` is the file for the stack of one that hangs."""
     import torch
     torch.set_num_threads(1)
     kind = kind_of(name)
@@ -108,6 +117,9 @@ def work(name, seeds, connection, stack):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         state = kind.prepare(Path(folder))
         limit_memory(kind.mebibytes)
+        if seeds is None:
+            seeds = list(kind.cases(state, long))
+            connection.send(("takes", seeds, None))
         for seed in seeds:
             connection.send(("begins", seed, None))
             faulthandler.dump_traceback_later(kind.seconds, exit=True, file=log)
@@ -131,38 +143,35 @@ def how_it_ended(process, stack):
     return f"ends the process with exit code {process.exitcode}{where}"
 
 
-def run_until_end(context, report, seeds, stack):
-    "Start a process for these cases; returns those that it did not come to."
+def run_until_end(context, report, seeds, long, stack):
+    "Start a process for these cases, None for those of the kind; returns those that it did not come to."
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(report.name, seeds, sender, stack))
+    process = context.Process(target=work, args=(report.name, seeds, long, sender, stack))
     process.start()
     sender.close()
     begun, done = None, 0
     try:
         while True:
-            what, *rest = receiver.recv()
-            if what == "begins":
-                begun = rest[0]
-                continue
-            is_finding, text = rest
-            if is_finding:
-                report.findings[begun] = text
+            what, first, text = receiver.recv()
+            if what == "takes":
+                seeds = first
+            elif what == "begins":
+                begun = first
             else:
-                report.outcomes[text] += 1
-            begun, done = None, done + 1
+                report.add(begun, first, text)
+                begun, done = None, done + 1
     except EOFError:
-        pass
-    finally:
-        if begun is None and done < len(seeds):
-            process.kill()
         ended = how_it_ended(process, stack)
+    finally:
+        process.kill()
+        process.join()
         process.close()
     if begun is not None:
-        report.findings[begun] = ended
+        report.add(begun, True, ended)
         done += 1
-    elif done < len(seeds):
-        raise RuntimeError(f"the process of the {report.name} fuzzer {ended} between two cases:\n"
-                           + Path(stack).read_text()[-3000:])
+    elif seeds is None or done < len(seeds):
+        said = Path(stack).read_text()[-3000:]
+        raise RuntimeError(f"the process of the {report.name} fuzzer {ended} between two cases:\n{said}")
     return seeds[done:]
 
 
@@ -180,11 +189,11 @@ def fuzz(name, long=False, seeds=None):
     "Run the cases of a kind, or those given, and return the report."
     context, report = start_context(), Report(name)
     begun = time.monotonic()
-    left = list(kind_of(name).cases(long) if seeds is None else seeds)
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg")
     with tempfile.NamedTemporaryFile() as stack:
+        left = run_until_end(context, report, seeds, long, stack.name)
         while left:
-            left = run_until_end(context, report, left, stack.name)
+            left = run_until_end(context, report, left, long, stack.name)
     report.seconds = time.monotonic() - begun
     return report
 
