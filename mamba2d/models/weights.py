@@ -89,8 +89,20 @@ def _read_safetensors(path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         return {"model": tensors, "config": json.loads((file.metadata() or {}).get("config", "{}"))}
 
+# %% ../../nbs/12_models.weights.ipynb #1aee7663
+def _check_sums(path):
+    "Raise `ValueError` if a part of a ZIP file is not what its checksum says; other files have no checksums."
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        written = any(entry.CRC for entry in archive.infolist())
+        corrupt = archive.testzip() if written else None
+    if corrupt:
+        raise ValueError(f"{corrupt} has another checksum than when it was written")
+
 def _read_torch(path):
     "What `torch.save` wrote."
+    _check_sums(path)
     with warnings.catch_warnings():
         # torch's, of other pickles than its own: the error that follows says it
         warnings.simplefilter("ignore")

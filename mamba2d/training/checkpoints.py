@@ -53,10 +53,16 @@ def link_as(path, name):
     spare = path.with_name(f".{Path(name).name}.{os.getpid()}.tmp")
     spare.unlink(missing_ok=True)
     try:
-        os.link(path, spare)
+        _link_or_copy(path, spare)
+        os.replace(spare, name)
+    finally:
+        spare.unlink(missing_ok=True)  # it is left where that fails, and where `name` is this file already
+
+def _link_or_copy(path, name):
+    try:
+        os.link(path, name)
     except OSError:
-        shutil.copyfile(path, spare)  # a file system without links
-    os.replace(spare, name)
+        shutil.copyfile(path, name)  # a file system without links
 
 # %% ../../nbs/34_training.checkpoints.ipynb #ffe5cfe9
 def _write_flushed(temporary, write, path):
@@ -191,7 +197,9 @@ _fields_of_a_checkpoint = {
     "identity": {"network": dict, "classes": list, "images": (str, type(None)), "limit": _number_or_none,
                  "recipe": {"effective_batch": _number_or_none}},
     "config": dict, "model": dict, "ema": (dict, type(None)),
+    "optimizer": {"state": dict, "param_groups": list},
     "progress": {"epoch": int, "step": int, "history": list, "steps": list},
+    "random": {"python": list, "numpy": list, "torch": Tensor, "cuda": list},
 }
 
 def load_run_checkpoint(
@@ -202,8 +210,64 @@ def load_run_checkpoint(
     Raises `IncompatibleRunError` where it has not, or where all checkpoints are damaged."""
     found = load_checkpoint(folder)
     if found:
-        check_fields(found[1], found[0], _fields_of_a_checkpoint)
+        checkpoint, path = found
+        check_fields(path, checkpoint, _fields_of_a_checkpoint)
+        _check_networks(path, checkpoint)
+        _check_optimizer(path, checkpoint["optimizer"])
+        _check_progress(path, checkpoint["progress"])
+        _check_generators(path, checkpoint["random"])
     return found
+
+# %% ../../nbs/34_training.checkpoints.ipynb #f968e4d6
+def _damaged(path, problem):
+    return IncompatibleRunError(f"{str(path)!r} is damaged ({problem}): delete it")
+
+def _shapes(path, tensors):
+    "Return the shape of each tensor by its name. Raises `IncompatibleRunError` where one is no tensor."
+    check_fields(path, tensors, dict.fromkeys(tensors, Tensor))
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+def _check_networks(path, checkpoint):
+    "Raise `IncompatibleRunError` unless trained and EMA weights are tensors of the same names and shapes."
+    shapes = _shapes(path, checkpoint["model"])
+    if checkpoint["ema"] is None:
+        return
+    check_fields(path, checkpoint["ema"], {"weights": dict, "updates": (int, Tensor)})
+    averaged = _shapes(path, checkpoint["ema"]["weights"])
+    different = [name for name in shapes | averaged if shapes.get(name) != averaged.get(name)]
+    if different:
+        raise _damaged(path, f"its EMA weights have another {different[0]} than the trained ones")
+
+# %% ../../nbs/34_training.checkpoints.ipynb #f968e4d7
+def _check_optimizer(path, optimizer):
+    "Raise `IncompatibleRunError` unless a state is one of AdamW, for the parameters of its groups."
+    numbers = []
+    for group in optimizer["param_groups"]:
+        check_fields(path, group, {"params": list, "lr": (int, float), "betas": (tuple, list)})
+        numbers += group["params"]
+    if numbers != list(range(len(numbers))):
+        raise _damaged(path, "its optimizer does not number the parameters")
+    for number, kept in optimizer["state"].items():
+        check_fields(path, kept, dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), Tensor))
+        if number not in numbers or kept["exp_avg"].shape != kept["exp_avg_sq"].shape:
+            raise _damaged(path, f"its optimizer has no state of parameter {number!r}")
+
+# %% ../../nbs/34_training.checkpoints.ipynb #f968e4d9
+def _check_progress(path, progress):
+    "Raise `IncompatibleRunError` unless progress is in numbers, with tables of numbers."
+    counts = [name for name in progress if name not in ("history", "steps")]
+    check_fields(path, progress, dict.fromkeys(counts, (int, float)))
+    for row in (*progress["history"], *progress["steps"]):
+        check_fields(path, row, dict.fromkeys(row, (int, float)) if isinstance(row, dict) else {})
+
+def _check_generators(path, random):
+    "Raise `IncompatibleRunError` unless these are states of the generators."
+    for name, size, count in (("python", 3, 625), ("numpy", 5, 624)):
+        state = random[name]
+        words = state[1] if len(state) == size and isinstance(state[1], list) else []
+        known = [word for word in words if isinstance(word, int) and 0 <= word < 2**32]
+        if not len(known) == len(words) == count:
+            raise _damaged(path, f"random.{name} is no state of a generator")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #afd6fc2d
 def read_json(
@@ -211,6 +275,8 @@ def read_json(
     fields: dict | None = None,  # name -> type of a field that must be there
 ) -> dict:
     "Return what a JSON file of a run holds. Raises `IncompatibleRunError` where it is damaged."
+    if path.exists() and not path.is_file():
+        raise IncompatibleRunError(f"{str(path)!r} is no regular file: delete it")
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:

@@ -1,0 +1,197 @@
+"""Odd arguments to public functions: an error of ours that names the argument in one line, or the right result.
+
+`api_calls.py` has a good call of each function. A case makes one argument odd, or two. Some changes do not change
+the meaning, as another memory layout: then the result must be the same.
+"""
+import dataclasses
+import math
+import random
+import re
+import traceback
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import torch
+from api_calls import good_calls, make_things
+from harness import Finding, Kind, root
+from torch import Tensor, nn
+
+odd_numbers = (-1, 0, 2**63, -2**70, 1.5, math.nan, math.inf, -math.inf, True, "a", "", None, [], (1,), b"1", 1j)
+odd_things = (None, 3, -1.5, "a", "", b"a", [], {}, (), object(), nn.Linear(2, 2), torch.zeros(2), np.zeros(2), print)
+
+
+# Changes of a tensor that keep its meaning
+
+def spread_out(rng, tensor):
+    "Every second element of a larger tensor."
+    larger = torch.stack([tensor, torch.full_like(tensor, 7)], -1)
+    return larger[..., 0]
+
+
+def backwards(rng, tensor):
+    "Columns first in memory."
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1) if tensor.ndim > 1 else tensor.clone()
+
+
+def with_gradient(rng, tensor):
+    return tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor.clone()
+
+
+same_meaning = (spread_out, backwards, with_gradient)
+
+
+# Changes that do not
+
+def of_another_type(rng, tensor):
+    kinds = (torch.int64, torch.bool, torch.complex64, torch.float16, torch.bfloat16, torch.uint8, torch.float64)
+    return tensor.to(rng.choice(kinds))
+
+
+def of_another_shape(rng, tensor):
+    ways = (
+        lambda t: t[None], lambda t: t[..., None], lambda t: t.flatten(), lambda t: t.flatten()[0], lambda t: t[:0],
+        lambda t: t[..., :0], lambda t: torch.cat([t, t]), lambda t: torch.cat([t, t], -1) if t.ndim else t[None],
+        lambda t: t.transpose(0, -1) if t.ndim > 1 else t[None],
+    )
+    return rng.choice(ways)(tensor if tensor.ndim else tensor[None])
+
+
+def of_another_layout(rng, tensor):
+    ways = (
+        lambda t: t.to("meta"), lambda t: t.to_sparse(), lambda t: torch.nested.nested_tensor([t, t]),
+        lambda t: t.float().to_mkldnn(), lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+        lambda t: t.to_sparse_csr(),
+    )
+    try:
+        return rng.choice(ways)(tensor)
+    except (RuntimeError, NotImplementedError):  # there is no such tensor of this shape
+        return tensor.to("meta")
+
+
+def with_odd_values(rng, tensor):
+    if not tensor.numel():
+        return tensor[None]
+    changed = tensor.clone().flatten()
+    low = -5 if changed.dtype == torch.bool else -10**6
+    odd = (math.nan, math.inf, -math.inf, 1e30) if changed.is_floating_point() else (low, 10**6 % 128, 1)
+    changed[rng.randrange(len(changed))] = rng.choice(odd)
+    return changed.view(tensor.shape)
+
+
+def no_tensor(rng, tensor):
+    return rng.choice((None, "a", 3, tensor.tolist(), tensor.detach().numpy(), [], object()))
+
+
+of_tensors = (of_another_type, of_another_shape, of_another_layout, with_odd_values, no_tensor)
+
+
+def odd(rng, value):
+    "An odd value in the place of a good one."
+    if isinstance(value, Tensor):
+        return rng.choice(of_tensors)(rng, value)
+    if isinstance(value, (bool, str, Enum)) or value is None or callable(value):
+        return rng.choice((*odd_things, *odd_numbers))
+    if isinstance(value, (int, float)):
+        return rng.choice(odd_numbers)
+    if isinstance(value, Path):
+        return rng.choice((value / "none", value.parent, "", b"a", 3, None, "\0", "a" * 5000))
+    if isinstance(value, (tuple, list)) and value and rng.random() < 0.8:
+        changed = list(value)
+        place = rng.randrange(len(changed))
+        changed[place] = odd(rng, changed[place])
+        ways = (changed, changed, changed[:-1], [*value, value[-1]])
+        return type(value)(rng.choice(ways)) if type(value) in (tuple, list) else tuple(changed)
+    return rng.choice(odd_things)
+
+
+def shown(value):
+    "An argument in a few words."
+    if isinstance(value, Tensor):
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        shape = "?" if value.is_nested else tuple(value.shape)
+        return f"tensor {shape} {str(value.dtype).removeprefix('torch.')} {layout} {value.device}"
+    text = " ".join(repr(value).split())
+    return text if len(text) < 60 else f"{text[:50]}…"
+
+
+def equal(a, b):
+    "Whether two results mean the same."
+    if isinstance(a, Tensor):
+        a, b = a.detach(), b.detach()
+        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+    if isinstance(a, np.ndarray):
+        return equal(torch.as_tensor(a), torch.as_tensor(b))
+    if dataclasses.is_dataclass(a):
+        return equal(vars(a), vars(b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return True
+
+
+def innermost(error):
+    "The file in which an error was raised."
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+
+
+def is_ours(error):
+    "Whether an error was raised by the library: in its code, or by Python because of how that was called."
+    where = innermost(error)
+    return where.is_relative_to(root / "mamba2d") or where.name in ("fuzz_api.py", "api_calls.py")
+
+
+def check_error(call, error, arguments, changed):
+    "Raise `Finding` unless the error is one line of ours that names an argument."
+    text = str(error)
+    said = "; ".join(f"{name} = {shown(arguments[name])}" for name in changed)
+    kinds = (ValueError, TypeError, IndexError, OSError, NotImplementedError, RuntimeError)
+    if "can't allocate memory" in text or isinstance(error, MemoryError):
+        return "out of memory"
+    good = isinstance(error, kinds) and is_ours(error)
+    names = [name for name in arguments if re.search(rf"\b{re.escape(name)}\b", text)]
+    if not good or not (names or isinstance(error, OSError)) or len(text) > 600:
+        where = innermost(error)
+        raise Finding(f"{call.name}({said}): {type(error).__name__}: {' '.join(text.split())[:160]} "
+                      f"[{'' if good else 'from '}{where.name}]") from error
+    return "refused"
+
+
+def run(things, seed):
+    rng = random.Random(f"api {seed}")
+    call = rng.choice(things.calls)
+    arguments = call.arguments(things)
+    torch.manual_seed(0)
+    tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    if tensors and rng.random() < 0.2:
+        return run_with_same_meaning(things, rng, call, arguments, rng.choice(tensors))
+    changed = rng.sample(list(arguments), min(len(arguments), rng.choice((1, 1, 1, 2))))
+    for name in changed:
+        arguments[name] = odd(rng, arguments[name])
+    try:
+        call.function(**arguments)
+        return "accepted"
+    except Exception as error:
+        return check_error(call, error, arguments, changed)
+
+
+def run_with_same_meaning(things, rng, call, arguments, name):
+    "Raise `Finding` where another layout in memory gives an error or another result."
+    expected = call.function(**arguments)
+    way = rng.choice(same_meaning)
+    arguments = call.arguments(things)
+    arguments[name] = way(rng, arguments[name])
+    torch.manual_seed(0)
+    if not equal(call.function(**arguments), expected):
+        raise Finding(f"{call.name}({name}: {way.__name__}): another result")
+    return "same"
+
+
+def prepare(folder):
+    things = make_things(folder)
+    things.calls = good_calls(things)
+    return things
+
+
+kind = Kind("api", prepare, run, lambda things, long: range(4000 if long else 400), seconds=60.)
