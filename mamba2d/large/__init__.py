@@ -1,7 +1,9 @@
 """Images larger than the memory: scans and networks by tiles, maps in files, several processes."""
 from .arrays import create_map, open_map, Window
 from .tiles import scan_in_tiles, scan_tile, Tile, tile_grid
+from .network import block_tile, features_in_tiles, TiledFeatures
 
 __all__ = [
-    "create_map", "open_map", "scan_in_tiles", "scan_tile", "Tile", "tile_grid", "Window",
+    "block_tile", "create_map", "features_in_tiles", "open_map", "scan_in_tiles", "scan_tile",
+    "Tile", "tile_grid", "TiledFeatures", "Window",
 ]

@@ -54,8 +54,8 @@ def open_map(
 ):  # what takes slices, (H, W, C)
     """A map (H, W, C), opened and not read.
 
-    Raises `FileNotFoundError`, `ImportError` where zarr is missing, `TypeError` or `ValueError` for what is no
-    map."""
+    Raises `FileNotFoundError`, `ImportError` where zarr is missing, and `TypeError` or `ValueError` for what
+    is no map."""
     if isinstance(source, (str, Path)):
         source = _open_path(Path(source), mode)
     if not all(hasattr(source, name) for name in ("shape", "dtype", "__getitem__")):

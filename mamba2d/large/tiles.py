@@ -438,9 +438,9 @@ def scan_in_tiles(
 ):  # the target, opened
     """The output of a scan or a mixer of a whole image, computed a tile at a time.
 
-    It equals the layer's output up to rounding, for any tiles. Gradients are not computed. Raises `ValueError`
-    or `TypeError` for what does not fit, `FileExistsError` for a target that is there before the run, and
-    `IncompatibleRunError` or `RunLockedError` for a folder of another computation."""
+    It equals the layer's output up to rounding, for any tiles. Gradients are not computed. Raises
+    `ValueError` or `TypeError` for what does not fit, `FileExistsError` for a target that is there before the
+    run, and `IncompatibleRunError` or `RunLockedError` for a folder of another computation."""
     source, tile = open_map(source), as_tile(tile)
     _check_layer(layer, source)
     folder = None if folder is None else Path(folder)
