@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['open_map', 'create_map', 'Window']
 
-# %% ../../nbs/45_large.arrays.ipynb #d68b2958
+# %% ../../nbs/45_large.arrays.ipynb #44eabbee
 import errno
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -145,7 +146,14 @@ class Piece(NamedTuple):
         height, width = self.x.shape[1:3]
         return self.x[:, above:height - below, left:width - right]
 
-# %% ../../nbs/45_large.arrays.ipynb #6eca864a
+# %% ../../nbs/45_large.arrays.ipynb #dc4be5fd
+def give_back(array):
+    "Take the pages of a memory-mapped file out of this process's memory; the file keeps what was written."
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and array.mode in ("r", "r+", "w+") and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+# %% ../../nbs/45_large.arrays.ipynb #851e4def
 def read_window(
     source,  # (H, W, C)
     window: Window,
@@ -158,10 +166,11 @@ def read_window(
                    max(0, window.left - halo), min(width, window.right + halo))
     found = source[grown.slices]
     x = found.clone() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+    give_back(source)
     reach = tuple(abs(edge - inner) for edge, inner in zip(grown, window, strict=True))
     return Piece(x[None].to(device), reach)
 
-# %% ../../nbs/45_large.arrays.ipynb #027ce5b8
+# %% ../../nbs/45_large.arrays.ipynb #f4dc3d91
 def write_window(
     target,  # (H, W, C)
     window: Window,
@@ -170,3 +179,4 @@ def write_window(
     "Write the pixels of a window to a map, in the map's dtype."
     values = values[0].detach().cpu()
     target[window.slices] = values if isinstance(target, Tensor) else values.numpy()
+    give_back(target)
