@@ -21,7 +21,9 @@ from torch.autograd import forward_ad
 
 from mamba2d.scan.cpu import (
     cpu_backward,
+    cpu_backward_with_borders,
     cpu_forward,
+    cpu_forward_with_borders,
     cpu_kernel_status,
     cpu_saved_shape,
     cpu_unsupported_reason,
@@ -66,7 +68,9 @@ class ScanKernels(NamedTuple):
 
 # %% ../../nbs/05_scan.operator.ipynb #3aa49c23
 _kernels: dict[str, ScanKernels] = {
-    "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status),
+    "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status,
+                       forward_with_borders=cpu_forward_with_borders,
+                       backward_with_borders=cpu_backward_with_borders),
     "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_unsupported_reason,
                         cuda_kernel_status, cuda_backward_joined),
 }
@@ -456,12 +460,14 @@ def _scan_borders_backward_fake(grad_y, grad_bottom, grad_right, *arguments):
 
 # %% ../../nbs/05_scan.operator.ipynb #7ec3acd3
 def _borders_setup(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, ctx.reverse, _, _, _, ctx.backend = inputs
+    *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.return_borders, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[4])
     ctx.set_materialize_grads(False)
 
 def _borders_autograd(ctx, grad_y, grad_h, grad_bottom, grad_right, grad_saved):
     "The gradient of each argument of `scan_borders_forward`, None where none is wanted."
+    if not ctx.return_borders:  # an empty tensor may have an empty gradient
+        grad_bottom = grad_right = None
     if grad_y is None and grad_bottom is None and grad_right is None:
         return (None,) * 19
     *inputs, saved = ctx.saved_tensors
