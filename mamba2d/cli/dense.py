@@ -13,9 +13,11 @@ from pathlib import Path
 
 from mamba2d.cli.common import (
     UsageError,
+    config_of,
     end_process,
     init_distributed,
     print_table,
+    require_own_data,
     resolve_weights,
 )
 
@@ -269,6 +271,7 @@ def validate_dense(args, weights):
     from mamba2d.data.images import CorruptImageError
     from mamba2d.training.dense import SegmentationByViews, evaluate_dense
     saved, known, distributed = _validation_setup(args, weights)
+    require_own_data(args, weights, config_of(saved))
     views = args.windows or args.multi_scale
     dls = load_dense(known["task"], known["data"], size=known["image_size"], batch_size=args.batch_size or 1,
                      workers=args.workers, device=distributed.device, resize_valid=not views)

@@ -20,6 +20,7 @@ from mamba2d.cli.common import (
     load_data,
     print_table,
     quiet_imports,
+    require_own_data,
     require_weights,
     resolve_weights,
     result_rows,
@@ -181,6 +182,7 @@ def _validate(args):
     if task in dense_tasks:
         validate_dense(args, weights)
         return
+    require_own_data(args, _weights_argument(args), config)
     distributed = init_distributed(args.device)
     if args.out:
         _make_folder(args.out, distributed)

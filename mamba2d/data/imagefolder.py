@@ -35,6 +35,7 @@ from mamba2d.data.loader import (
     Problems,
     cpu_cores,
     data_fingerprint,
+    file_state,
     loader_options,
     make_dataloaders,
     start_worker,
@@ -679,6 +680,11 @@ def _check_arguments(batch_size, size, seed, corrupt):
             f"got {corrupt!r}"
         )
 
+# %% ../../nbs/24_data.imagefolder.ipynb #d7160bd8
+def _state_of_images(found):
+    "Return the state of the files of an `ImageList`."
+    return file_state(found.files)
+
 # %% ../../nbs/24_data.imagefolder.ipynb #ebda2a90
 def imagenet_dls(
     path: str | Path,  # ImageNet in one of its layouts, or class folders: see `find_images`
@@ -721,6 +727,7 @@ def imagenet_dls(
         imagenet_stats,
         batch_size=batch_size, seed=seed, num_workers=workers, device=device,
         layout=found.layout, fingerprint=data_fingerprint(train, valid), corrupt=corrupt,
+        file_state=partial(_state_of_images, found._replace(train=train, valid=valid)),
     )
 
 # %% ../../nbs/24_data.imagefolder.ipynb #9ba5fa30

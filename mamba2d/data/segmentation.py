@@ -109,6 +109,11 @@ class SegmentationData(Dataset):
     def __len__(self):
         return len(self.pairs)
 
+    @property
+    def paths(self) -> list[str]:
+        "Paths of the images and masks."
+        return [str(path) for pair in self.pairs for path in pair]
+
     def mask(self, k) -> np.ndarray:  # (H, W) int64
         "Read the label map of an image."
         return read_mask(self.pairs[k][1], len(self.categories), self.reduce_zero_label)
