@@ -44,7 +44,8 @@ template <class T> struct BackwardRow {
   const bool follows;     // adds to the sums of the channel group before
   const bool last_group;  // finishes the sums
   const bool passes_on;   // the next channel group waits for this one's sums
-  const bool from_below, meets_above, meets_below;
+  const bool from_below;  // there is a strip below
+  const bool meets_above, meets_below;  // waits for the row above, and for the row below, or (MMA) for what is copied there
   const i64 b, pixel;
   const int lane_states;  // this lane's first states in a padded pixel
   const int own_ch, written;  // the first channel, in the block and at all, whose gradients this lane writes
@@ -56,6 +57,7 @@ template <class T> struct BackwardRow {
   //   top_h + 2 * ROW  row r + 1, or on MMA for the last row what the strip below sends
   real* const top_h;
 
+  // Of this lane's channels and states. `h` are the states of the column at hand; those of the tile are `space.h`.
   real A_t[CH][NS], A_l[CH][NS], sum_A_t[CH][NS], sum_A_l[CH][NS], sent_left[CH][NS], h[CH][NS];
   real sum_D[SUM_CHANNELS], sum_bias_t[SUM_CHANNELS], sum_bias_l[SUM_CHANNELS];
   Raw<typename T::X_T, VECTOR> raw_x[TOGETHER ? X_LOADS : 1];
