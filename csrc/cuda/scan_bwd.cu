@@ -45,7 +45,7 @@ template <class T> struct BackwardRow {
   const bool last_group;  // finishes the sums
   const bool passes_on;   // the next channel group waits for this one's sums
   const bool from_below;  // there is a strip below
-  const bool meets_above, meets_below;  // waits for the row above, and for the row below, or (MMA) for what is copied there
+  const bool meets_above, meets_below;  // waits for the row above; for the row below, or (MMA) what is copied there
   const i64 b, pixel;
   const int lane_states;  // this lane's first states in a padded pixel
   const int own_ch, written;  // the first channel, in the block and at all, whose gradients this lane writes
