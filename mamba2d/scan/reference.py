@@ -311,7 +311,7 @@ def selective_scan_2d_naive(
         y = y + cast.D * images["x"]
     if reverse:
         y, h = y.flip(1, 2), h.flip(1, 2)
-    last = -1 if not reverse else 0
+    last = 0 if reverse else -1
     results = ScanResults(y.to(x.dtype), h, h[:, last], h[:, :, last])
     return results.asked_for(return_states, return_borders)
 
