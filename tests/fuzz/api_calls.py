@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
 packages = ("scan", "models", "data", "training", "viz")
 
@@ -40,14 +41,20 @@ left_out = {
         "upernet_m2d_t", "MaskRCNN", "mask_rcnn_names", "upernet_names", "animate_wavefront", "StateExplorer",
         "ExplorerFigure", "train_run", "accuracies", "mamba2d_learner", "detection_learner", "segmentation_learner",
         "evaluate_dense", "plot_dense", "plot_predictions", "write_evaluation", "canvas_dls", "digits_dls",
-        "imagenet_dls", "images_dl", "detection_dls", "segmentation_dls", "check_images", "check_masks",
+        "imagenet_dls", "images_dl", "detection_dls", "segmentation_dls", "check_images", "check_masks", "pathfinder_images",
         "find_detection", "find_segmentation", "trainable", "make_detection_tree", "make_segmentation_tree",
         "evaluate", "predict", "segment", "sliding_logits", "example", "DetectionMetrics",
     ),
     "the fuzzer of weights, images or run folders tries it": (
         "load_published", "read_weights", "open_image", "load_checkpoint", "plot_curves",
     ),
+    "it takes what another library returns, and tests/integrations tries it": ("count_scans",),
     "it draws what another function has checked": ("mark_pixel", "draw_architecture", "plot_composite"),
+}
+
+# Arguments that are refused, but by an error of Python or PyTorch that does not name them. `make fuzz` fails where
+# an entry no longer holds: whoever names the argument takes it out.
+known = {
 }
 
 
@@ -68,16 +75,17 @@ def tiny_network(**changes):
 
 def make_things(folder):
     "What good arguments are made of."
-    from mamba2d.data import digit_scenes, make_image_tree
+    from mamba2d.data import make_image_tree
     from mamba2d.models import UPerNet
     from mamba2d.viz import hidden_states
     things = types.SimpleNamespace(folder=folder, model=tiny_network())
-    things.image = torch.rand(1, 3, 32, 32)
+    things.image = torch.rand(3, 32, 32)
     things.states = hidden_states(things.model, things.image)
     things.pyramid = tiny_network(depths=(1, 1, 1, 1), dims=(8, 8, 8, 32), mixers=("m2d",) * 3 + ("attention",))
     things.segmenter = UPerNet(things.pyramid.features(), 3, channels=8, aux_channels=8)
     things.tree = make_image_tree(folder / "tree", 2, 2, 1, (16, 12))
-    things.scenes = digit_scenes(2, 64)
+    things.mask = folder / "mask.png"
+    Image.fromarray(np.eye(4, dtype=np.uint8)).save(things.mask)
     return things
 
 
@@ -96,7 +104,6 @@ def of_scan(things):
                                          strided=False, optional=True, delta_range=(0.001, 0.3)),
         "scan_backend": lambda t: dict(name="reference"),
         "scan_flops": lambda t: dict(shape=(1, 4, 4, 2), states=2, skip=True, backward=False),
-        "count_scans": lambda t: dict(statistics=None),
         "selective_scan_2d": scan_arguments,
         "selective_scan_2d_naive": scan_arguments,
         "selective_scan_2d_ref": scan_arguments,
@@ -104,6 +111,7 @@ def of_scan(things):
 
 
 def of_models(things):
+    from mamba2d.models import count_parameters
     network = dict(depths=(1, 1), dims=(8, 32), mixers=("m2d", "attention"), num_classes=3, in_channels=3)
     return {
         "Mamba2D": lambda t: dict(network, drop_path=0.1, head_dropout=0.1),
@@ -114,7 +122,7 @@ def of_models(things):
         "features": lambda t: dict(model_or_name=t.pyramid, out_indices=(0, 1, 2, 3), frozen_stages=1),
         "FeaturePyramid": lambda t: dict(model=t.pyramid, out_indices=(0, 2), frozen_stages=0),
         "layer_decay_groups": lambda t: dict(model=t.model, lr=1e-3, layer_decay=0.75, weight_decay=0.05),
-        "match_parameters": lambda t: dict(model=tiny_network(), parameters=20000),
+        "match_parameters": lambda t: dict(model=tiny_network(), parameters=count_parameters(t.model) + 3000),
         "paste_masks": lambda t: dict(masks=torch.rand(2, 1, 4, 4), size=(20, 30),
                                       boxes=torch.tensor([[1., 2., 9., 9.], [0., 0., 30., 20.]])),
         "published_names": lambda t: dict(model=t.model),
@@ -139,7 +147,7 @@ def of_data(things):
         "detection_transforms": lambda t: dict(schedule="1x", size=(64, 96)),
         "digit_canvases": lambda t: dict(count=2, seed=0, held_out=False, size=96, digits=2, gap=28),
         "digit_images": lambda t: dict(size=32),
-        "digit_scenes": lambda t: dict(count=2, size=64, seed=0, held_out=False, digits=(0, 1), most=2),
+        "digit_scenes": lambda t: dict(count=2, size=96, seed=0, held_out=False, digits=(0, 1), most=2),
         "evaluation_transforms": lambda t: dict(size=32),
         "find_images": lambda t: dict(path=t.tree, valid_pct=0.2, split_seed=42, labels=None, evaluate=False),
         "list_images": lambda t: dict(paths=[t.tree]),
@@ -147,10 +155,9 @@ def of_data(things):
                                           size=(8, 6), layout="parts", quality=95, seed=0),
         "mix_pairs": lambda t: dict(images=torch.rand(4, 3, 8, 8), targets=torch.tensor([0, 1, 2, 0]), classes=3,
                                     seed=0, epoch=0, position=0, mixup=0.8, cutmix=1., switch=0.5),
-        "pathfinder_images": lambda t: dict(count=1, seed=0, size=64, length=14, contours=True, distractors=True),
         "permutation_signs": lambda t: dict(count=1, seed=0, size=64, marks=3, rings=6, chain=False),
         "PhotometricDistortion": lambda t: dict(brightness=32, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18),
-        "read_mask": lambda t: dict(file=next(t.tree.rglob("*.*g")), classes=3, reduce_zero_label=False),
+        "read_mask": lambda t: dict(file=t.mask, classes=3, reduce_zero_label=False),
         "ResizeByRatio": lambda t: dict(short=16, long=32, low=0.5, high=2.),
         "ResizeToFit": lambda t: dict(short=(16,), long=32),
         "segmentation_transforms": lambda t: dict(side=32),
@@ -186,7 +193,7 @@ def of_viz(things):
         "decay_length": lambda t: dict(curve=torch.rand(8)),
         "draw_map": lambda t: dict(values=torch.rand(4, 4), image_size=(16, 16), title="a", label="b", log=False,
                                    limit=None),
-        "effective_receptive_field": lambda t: dict(model=t.model, images=t.image.clone(), stage=-1, blocks=None,
+        "effective_receptive_field": lambda t: dict(model=t.model, images=t.image[None].clone(), stage=-1, blocks=None,
                                                     pixel=None, probes=1, seed=0),
         "field_radius": lambda t: dict(field=torch.rand(8, 8), fraction=0.5, centre=(3., 4.)),
         "grad_cam": lambda t: dict(model=t.model, image=t.image.clone(), target=1, stage=0),

@@ -16,7 +16,7 @@ errors = (errno.EIO, errno.ENOSPC, errno.EROFS)
 def cases(run, long):
     "All operations of a run from its start, then those that a run makes before it resumes; each with three errors."
     count = 3 * (len(run.operations) + run.reading)
-    return range(count) if long else random.Random(0).sample(range(count), 24)
+    return range(count) if long else random.Random(0).sample(range(count), 20)
 
 
 def fault_at(which, number):

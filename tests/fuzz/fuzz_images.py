@@ -125,4 +125,4 @@ def run(folder, seed):
     return "refused" if expected is None else "accepted"
 
 
-kind = Kind("images", lambda folder: folder, run, lambda folder, long: range(3000 if long else 250), seconds=20.)
+kind = Kind("images", lambda folder: folder, run, lambda folder, long: range(3000 if long else 200), seconds=20.)

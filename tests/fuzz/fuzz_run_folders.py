@@ -110,4 +110,4 @@ def run(tiny, seed):
     return word
 
 
-kind = Kind("run_folders", TinyRun, run, lambda tiny, long: range(600 if long else 40), seconds=120.)
+kind = Kind("run_folders", TinyRun, run, lambda tiny, long: range(400 if long else 24), seconds=120.)

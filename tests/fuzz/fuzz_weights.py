@@ -209,4 +209,4 @@ def run(files, seed):
     return "accepted"
 
 
-kind = Kind("weights", Files, run, lambda files, long: range(2000 if long else 300), seconds=20., mebibytes=512)
+kind = Kind("weights", Files, run, lambda files, long: range(2000 if long else 200), seconds=20., mebibytes=512)

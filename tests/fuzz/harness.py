@@ -36,6 +36,7 @@ class Kind:
     cases: object  # called with what they share, and True for the long run; returns the numbers of its cases
     seconds: float = 30.  # that a case may take
     mebibytes: int = 1024  # that a case may take beside what the process has
+    expected: object = list  # returns the words that a long run must have met
 
 
 def kind_of(name):
@@ -49,7 +50,12 @@ class Report:
     name: str
     outcomes: Counter = field(default_factory=Counter)
     findings: dict[int, str] = field(default_factory=dict)  # number of a case -> what is wrong
+    missing: list[str] = field(default_factory=list)  # what a long run must meet and did not
     seconds: float = 0.
+
+    @property
+    def is_good(self):
+        return not (self.findings or self.missing)
 
     @property
     def cases(self):
@@ -63,8 +69,12 @@ class Report:
             self.outcomes[text] += 1
 
     def __str__(self):
-        words = ", ".join(f"{count} {word}" for word, count in sorted(self.outcomes.items()))
+        counts = Counter()
+        for word, count in self.outcomes.items():
+            counts[word.partition(":")[0]] += count
+        words = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
         lines = [f"{self.name}: {self.cases} cases, {self.seconds:.0f} s, {len(self.findings)} findings ({words})"]
+        lines += [f"  {self.name}: no case met {word!r}" for word in self.missing]
         lines += [f"  {self.name} {seed}: {text}\n    again: python tests/fuzz/fuzz.py {self.name} --case {seed}"
                   for seed, text in sorted(self.findings.items())]
         return "\n".join(lines)
@@ -194,6 +204,8 @@ def fuzz(name, long=False, seeds=None):
         left = run_until_end(context, report, seeds, long, stack.name)
         while left:
             left = run_until_end(context, report, left, long, stack.name)
+    if long and seeds is None:
+        report.missing = [word for word in kind_of(name).expected() if word not in report.outcomes]
     report.seconds = time.monotonic() - begun
     return report
 
