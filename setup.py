@@ -54,6 +54,7 @@ setup(
         "docs": requirements("docs_requirements"),
         "integrations": requirements("integrations_requirements"),
         "dense": requirements("dense_requirements"),
+        "large": requirements("large_requirements"),
         "dev": requirements("dev_requirements", "explore_requirements", "log_requirements"),
     },
     entry_points={

@@ -21,7 +21,7 @@ from fastcore.docments import docments
 
 root = Path(__file__).resolve().parent.parent
 widest_signature = 88  # characters; a longer one is divided over lines
-packages = ("scan", "models", "data", "training", "viz", "integrations", "bench", "evidence", "cli")
+packages = ("scan", "models", "data", "training", "viz", "large", "integrations", "bench", "evidence", "cli")
 
 
 # The reference

@@ -5,7 +5,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_packages = ("scan", "models", "data", "training", "viz", "integrations", "bench", "cli")
+_packages = ("scan", "models", "data", "training", "viz", "large", "integrations", "bench", "cli")
 _lazy = {
     "selective_scan_2d": "scan",
     "selective_scan_2d_ref": "scan",

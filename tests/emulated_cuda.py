@@ -36,14 +36,14 @@ replacements = {
     "int uniform(int v)": "return __shfl_sync(0xffffffffu, v, 0);",
     "void named_barrier(int warp)": """
         if (!ScanTraits::LOCKSTEP) emulation::meet(emulation::block_barriers[warp], 64);""",
-    "void gate_init(Gate* gate)": "*gate = 0;",
-    "void gate_arrive(Gate* gate, int warp, int lane)": """
+    "void mbarrier_init(Mbarrier* mbarrier)": "*mbarrier = 0;",
+    "void mbarrier_arrive(Mbarrier* mbarrier, int warp, int lane)": """
         if (ScanTraits::LOCKSTEP) return;
         __syncwarp();
-        if (lane == 0) ++*gate, emulation::progressed = true;""",
-    "void gate_wait(Gate* gate, int warp, int parity)": """
+        if (lane == 0) ++*mbarrier, emulation::progressed = true;""",
+    "void mbarrier_wait(Mbarrier* mbarrier, int warp, int parity)": """
         if (ScanTraits::LOCKSTEP) return;
-        while (int(*gate & 1) == parity) emulation::yield();""",
+        while (int(*mbarrier & 1) == parity) emulation::yield();""",
     # memory that blocks share
     "int load_acquire(const int* pointer)": "emulation::progressed = true; return *pointer;",
     "void store_release(int* pointer, int v)": "*pointer = v;",

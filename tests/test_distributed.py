@@ -87,7 +87,7 @@ def test_two_processes_train_what_one_trains(tmp_path, alone):
 def test_features_under_ddp_and_fsdp2():
     "No unused parameters, and the same training as in one process."
     code, out, err = torchrun(program=(str(Path(__file__).with_name("distributed_features.py")),))
-    assert code == 0 and out.count("all parameters trained") == 2, err
+    assert code == 0 and out.count("all parameters trained") == 2, out + err
 
 
 def test_another_number_of_processes_resumes(tmp_path, alone):

@@ -393,7 +393,6 @@ def wrong_trees(trees, class_folders):
             trees.copy(parts, rename("val/n00000001", "val/n7")),
             "train/ and val/ of '.*' have different classes; only in train/: n00000001; only in val/: n7",
         ),
-        (trees.copy(parts, remove("val/n00000001")), "only in train/: n00000001; only in val/: none"),
         (
             trees.copy(parts, put(train_image, "train")),
             "'.*train' has 1 images beside class folders, the first is 'n.*_3.JPEG'",
@@ -427,6 +426,34 @@ def test_an_error_names_the_folder_and_what_is_expected_in_it(trees, class_folde
     for path, message in wrong_trees(trees, class_folders):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             find_images(path)
+
+
+def test_a_class_may_have_no_validation_images(trees):
+    found = find_images(trees.copy(trees.in_folders(), remove("val/n00000001")))
+    assert found.layout.endswith("val/ of class folders (no images of 1 of 3 classes: n00000001)")
+    assert found.vocab == trees.wnids and "n00000001" not in found.valid["label"]
+    assert len(found.valid) == len(trees.labels) - [*trees.labels.values()].count("n00000001")
+    only_one = find_images(trees.copy(trees.in_folders(), remove("val/n00000001", "val/n00000002")))
+    assert {*only_one.valid["label"]} == {"n00000000"}
+
+
+def test_a_test_folder_without_labels_is_left_out(trees):
+    "Class folders of other names are none either; with images of the classes it is the validation part."
+    layout = "train/ of class folders, 20 % of each held out (seed 42)"
+    flat = trees.variant("train", "test")
+    assert find_images(flat).layout == layout + "; left out: test/"
+    unknown = trees.copy(flat, lambda root: (root / "test").rename(root / "unknown"))
+    (unknown / "test").mkdir()
+    assert find_images(unknown).layout == layout + "; left out: test/"  # empty
+    (unknown / "unknown").rename(unknown / "test/unknown")
+    assert find_images(unknown).layout == layout + "; left out: test/"
+    labels = trees.imagenet / "labels.txt"
+    for given in ({"labels": labels}, {}):
+        if not given:
+            shutil.copy(labels, flat)
+        assert contents(find_images(flat, **given)) == contents(find_images(trees.imagenet))
+    beside = trees.copy(trees.in_folders(), lambda root: shutil.copytree(flat / "test", root / "test"))
+    assert find_images(beside).layout == "train/ of class folders, val/ of class folders; left out: test/"
 
 
 def test_a_bad_argument_is_named(trees, class_folders):

@@ -188,6 +188,15 @@ def test_small_trained_networks_travel_in_the_wheel(installed, tmp_path):
     assert in_installed(installed, tmp_path, code).strip() == str([10] * 3 + [2] * 5 + [4] * 5)
 
 
+def test_a_trained_network_predicts_away_from_the_checkout(installed, tmp_path):
+    code = "from mamba2d.cli import predict; predict(['example', '--top', '1', '--device', 'cpu'])"
+    lines = in_installed(installed, tmp_path, code).splitlines()
+    assert lines[0].startswith("example:canvases-m2d: a small network (163,594 parameters), "), lines
+    answers = [line.split("(right: ")[1].split()[:2] for line in lines if "(right: " in line]
+    assert len(answers) == 6 and sum(right[0] == best[0] for right, best in answers) >= 5, lines
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_trains_away_from_the_checkout(installed, tmp_path):
     code = "from mamba2d.cli import train; train(['--epochs', '1', '--out', 'run', '--device', 'cpu'])"
     assert "with the scan's output set to zero" in in_installed(installed, tmp_path, code)

@@ -9,7 +9,7 @@ kernels. A program is a sequence of events:
   backward pass on compute capability 7.5;
 - ("announce", message) and ("receive", message, number): the backward pass on later cards. The receiver waits
   until the message of that number (from 0) has been announced; the announcer waits for nobody. In the kernel
-  a gate, which is an mbarrier, carries the message.
+  an mbarrier carries the message.
 
 Vector clocks find the accesses that nothing orders.
 """
@@ -176,34 +176,35 @@ def test_a_warp_that_never_comes_to_a_barrier_is_a_deadlock():
         races_at_barriers(programs)
 
 
-# ----------------------------------------------------------------------------- gates: the announcer goes on
+# ------------------------------------------------------------------------- mbarriers: the announcer goes on
 
-class GateClocks(VectorClocks):
-    """Vector clocks of programs that signal through gates.
+class MbarrierClocks(VectorClocks):
+    """Vector clocks of programs that signal through mbarriers.
 
-    A gate shows only whether the number of its messages is odd. So a message must not come before the last
-    one has been received, and a receiver must not come before the message before its own has been announced.
+    An mbarrier shows only whether the number of its messages is odd. So a message must not come before the
+    last one has been received, and a receiver must not come before the message before its own has been
+    announced.
     """
 
     def __init__(self, count):
         super().__init__(count)
         self.announced = defaultdict(list)  # message -> (program, all its clocks) of each time
         self.received = {}  # (message, number) -> (program, its clock)
-        self.latest = {}  # gate -> (message, number)
+        self.latest = {}  # mbarrier -> (message, number)
 
     @staticmethod
-    def gate(message):
-        "The gate of a message: those down to a row and up from it alternate at one."
+    def mbarrier(message):
+        "The mbarrier of a message: those down to a row and up from it alternate at one."
         return message[:2]  # of (row, column, direction), row and column
 
     def announce(self, p, message):
         "Program p announces a message, without waiting."
-        gate = self.gate(message)
-        if gate in self.latest and self.latest[gate] in self.received:
-            q, clock = self.received[self.latest[gate]]
+        mbarrier = self.mbarrier(message)
+        if mbarrier in self.latest and self.latest[mbarrier] in self.received:
+            q, clock = self.received[self.latest[mbarrier]]
             if self.clocks[p][q] < clock:
                 self.races.append(("parity", message, p, q))
-        self.latest[gate] = message, len(self.announced[message])
+        self.latest[mbarrier] = message, len(self.announced[message])
         self.announced[message].append((p, self.clocks[p][:]))
         self.clocks[p][p] += 1
 
@@ -211,7 +212,7 @@ class GateClocks(VectorClocks):
         "Program p receives a message for the time of that number; returns False where it has to wait."
         if len(self.announced[message]) <= number:
             return False
-        if self.latest[self.gate(message)] != (message, number):
+        if self.latest[self.mbarrier(message)] != (message, number):
             self.races.append(("parity", message, p, self.announced[message][-1][0]))
         if number > 0:
             q, clocks = self.announced[message][number - 1]
@@ -232,9 +233,9 @@ class GateClocks(VectorClocks):
         return True
 
 
-def races_at_gates(programs):
-    "Run programs that signal through gates, and return the accesses that nothing orders."
-    clocks = GateClocks(len(programs))
+def races_at_mbarriers(programs):
+    "Run programs that signal through mbarriers, and return the accesses that nothing orders."
+    clocks = MbarrierClocks(len(programs))
     events = [next(program, None) for program in programs]
     while any(events):
         progressed = False
@@ -257,14 +258,16 @@ class Strip:
     below: bool
 
     def programs(self):
-        return [GateRow(self, r).program() for r in range(self.rows)]
+        return [MbarrierRow(self, r).program() for r in range(self.rows)]
 
 
-class GateRow:
+class MbarrierRow:
     """What row r of the backward pass does, in the order of csrc/cuda/scan_bwd.cu.
 
     Places: (r, j) is the state of row r at column j; ("above", buffer, j) and ("below", j) hold what comes
     from the strips above and below; ("carry", t, j) is memory that the strips share, at column j of tile t.
+    Tiles are counted in the order in which they are taken: t = 0 is the rightmost one, which has the largest
+    number in the kernel.
     """
 
     def __init__(self, strip, r):
@@ -304,7 +307,7 @@ class GateRow:
         return (("write", ("above", self.buffer(t), j)) for j in range(self.r, span, self.strip.rows))
 
     def begin(self, t):
-        "The begin of tile t. Copies of the states above may have begun earlier; they end here."
+        "Phase 1 of tile t. Copies of the states above may have begun earlier; they end here."
         if self.copies_above:
             yield from self.copy_above(t)
             yield from (("announce", ("above", j)) for j in range(self.r, span, self.strip.rows))
@@ -389,9 +392,9 @@ class GateRow:
 @pytest.mark.parametrize("above", [False, True])
 @pytest.mark.parametrize("rows", range(1, strip_rows + 1))
 @pytest.mark.parametrize("mma", [False, True])
-def test_backward_pass_at_gates(mma, rows, above, widths):
+def test_backward_pass_at_mbarriers(mma, rows, above, widths):
     for below in (False, True) if rows == strip_rows else (False,):
-        assert not races_at_gates(Strip(rows, widths, mma, above, below).programs())
+        assert not races_at_mbarriers(Strip(rows, widths, mma, above, below).programs())
 
 
 def full_strip():
@@ -405,12 +408,12 @@ def without(program, message, kinds=("announce", "receive")):
 
 
 @pytest.mark.parametrize("message", [(4, 3, "down"), ("below", 7), ("above", 2)])
-def test_a_missing_gate_is_found(message):
-    assert len(races_at_gates([without(row, message) for row in full_strip()])) == 3
+def test_a_missing_mbarrier_is_found(message):
+    assert len(races_at_mbarriers([without(row, message) for row in full_strip()])) == 3
 
 
-def test_a_missing_gate_for_the_strip_above_is_found():
-    races = races_at_gates([without(row, ("sent",)) for row in full_strip()])
+def test_a_missing_mbarrier_for_the_strip_above_is_found():
+    races = races_at_mbarriers([without(row, ("sent",)) for row in full_strip()])
     assert len(races) == 24
     assert {place[0] for _, place, _, _ in races} == {"carry"}
 
@@ -418,16 +421,16 @@ def test_a_missing_gate_for_the_strip_above_is_found():
 @pytest.mark.parametrize("message", [(4, 3, "down"), (4, 3, "up"), ("below", 7), ("above", 2), ("sent",)])
 def test_a_message_that_is_never_announced_is_a_deadlock(message):
     with pytest.raises(DeadlockError):
-        races_at_gates([without(row, message, kinds=("announce",)) for row in full_strip()])
+        races_at_mbarriers([without(row, message, kinds=("announce",)) for row in full_strip()])
 
 
-# A gate of its own, to see that the check of parities works: what the announcer and the receiver do.
+# An mbarrier of its own, to see that the check of parities works: what the announcer and the receiver do.
 twice = [("announce", ("data",)), ("announce", ("data",))]
 first, second = (("receive", ("data",), number) for number in range(2))
 
 
 def parity_faults(announcer, receiver):
-    races = races_at_gates([iter(announcer), iter(receiver)])
+    races = races_at_mbarriers([iter(announcer), iter(receiver)])
     return [race for race in races if race[0] == "parity"]
 
 

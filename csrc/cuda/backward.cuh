@@ -7,7 +7,8 @@ template <typename A, typename B> struct Choice<false, A, B> { typedef B type; }
 
 struct BackwardTraits : ScanTraits {
   typedef SCAN_G_T G_T;  // elements of the gradient of y
-  // The sums over states and over channels run on the tensor cores: bf16 tensors, CH <= 2 and NS = NG = 4.
+  // The sums over states and over channels run on the tensor cores: x, B_t, B_l and C in bf16, CH <= 2 and
+  // NS = NG = 4.
   static constexpr bool MMA = SCAN_MMA;
   static constexpr int THREADS = STRIP * 32, PIXELS = STRIP * SPAN;  // of a block, of its tile
   // A row's places for states: on the tensor cores those to the left of the tile lie elsewhere.
@@ -22,14 +23,15 @@ struct BackwardTraits : ScanTraits {
   // those over channels (one run for each of B_t, B_l and C), padded so that lanes spread over the banks
   static constexpr int STATE_RUN = NG * 4 + 4, MATRIX_RUN = NP * EG + 4;
   static constexpr int ROW_SUMS = CG * STATE_RUN > 3 * MATRIX_RUN ? CG * STATE_RUN : 3 * MATRIX_RUN;
-  // Where all tensors are bf16, the next tile's inputs are copied in the background while this one's adjoint
-  // still runs, as they are, into the places of the columns that it has finished: x, delta_t, delta_l,
-  // gradient of y into the second half of a row's `inputs`; B_t, B_l, C and the states above go where they
-  // belong (those of column 0 later).
+  // Where all images have two bytes a number, the next tile's inputs are copied in the background while this
+  // one's adjoint still runs, as they are, into the places of the columns that it has finished: x, delta_t,
+  // delta_l, gradient of y into the second half of a row's `inputs`; B_t, B_l, C and the states above go where
+  // they belong (B_t, B_l and C of column 0, and the states to the left, after the adjoint).
   static constexpr bool EARLY =
       MMA && VECTOR == 4 && SPAN == 8 && sizeof(DT_T) == 2 && sizeof(DL_T) == 2 && sizeof(G_T) == 2;
   static constexpr int EARLY_COLUMN = 1;  // the copies begin when this column's adjoint is done
   static_assert(CG <= 32, "a lane writes the gradients of one channel");
+  static_assert(SPAN <= STRIP, "half of the rows copy two columns each of what the strip below sends");
   static_assert(!MMA || ROUNDED, "the states are kept as they are copied");
   static_assert(!MMA || CH <= 2 && NS == 4 && NG == 4 && sizeof(real) == 4, "the tile of the tensor cores");
 };
@@ -47,8 +49,10 @@ struct BackwardTensors {
   real* partial;
   real* carry;    // (B, W, E padded, NP): what the adjoint sends from strip to strip
   real* sums;     // (B, H, W, 3, N): gradients of B_t, B_l, C up to a channel group, where there are several
-  int* flags;     // ticket; for every (image, channel group, strip) tiles that the strip above may take up;
-};                // the same, tiles times rows whose sums the next channel group may take up
+  // ticket; for every (image, channel group, strip) tiles that the strip above may take up; for every one again
+  // tiles times rows whose sums the next channel group may take up
+  int* flags;
+};
 struct BackwardArguments : Inputs, BackwardTensors, Layout {
   Strides sg, se, sn;  // of the gradient of y; of the gradients with E and with N channels
 };
@@ -68,8 +72,8 @@ template <class T> struct BackwardStorage {
   Quad inputs[T::PIXELS * T::CG];  // delta_t, delta_l, x, gradient of y
   alignas(16) typename T::matrix_t matrices[T::PIXELS * 3 * T::NP];  // B_t, B_l, C
   alignas(16) real constants[3][T::CG];  // biases and skip of the block's channels
-  Gate gates[(T::STRIP + 1) * T::SPAN];  // of the messages between row r - 1 and row r at each column
-  Gate tile_sent, spare;                 // row 0 has sent all of a tile to the strip above
+  Mbarrier mbarriers[(T::STRIP + 1) * T::SPAN];  // [r][j]: of the messages between row r - 1 and row r at column j
+  Mbarrier tile_sent, spare;  // row 0 has sent all of a tile to the strip above; `spare` fills 16 bytes
   SumStorage<T, T::MMA> rest;
 };
 
@@ -78,7 +82,8 @@ struct BackwardJob {
   int image, group, strip;
   int *sent, *summed;
 };
-// All images of the lowest strip first, and all images of a channel group before the next group.
+// All images of the lowest strip first, and all images of a channel group before the next group: a block waits
+// for the strip below and for the channel group before, whose tickets are smaller (see `draw_ticket`).
 DEVICE BackwardJob backward_job(const BackwardArguments& p, int ticket) {
   BackwardJob job;
   job.image = ticket % p.images, job.group = (ticket / p.images) % p.groups;

@@ -28,27 +28,28 @@ DEVICE void named_barrier(int warp) {
   if (!ScanTraits::LOCKSTEP) asm volatile("bar.sync %0, 64;" : : "r"(warp) : "memory");
 }
 
-// A gate, an mbarrier, for one place of shared memory: a warp arrives when it has written there, and goes on;
-// the reader waits. Each arrival flips the parity that is waited for. Compute capability 7.5 has no such
-// barriers: there both warps meet at the named barrier `warp`.
-typedef unsigned long long Gate;
-DEVICE void gate_init(Gate* gate) {
+// An mbarrier for one place of shared memory: a warp arrives when it has written there, and goes on; the reader
+// waits. Each arrival flips the parity that is waited for. Compute capability 7.5 has no such barriers: there
+// both warps meet at the named barrier `warp`. The mbarriers that only the tensor cores need have no such number
+// (their callers pass 0), since there are no MMA variants for 7.5.
+typedef unsigned long long Mbarrier;
+DEVICE void mbarrier_init(Mbarrier* mbarrier) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" : : "r"(u32(__cvta_generic_to_shared(gate))) : "memory");
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" : : "r"(u32(__cvta_generic_to_shared(mbarrier))) : "memory");
 #endif
 }
-DEVICE void gate_arrive(Gate* gate, int warp, int lane) {
+DEVICE void mbarrier_arrive(Mbarrier* mbarrier, int warp, int lane) {
 #if __CUDA_ARCH__ >= 800
   if (ScanTraits::LOCKSTEP) return;
   __syncwarp();
-  const u32 at = u32(__cvta_generic_to_shared(gate));
+  const u32 at = u32(__cvta_generic_to_shared(mbarrier));
   if (lane == 0)
     asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" : : "r"(at) : "memory");
 #else
   named_barrier(warp);
 #endif
 }
-DEVICE void gate_wait(Gate* gate, int warp, int parity) {
+DEVICE void mbarrier_wait(Mbarrier* mbarrier, int warp, int parity) {
 #if __CUDA_ARCH__ >= 900
 #define SCAN_WAIT "try_wait"
 #else
@@ -56,7 +57,7 @@ DEVICE void gate_wait(Gate* gate, int warp, int parity) {
 #endif
 #if __CUDA_ARCH__ >= 800
   if (ScanTraits::LOCKSTEP) return;
-  const u32 at = u32(__cvta_generic_to_shared(gate));
+  const u32 at = u32(__cvta_generic_to_shared(mbarrier));
   asm volatile("{\n.reg .pred done;\nagain:\nmbarrier." SCAN_WAIT ".parity.shared.b64 done, [%0], %1;\n"
                "@!done bra again;\n}" : : "r"(at), "r"(parity) : "memory");
 #else
@@ -80,8 +81,11 @@ DEVICE void wait_for(const int* progress, int wanted) {
   while (load_acquire(progress) < wanted) __nanosleep(20);
 }
 
-// Blocks draw tickets, so that the blocks whose results this one needs are running already. Where nothing is
-// needed the number of the block will do.
+// Blocks draw tickets, in the order in which they start, and take the job of that number. `forward_job` and
+// `backward_job` number the jobs so that a job waits only for jobs of smaller numbers. The block of such a job
+// has drawn its ticket before, so it runs already, or has ended; and of the blocks that run, the one with the
+// smallest ticket waits for nobody. So no block waits for ever, however few fit on the card at once and in
+// whatever order they start. Where no job waits for another, the number of the block will do.
 DEVICE int draw_ticket(int* counter, bool is_chained, int& shared) {
   if (!is_chained) return blockIdx.x;
   if (threadIdx.x == 0) shared = atomicAdd(counter, 1);

@@ -4,8 +4,9 @@
 #include "numbers.cuh"
 
 // ------------------------------------------------------------------------------------------------- arguments
-// Logical pixel (i, j) of image b lies at b * b + i * h + j * w elements. `reverse` has moved the pointer to
-// the last pixel and negated h and w.
+// Logical pixel (i, j) of image b lies at b * b + i * h + j * w elements. For a scan from the bottom-right corner
+// (`reverse`) the host has moved the pointer to the last pixel and negated h and w; no kernel knows of it, but for
+// `sum_groups`.
 struct Strides { i64 b, h, w; };
 
 struct Inputs {
@@ -34,9 +35,9 @@ struct Layout {
   DEVICE_METHOD i64 pixel_states() const { return i64(channels_padded) * ScanTraits::NP; }  // of a pixel, padded
 };
 
-// Place of channel `ch` in a row of 16-byte entries: lanes that write four neighbouring channels each, and
-// lanes that read neighbouring channels, both spread over the banks. The channels of one lane lie at a
-// constant distance, EG.
+// Place of channel `ch` in a row of Quads (16 bytes, 32 in double): lanes that write four neighbouring channels
+// each, and lanes that read neighbouring channels, both spread over the banks. The channels of one lane lie at
+// a constant distance, EG.
 DEVICE int channel_slot(int ch) { return ScanTraits::CG >= 8 ? ch ^ ((ch >> 2) & 1) : ch; }
 DEVICE int lane_slot(int eg, int c) {  // of channel c of lane group eg
   constexpr int EG = ScanTraits::EG;
@@ -110,7 +111,8 @@ DEVICE void copy_states_l2(real* shared, const real* p) {
 #endif
   *reinterpret_cast<States*>(shared) = load_states_l2(p);
 }
-// Eight bytes in the same way; only for kernels that are compiled for such cards.
+// Eight bytes in the background; only for kernels that are compiled for such cards. So few bytes go through the
+// first-level cache (`.ca`): only for what nobody writes during the launch.
 DEVICE void copy_eight(void* shared, const void* p) {
 #if __CUDA_ARCH__ >= 800
   const u32 to = u32(__cvta_generic_to_shared(shared));

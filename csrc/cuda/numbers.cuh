@@ -96,8 +96,9 @@ template <> struct Raw<fp16, 4> : RawHalves<fp16> {};
 // ----------------------------------------------------------------------------------------------- mathematics
 constexpr real log2e = real(1.4426950408889634074), ln2 = real(0.69314718055994530942);
 
-// 2^v. The arguments of the gates carry log2(e) and the coefficient of the direction (1/2 is -1) in the
-// exponent.
+// 2^v. A gate, c exp(delta A), is 2^(delta (A log2(e)) + log2(c)): `load_A` has multiplied A by log2(e), and the
+// coefficient is -1 in the exponent where it is 1/2. What is summed with A in that form, the gradient of delta, is
+// multiplied by ln2 in the end.
 DEVICE float exp2_fast(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -138,8 +139,10 @@ DEVICE float softplus_slope_rough(float s) {
   return s < 1.f / 64 ? s - 0.5f * s * s : 1.f - exp2_fast(-s * float(log2e));
 }
 
-// The coefficients c_t and c_l of a pixel, and log2 of the one by which what comes from a neighbour is
-// multiplied: (0, 1) on the top row, (1, 0) on the left column below it, (1/2, 1/2) elsewhere.
+// The coefficients c_t and c_l of a pixel: (0, 1) on the top row, (1, 0) on the left column below it, (1/2, 1/2)
+// elsewhere. `log2` is that of the coefficient of the neighbours that there are. It also serves the neighbour that
+// is missing, whose coefficient is 0: the state there is zero, and what the adjoint would send there is not read,
+// so that gate may be anything finite.
 struct Coefficients { real t, l, log2; };
 DEVICE Coefficients border_coefficients(bool has_above, bool has_left) {
   const bool inside = has_above && has_left;

@@ -5,7 +5,7 @@
 // strip in tiles of SPAN columns, from the right to the left. In each tile it first recomputes the states
 // from those the forward pass has saved above and to the left of the tile, keeping them in shared memory, and
 // then runs the adjoint from the bottom-right corner. In both sweeps a row is behind its neighbour: for each
-// column it arrives at a gate when it has written what the next row reads. What the adjoint sends to the left
+// column it arrives at an mbarrier when it has written what the next row reads. What the adjoint sends to the left
 // stays in registers; what it sends up takes the place of the state in shared memory (no longer needed then),
 // or goes to the strip above through a row of states in memory, the carry.
 //
@@ -14,9 +14,11 @@
 // a sum never depends on who comes first. Where images are small (`apart`) each group has an array of its
 // own, and the second launch adds them.
 //
-// On the tensor cores (MMA) rows 0 and 7, for which the others wait, are spared: of the states above, row j
-// copies column j for row 0; of what the strip below sends, the upper rows copy two columns each for the last
-// one; the last row tells the strip above when row 0 has sent a tile.
+// On the tensor cores (MMA) the first and the last row, for which the others wait, are spared: of the states
+// above, row j copies column j for row 0; of what the strip below sends, the upper rows copy two columns each for
+// the last one; the last row tells the strip above when row 0 has sent a tile.
+//
+// A gate is c exp(delta A), the factor of a neighbour's state.
 #include "backward.cuh"
 
 // One row of a block's strip, which one warp computes.
@@ -48,7 +50,11 @@ template <class T> struct BackwardRow {
   const int own, written;  // the first channel, in the block and at all, whose gradients this lane writes
   const bool writes;
   const OFFSET row_e, row_n, step_e, step_n;  // of the gradients with E and with N channels
-  real* const own_h;  // the pixel above this row's column 0, of channel 0 of this lane
+  // `h` at column 0, of channel 0 of this lane, in the row above; in this row and in the row below:
+  //   top_h            row r - 1; for row 0 the states above the tile (on MMA see `above_place`)
+  //   top_h + ROW      row r; TILE before that, without MMA, the state to the left of the tile
+  //   top_h + 2 * ROW  row r + 1, or on MMA for the last row what the strip below sends
+  real* const top_h;
 
   real A_t[CH][NS], A_l[CH][NS], sum_A_t[CH][NS], sum_A_l[CH][NS], sent_left[CH][NS], h[CH][NS];
   real sum_D[SUM_CHANNELS], sum_bias_t[SUM_CHANNELS], sum_bias_l[SUM_CHANNELS];
@@ -69,7 +75,7 @@ template <class T> struct BackwardRow {
         meets_below(row + 1 < H && (r + 1 < STRIP || MMA)), b(job.image), pixel(p.pixel_states()),
         lane_states((e0 + eg * LANE_STEP) * NP + ng * NS), own(MMA ? eg * CH : lane), written(e0 + own),
         writes(own < CG && written < p.channels), row_e(OFFSET(row * p.se.h)), row_n(OFFSET(row * p.sn.h)),
-        step_e(OFFSET(p.se.w)), step_n(OFFSET(p.sn.w)), own_h(space.h + r * ROW + T::LEFT * TILE + lane * NS) {
+        step_e(OFFSET(p.se.w)), step_n(OFFSET(p.sn.w)), top_h(space.h + r * ROW + T::LEFT * TILE + lane * NS) {
     load_A();
 #pragma unroll
     for (int c = 0; c < SUM_CHANNELS; ++c) sum_D[c] = sum_bias_t[c] = sum_bias_l[c] = 0;
@@ -88,8 +94,8 @@ template <class T> struct BackwardRow {
   }
 
   // ----------------------------------------------------------------------------- where things lie, in memory
-  // This lane's first states: at a column of the carry, to the left of a tile in row i, above column 0 of a
-  // tile
+  // This lane's first states at a column of the carry. Of all channels, to the left of tile `t` in row i and above
+  // its column 0: callers add `lane_states`.
   DEVICE_METHOD real* carry_at(int col) const {
     return p.carry + (b * W + opaque(col)) * pixel + ((e0 + opaque(eg) * LANE_STEP) * NP + ng * NS);
   }
@@ -218,12 +224,12 @@ template <class T> struct BackwardRow {
     for (int c = 0; c < CH; ++c) {
       const bool there = has_channel(c);
       const int from = lane_states + c * CHANNEL_STEP * NP;
-      load_border(own_h + ROW - TILE + c * 32 * NS, left_of(tile, row) + from, tile > 0 && there);
+      load_border(top_h + ROW - TILE + c * 32 * NS, left_of(tile, row) + from, tile > 0 && there);
       if (tile > 1 && there) prefetch(left_of(tile - 1, row) + from);
       if (r > 0) continue;
 #pragma unroll 1
       for (int j = 0; j < cols; ++j) {
-        load_border(own_h + j * TILE + c * 32 * NS, above(tile) + j * pixel + from, strip > 0 && there);
+        load_border(top_h + j * TILE + c * 32 * NS, above(tile) + j * pixel + from, strip > 0 && there);
         if (strip > 0 && tile > 0 && there) prefetch(above(tile - 1) + j * pixel + from);
       }
     }
@@ -271,8 +277,10 @@ template <class T> struct BackwardRow {
       else if (has_channel(c)) copy_eight(to, left_of(t, opaque(row)) + (lane_states + c * CHANNEL_STEP * NP));
     }
   }
-  DEVICE_METHOD void copy_most(int tile_now) const {  // all but column 0
-    const int t = opaque(tile_now), l = opaque(lane), i = opaque(row);
+  // EARLY: of the next tile x, delta_t, delta_l and the gradient of y, B_t, B_l and C but for column 0, whose places
+  // are still read, and the states above.
+  DEVICE_METHOD void copy_most(int next_tile) const {
+    const int t = opaque(next_tile), l = opaque(lane), i = opaque(row);
     const int ch = l % X_WIDTH * VECTOR, col = t * SPAN + l / X_WIDTH, e = min(e0 + ch, p.channels - VECTOR);
     char* const to = early_place(l);
     if (l < SPAN * X_WIDTH && col < W) {
@@ -285,8 +293,9 @@ template <class T> struct BackwardRow {
     copy_above(t);
     close_group();
   }
-  DEVICE_METHOD void copy_rest(int tile_now) const {  // column 0 and the states to the left
-    const int t = opaque(tile_now);
+  // ... and what is missing: B_t, B_l and C of column 0, and the states to the left.
+  DEVICE_METHOD void copy_rest(int next_tile) const {
+    const int t = opaque(next_tile);
     copy_matrices(t, opaque(lane), opaque(row), 0, 1);
     copy_left(t);
     close_group();
@@ -303,8 +312,8 @@ template <class T> struct BackwardRow {
     __syncwarp();  // the other lanes write there now
     stage_x(0, j0);
   }
-  // Where nothing will be copied: the states of missing channels, those above the image, and what comes from
-  // below it.
+  // Zeros where nothing will be copied: states of missing channels, those above the image, and below the image's
+  // last row what a strip there would send.
   DEVICE_METHOD void clear_places() const {
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
@@ -314,7 +323,7 @@ template <class T> struct BackwardRow {
         store_saved(above_place(1, j) + c * 32 * NS, no_states());
       }
       if (row + 1 == H)
-        for (int j = 0; j < SPAN; ++j) store_states(own_h + 2 * ROW + j * TILE + c * 32 * NS, no_states());
+        for (int j = 0; j < SPAN; ++j) store_states(top_h + 2 * ROW + j * TILE + c * 32 * NS, no_states());
     }
   }
 
@@ -330,7 +339,7 @@ template <class T> struct BackwardRow {
     finish_copies();
     __syncwarp();
     if (MMA && strip > 0)
-      for (int j = r; j < SPAN; j += rows) gate_arrive(&space.gates[j], 0, lane);
+      for (int j = r; j < SPAN; j += rows) mbarrier_arrive(&space.mbarriers[j], 0, lane);
   }
 
   // ---------------------------------------------------------------------------------- what other blocks hear
@@ -341,22 +350,22 @@ template <class T> struct BackwardRow {
     if (passes_on && tile < tiles - 1) add_release(job.summed, 1);
     if (follows) wait_for(job.summed - p.strips, (tiles - tile) * rows);
   }
-  // The last row, which waits longest for row 0 at the begin of a tile, tells the strip above that row 0 has
+  // The last row, which waits longest for row 0 when a tile begins, tells the strip above that row 0 has
   // sent all of a tile (the first is 0).
   DEVICE_METHOD void report_sent(int which) const {
     if (!MMA || T::LOCKSTEP || strip == 0 || r != rows - 1) return;
-    gate_wait(&space.tile_sent, 0, which & 1);
+    mbarrier_wait(&space.tile_sent, 0, which & 1);
     __syncwarp();
     if (lane == 0) add_release(job.sent, 1);
   }
 
   // ------------------------------------------------------------------------------- phase 2: the states again
   DEVICE_METHOD Coefficients coefficients(int col) const { return border_coefficients(row > 0, col > 0); }
-  DEVICE_METHOD Gate* gate(int row_of_strip, int j) const { return &space.gates[row_of_strip * SPAN + j]; }
+  DEVICE_METHOD Mbarrier* mbarrier(int row_of_strip, int j) const { return &space.mbarriers[row_of_strip * SPAN + j]; }
 
-  // The compiler would compute the gates behind the wait for a neighbour, while the next row waits for this
-  // one: a store that depends on them (and never happens, unless a gate is NaN; then so is the state that
-  // lies there or will) keeps them before it.
+  // The compiler would compute the gates c exp(delta A) behind the wait for a neighbour, while the next row waits
+  // for this one: a store that depends on them (and never happens, unless a gate is NaN; then so is the state
+  // that lies there or will) keeps them before it.
   static DEVICE_METHOD void keep_here(int bits, real* place) {
     if (bits < 0) *reinterpret_cast<volatile int*>(place) = bits;
   }
@@ -385,14 +394,14 @@ template <class T> struct BackwardRow {
     for (int c = 0; c < CH; ++c) to[c] = load_states(here - TILE + c * 32 * NS);
   }
 
-  // h = c_t A_t h_above + c_l A_l h_left + what x injects, at column j.
+  // h = gate_t h_above + gate_l h_left + what x injects, at column j.
   DEVICE_METHOD void recompute_column(int tile, int j, int parity) {
     // What does not need the row above comes before the wait for it.
     const int px = r * SPAN + j;
     const Coefficients of = coefficients(tile * SPAN + j);
     const matrix_t* const matrices = space.matrices + px * 3 * NP + ng * NS;
     const States bt = load_matrix(matrices), bl = load_matrix(matrices + NP);
-    real* const tops = own_h + j * TILE;
+    real* const tops = top_h + j * TILE;
     real gate_t[CH][NS];
     int ready = 0;
 #pragma unroll
@@ -409,7 +418,7 @@ template <class T> struct BackwardRow {
       }
     }
     keep_here(ready, tops + ROW);
-    if (meets_above) gate_wait(gate(r, j), r, parity);
+    if (meets_above) mbarrier_wait(mbarrier(r, j), r, parity);
     States state[CH];
     load_above(tops, tile, j, state);
 #pragma unroll
@@ -418,11 +427,11 @@ template <class T> struct BackwardRow {
       for (int k = 0; k < NS; ++k) h[c][k] = state[c].v[k] = gate_t[c][k] * state[c].v[k] + h[c][k];
       store_states(tops + ROW + c * 32 * NS, state[c]);
     }
-    if (meets_below && r + 1 < STRIP) gate_arrive(gate(r + 1, j), r + 1, lane);
+    if (meets_below && r + 1 < STRIP) mbarrier_arrive(mbarrier(r + 1, j), r + 1, lane);
   }
   DEVICE_METHOD void recompute_states(int tile, int cols, int parity) {
     States left[CH];
-    load_beside(own_h + ROW, 0, left);
+    load_beside(top_h + ROW, 0, left);
 #pragma unroll
     for (int c = 0; c < CH; ++c)
 #pragma unroll
@@ -440,7 +449,8 @@ template <class T> struct BackwardRow {
   }
 
   // --------------------------------------------------------------------- phase 3: what the strip below sends
-  // On the tensor cores the upper half of the rows copies it to where a row below the last would be.
+  // On the tensor cores the upper half of the rows copies it to where a row below the last would be, row r columns
+  // SPAN - 1 - r and SPAN - 1 - r - STRIP / 2.
   DEVICE_METHOD void copy_from_below(int tile, int cols) const {
     if (lane == 0) wait_for(job.sent - 1, tiles - tile);
     __syncwarp();
@@ -458,11 +468,11 @@ template <class T> struct BackwardRow {
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       const int j = SPAN - 1 - r - q * (STRIP / 2);
-      if (j >= 0) gate_arrive(gate(STRIP, j), STRIP, lane);
+      if (j >= 0) mbarrier_arrive(mbarrier(STRIP, j), STRIP, lane);
     }
   }
-  // Without tensor cores the last row of the strip or of the image finds it in its own place, where it has
-  // put, one column before, what the strip below has sent, or zeros.
+  // Without tensor cores the last row of the strip or of the image, the edge, finds it in its own place, where it
+  // has put, one column before, what the strip below has sent, or zeros. On the tensor cores no row is an edge.
   DEVICE_METHOD bool is_edge() const { return !MMA && !meets_below; }
   DEVICE_METHOD void take_first_from_below(int tile, int cols) const {
     const bool from_memory = row + 1 < H;
@@ -473,7 +483,7 @@ template <class T> struct BackwardRow {
     for (int c = 0; c < CH; ++c) {
       States received = no_states();
       if (from_memory) received = load_states_l2(carry_at(tile * SPAN + cols - 1) + c * CHANNEL_STEP * NP);
-      store_states(own_h + ROW + (cols - 1) * TILE + c * 32 * NS, received);
+      store_states(top_h + ROW + (cols - 1) * TILE + c * 32 * NS, received);
     }
   }
   DEVICE_METHOD void take_next_from_below(int tile, int j, real* here) const {  // of column j - 1
@@ -496,7 +506,9 @@ template <class T> struct BackwardRow {
   }
 
   // ------------------------------------------------------------------------------------ phase 4: the adjoint
-  // What a column's adjoint leaves for the sums.
+  // What a column's adjoint leaves for the sums. `gate_t` and `gate_l` hold the gates only at first: in `send_up`
+  // gate_t becomes what goes up, gate_t dh, and in `adjoint_left` both become A gate dh h of the neighbour, which the
+  // gradients of the step sizes sum over states.
   struct Column {
     real gate_t[CH][NS], gate_l[CH][NS], dh[CH][NS];
     States top[CH], beside[CH];  // the states above and to the left
@@ -506,7 +518,7 @@ template <class T> struct BackwardRow {
   // row below, then the short chain from row to row.
   DEVICE_METHOD void adjoint_chain(int tile, int j, int parity, Column& at) {
     const int px = r * SPAN + j;
-    real* const tops = own_h + j * TILE;
+    real* const tops = top_h + j * TILE;
     real* const here = tops + ROW;
     at.of = coefficients(tile * SPAN + j);
     const States cc = load_matrix(space.matrices + px * 3 * NP + ng * NS + 2 * NP);
@@ -528,14 +540,14 @@ template <class T> struct BackwardRow {
 #pragma unroll
       for (int k = 0; k < NS; ++k) ready |= sign_bits(at.gate_t[c][k]);
     keep_here(ready, here);
-    if (meets_below) gate_wait(gate(r + 1, j), r + 1, parity);
+    if (meets_below) mbarrier_wait(mbarrier(r + 1, j), r + 1, parity);
     else if (!MMA) finish_copies();
     send_up(tile, j, tops, at);
-    if (meets_above && r > 0) gate_arrive(gate(r, j), r, lane);
+    if (meets_above && r > 0) mbarrier_arrive(mbarrier(r, j), r, lane);
     if (MMA) load_beside(here, j, at.beside);
     if (is_edge() && j > 0) take_next_from_below(tile, j, here);
   }
-  // Loads, arithmetic and stores of all channels each in turn: the rows wait for each other here.
+  // First all loads, then all arithmetic, then all stores: the rows wait for each other here.
   DEVICE_METHOD void send_up(int tile, int j, real* tops, Column& at) const {
     const real* const from = tops + opaque(is_edge() ? ROW : 2 * ROW);
     States up[CH];
@@ -557,8 +569,7 @@ template <class T> struct BackwardRow {
       for (int c = 0; c < CH; ++c) store_states(to + c * CHANNEL_STEP * NP, up[c]);
     }
   }
-  // What goes left, and the gradients of A: `gate_t` and `gate_l` become what the step sizes' gradients sum
-  // over states.
+  // What goes left, and the gradients of A. `gate_t` is what `send_up` has made of it, gate_t dh.
   DEVICE_METHOD void adjoint_left(const Quad& s, int c, int k, Column& at) {
     if (MMA) at.gate_l[c][k] = exp2_fast(s.v[1] * A_l[c][k] + at.of.log2);
     sent_left[c][k] = at.gate_l[c][k] * at.dh[c][k];
@@ -683,8 +694,12 @@ template <class T> struct BackwardRow {
   }
 
   // -------------------------------------------------------------------------------- sums on the tensor cores
-  // Sums of four columns, in the columns of the tensor cores' results: lane ng of a group gets those of
-  // column ng. Over states, of its channels; over channels, of two states.
+  // Sums of four columns of the image, first to first + 3. Image column first + ng stands in columns 2 ng (t) and
+  // 2 ng + 1 (l) of the results, whose rows eg and eg + 8 are the lane's channels c = 0 and 1, or its states n = 2 eg
+  // and n + 1. So lane ng of a group gets:
+  //   injected, through  [2 c], [2 c + 1]: sums over states for t and l, of channel c
+  //   of_b               [0], [1]: sums over channels for B_t and B_l of state n; [2], [3]: of state n + 1
+  //   of_c               [0]: C of state n; [2]: of state n + 1; the others are zero
   struct FourColumns { float injected[4], through[4], of_b[4], of_c[4]; };
 
   DEVICE_METHOD void adjoint_on_tensor_cores(int tile, int cols, int parity) {
@@ -715,7 +730,7 @@ template <class T> struct BackwardRow {
   }
   // Sums over channels begin with those of the channel groups before this one.
   DEVICE_METHOD void load_sums(int tile, int first, FourColumns& sums) const {
-    const int n = eg * 2;
+    const int n = eg * 2;  // the states of rows eg and eg + 8, see tensor_cores.cuh
     const real* const kept = sums_at(opaque(tile * SPAN + first) + ng) + n;
     if (n < STATES) {
       load_l2(kept, &sums.of_b[0]), load_l2(kept + STATES, &sums.of_b[1]);
@@ -726,8 +741,8 @@ template <class T> struct BackwardRow {
       load_l2(kept + 2 * STATES + 1, &sums.of_c[2]);
     }
   }
-  // Add column `j`, the one of number `index` of the four, which stands in columns 2 index and 2 index + 1 of
-  // the right factors; the others are zero.
+  // Add image column `j`, the one of number `index` of the four: only columns 2 index and 2 index + 1 of the right
+  // factors are not zero.
   DEVICE_METHOD void multiply_column(int j, int index, const Column& at, Fragment& states, FourColumns& sums) const {
     const int px = r * SPAN + j, column = opaque(eg) - index * 2;
     const bf16* const weights_at = space.rest.weights + px * 3 * CG;
@@ -804,16 +819,16 @@ template <class T> struct BackwardRow {
     if (T::LOCKSTEP)
       for (int k = 0; k < count; ++k) __syncthreads();
   }
-  // From here on rows meet their neighbours only, and keep to memory of their own: a row begins a tile when
-  // it has finished the one before. It cannot run ahead, since the first sweep needs the row above and the
-  // second the row below.
+  // From here on rows meet their neighbours only (MMA: and the first and the last row those that copy for them, and
+  // each other). A row begins a tile when it has finished the one before. It cannot run ahead, since the first sweep
+  // needs the row above and the second the row below.
   DEVICE_METHOD void run_tile(int tile) {
-    const int cols = min(SPAN, W - tile * SPAN), turn = (tiles - 1 - tile) & 1;
+    const int cols = min(SPAN, W - tile * SPAN), odd = (tiles - 1 - tile) & 1;
     const bool lower = r >= STRIP / 2;
     load_tile(tile, cols);
     if (tile < tiles - 1) report_sent(tiles - 2 - tile);
     if (lower) report_sums(tile);  // the upper rows do so while they wait for the lower ones
-    const int parity_above = opaque(r == 0 ? turn : 0), parity_below = opaque(r + 1 < STRIP ? 1 : turn);
+    const int parity_above = opaque(r == 0 ? odd : 0), parity_below = opaque(r + 1 < STRIP ? 1 : odd);
     recompute_states(tile, cols, parity_above);
     hear_from_below(tile, cols, lower);
     pass_lockstep(STRIP - 1 - r);
@@ -824,7 +839,7 @@ template <class T> struct BackwardRow {
       if (tile > 0) copy_rest(tile - 1);
     }
     if (r > 0 || strip == 0) return;
-    if (MMA && !T::LOCKSTEP) gate_arrive(&space.tile_sent, 0, lane);
+    if (MMA && !T::LOCKSTEP) mbarrier_arrive(&space.tile_sent, 0, lane);
     else if (lane == 0) add_release(job.sent, 1);
   }
   DEVICE_METHOD void run() {
@@ -895,8 +910,8 @@ scan_backward(const __grid_constant__ BackwardArguments p) {
   const bool is_chained = p.strips > 1 || p.groups > 1;
   BackwardRow<T> row(p, space, r, backward_job(p, draw_ticket(p.flags, is_chained, ticket)));
   load_constants(p, row.e0, p.channels, space.constants, T::THREADS);
-  if (threadIdx.x < (T::STRIP + 1) * T::SPAN) gate_init(&space.gates[threadIdx.x]);
-  if (threadIdx.x == 0) gate_init(&space.tile_sent);
+  if (threadIdx.x < (T::STRIP + 1) * T::SPAN) mbarrier_init(&space.mbarriers[threadIdx.x]);
+  if (threadIdx.x == 0) mbarrier_init(&space.tile_sent);
   __syncthreads();
   row.run();
   __syncthreads();
@@ -913,19 +928,20 @@ struct SumArguments {
   ScanTraits::D_T* grad_D;
   ScanTraits::ZT_T* grad_bias_t;
   ScanTraits::ZL_T* grad_bias_l;
-  // Where channel groups have summed apart (groups > 0): their sums (groups, images, pixels, 3, N), and the
-  // gradients
+  // Where channel groups have summed apart: their sums (groups, images, pixels, 3, N), and the gradients. The grid
+  // has more than `blocks` blocks then, and only then.
   const real* sums;
   ScanTraits::BT_T* grad_B_t;
   ScanTraits::BL_T* grad_B_l;
   ScanTraits::C_T* grad_C;  // (images, pixels, N)
-  int parts, channels, channels_padded, blocks;  // `blocks` for the gradients of A, D and biases, the others for these
+  int parts, channels, channels_padded, blocks;  // `blocks` for the gradients of A, D and biases, the rest for B and C
   int groups, images, pixels, reverse;
   int narrow;  // elements from one pixel of grad_B_t, grad_B_l and grad_C to the next
 };
 constexpr int SLICES = 16;
 
-// The gradients of B_t, B_l and C: sums over channel groups, one number a thread.
+// The gradients of B_t, B_l and C: sums over channel groups, one number a thread. The sums are those of logical
+// pixels; these pointers have not been moved, so `reverse` is undone here.
 DEVICE void sum_groups(const SumArguments& p) {
   constexpr int STATES = ScanTraits::STATES;
   const int size = p.images * p.pixels * 3 * STATES;

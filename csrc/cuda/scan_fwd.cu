@@ -8,7 +8,9 @@
 //
 // An image with more rows than a strip has several blocks; they run at the same time, each following the
 // block above. The last row of a strip goes through a row of states in memory, the carry (one row for each
-// image and channel group, overwritten in place: a strip writes column j after it has read it).
+// image and channel group, overwritten in place: a strip writes column j after it has read it). A strip of this
+// pass has WARPS * ROWS rows. The states that are kept for the backward pass are those at the borders of its
+// strips, which have STRIP rows.
 #include "memory.cuh"
 
 struct ForwardTraits : ScanTraits {
@@ -27,7 +29,8 @@ struct ForwardTraits : ScanTraits {
 struct ForwardOutputs {
   ScanTraits::X_T* y;
   real* h;
-  saved_t* saved;  // rows (B, strips of STRIP rows - 1, W, E padded, NP), columns (B, spans - 1, H, E padded, NP)
+  // every STRIP-th row (B, saved_rows, W, E padded, NP), then every SPAN-th column (B, saved_cols, H, E padded, NP)
+  saved_t* saved;
   real* carry;     // (B, W, E padded, NP)
   int* flags;      // ticket, then columns finished of every (image, channel group, strip)
 };
@@ -70,6 +73,7 @@ template <class T, int ELEMENTS, int VECTOR> struct Vectors {
 };
 
 // Where a block stands: which channels of which strip of which image.
+// The strips of an image from above: a block waits for the strip above, whose ticket is smaller (see `draw_ticket`).
 struct Job { int image, group, strip; };
 DEVICE Job forward_job(const ForwardArguments& p, int ticket, bool is_chained) {
   const int group = ticket % p.groups, image = (ticket / p.groups) % p.images;
@@ -157,20 +161,20 @@ template <class T> struct ForwardWarp {
   DEVICE_METHOD void start_walking() {
     x_at = wide_start(p.sx), delta_t_at = wide_start(p.delta_t_strides()), delta_l_at = wide_start(p.delta_l_strides());
     B_t_at = narrow_start(p.sbt), B_l_at = narrow_start(p.B_l_strides()), C_at = narrow_start(p.C_strides());
-    y_at = wide_start(y_strides()) - 2 * COLS * OFFSET(y_strides().w);  // loading is two turns ahead of it
+    y_at = wide_start(y_strides()) - 2 * COLS * OFFSET(y_strides().w);  // loading is 2 COLS columns ahead of it
 #pragma unroll
     for (int q = 0; q < X_LOADS; ++q) raw_x[q].clear(), raw_dt[q].clear(), raw_dl[q].clear();  // outside all is zero
 #pragma unroll
     for (int q = 0; q < N_LOADS; ++q) raw_bt[q].clear(), raw_bl[q].clear(), raw_c[q].clear();
   }
 
-  // Column 0 of the turn is `j0`.
+  // Load COLS columns, from `j0` on.
   DEVICE_METHOD void load_columns(int j0) {
     const Strides &sx = p.sx, &sdt = p.delta_t_strides(), &sdl = p.delta_l_strides();
 #pragma unroll
     for (int q = 0; q < X_LOADS; ++q) {
       const int dr = wide.rows(q), dc = wide.cols(q), de = wide.elements(q);
-      if (wide.row() + dr < rows && e0 + wide.element() + de < p.channels && in_turn(wide, q) &&
+      if (wide.row() + dr < rows && e0 + wide.element() + de < p.channels && is_loaded(wide, q) &&
           (COLS == 1 || j0 + wide.col() + dc < p.width)) {
         raw_x[q].load(p.x + b * sx.b + (x_at + further(sx, dr, dc) + de));
         raw_dt[q].load(p.delta_t + b * sdt.b + (at_delta_t() + further(sdt, dr, dc) + de));
@@ -181,7 +185,7 @@ template <class T> struct ForwardWarp {
 #pragma unroll
     for (int q = 0; q < N_LOADS; ++q) {
       const int dr = narrow.rows(q), dc = narrow.cols(q), de = narrow.elements(q);
-      if (narrow.row() + dr < rows && narrow.element() + de < T::STATES && in_turn(narrow, q) &&
+      if (narrow.row() + dr < rows && narrow.element() + de < T::STATES && is_loaded(narrow, q) &&
           (COLS == 1 || j0 + narrow.col() + dc < p.width)) {
         raw_bt[q].load(p.B_t + b * sbt.b + (B_t_at + further(sbt, dr, dc) + de));
         raw_bl[q].load(p.B_l + b * sbl.b + (at_B_l() + further(sbl, dr, dc) + de));
@@ -189,8 +193,8 @@ template <class T> struct ForwardWarp {
       }
     }
   }
-  // A vector beyond those of a turn has, for COLS = 1, a row beyond the warp's.
-  template <class V> DEVICE_METHOD bool in_turn(const V& vectors, int q) const { return COLS == 1 || vectors.has(q); }
+  // A vector beyond those of COLS columns has, for COLS = 1, a row beyond the warp's.
+  template <class V> DEVICE_METHOD bool is_loaded(const V& vectors, int q) const { return COLS == 1 || vectors.has(q); }
   DEVICE_METHOD OFFSET further(const Strides& s, int rows, int cols) const {
     return OFFSET(rows * s.h) + (COLS == 1 ? OFFSET(0) : OFFSET(cols * s.w));
   }
@@ -290,19 +294,19 @@ template <class T> struct ForwardWarp {
   }
 
   // ---------------------------------------------------------------------------------------------- one column
-  // h = c_t A_t h_above + c_l A_l h_left + what x injects, and y's sums over the states of a lane; `turn` is
-  // the column within those that are staged. All rows without a branch between them, so that their chains
-  // overlap; rows below the image have no inputs.
-  DEVICE_METHOD void scan_column(int j, int turn, real (&top)[CH][NS]) {
+  // h = gate_t h_above + gate_l h_left + what x injects, with gate = c exp(delta A), and y's sums over the states of
+  // a lane; `staged` is the column's number among those that are staged. All rows without a branch between them, so
+  // that their chains overlap; rows below the image have no inputs.
+  DEVICE_METHOD void scan_column(int j, int staged, real (&top)[CH][NS]) {
     const bool later = opaque(j) > 0;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const real exponent = border_coefficients(r > 0 || row0 > 0, later).log2;
-      const real* const matrices = own.matrices + (turn * ROWS + r) * 3 * NP + ng * NS;
+      const real* const matrices = own.matrices + (staged * ROWS + r) * 3 * NP + ng * NS;
       const States bt = load_states(matrices), bl = load_states(matrices + NP), cc = load_states(matrices + 2 * NP);
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const int slot = (turn * ROWS + r) * CG + lane_slot(eg, c);
+        const int slot = (staged * ROWS + r) * CG + lane_slot(eg, c);
         const Quad s = own.inputs[slot];
         real sum = 0;
 #pragma unroll
@@ -358,7 +362,7 @@ template <class T> struct ForwardWarp {
 #pragma unroll
     for (int q = 0; q < X_LOADS; ++q) {
       const int dr = wide.rows(q), dc = wide.cols(q), de = wide.elements(q), ch = wide.element() + de;
-      if (wide.row() + dr < rows && e0 + ch < p.channels && in_turn(wide, q) &&
+      if (wide.row() + dr < rows && e0 + ch < p.channels && is_loaded(wide, q) &&
           (COLS == 1 || j0 + wide.col() + dc < p.width)) {
         const int place = ((wide.col() + dc) * ROWS + wide.row() + dr) * CG;
         Pack<real, VECTOR> out;
@@ -384,8 +388,8 @@ template <class T> struct ForwardWarp {
 
   // ------------------------------------------------------------------------------------------------ the walk
   DEVICE_METHOD void step(int j, bool meets_above, bool meets_below) {
-    const int turn = j % COLS, j0 = j - turn;
-    if (turn == 0) {
+    const int staged = j % COLS, j0 = j - staged;
+    if (staged == 0) {
       stage_columns(j0);
       __syncwarp();
       if (j0 + COLS < p.width) load_columns(j0 + COLS);
@@ -395,10 +399,10 @@ template <class T> struct ForwardWarp {
     real top[CH][NS];
     take_above(j, top);
     if (follows && j + 1 < p.width) load_carry(j + 1);
-    scan_column(j, turn, top);
+    scan_column(j, staged, top);
     hand_down(j, meets_below);
     if (T::SAVE || T::WRITE_H) keep_states(j);
-    if (turn == COLS - 1 || j == p.width - 1) {
+    if (staged == COLS - 1 || j == p.width - 1) {
       __syncwarp();
       write_y(j0);
     }

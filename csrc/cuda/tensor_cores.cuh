@@ -1,10 +1,11 @@
 // Sums of the backward pass on the tensor cores.
 //
 // A warp's 16 channels x 16 states are the fragment of a 16 x 16 matrix as they lie in its lanes: a lane
-// holds rows g and g + 8 (its two channels, g = lane / 4) and four columns, which are its four states (the
-// order of the columns does not matter as long as the other factor has the same). Sums over states multiply
-// that matrix by B_t and B_l, or by ones, in alternate columns, so that every lane of a group gets both sums.
-// Sums over channels multiply its transpose by the weights of the channels.
+// holds rows g and g + 8 (its two channels, g = lane / 4) and four columns, which are its four states. Column m
+// of the matrix is state 2 m, and column m + 8 is state 2 m + 1 (`pack_fragment`). Sums over states multiply that
+// matrix by B_t and B_l (their states in the same order, `load_factor`), or by ones, in alternate columns, so that
+// every lane of a group gets both sums. Sums over channels multiply its transpose by the weights of the channels:
+// rows g and g + 8 of the result are states 2 g and 2 g + 1, of lane group g.
 #pragma once
 #include "memory.cuh"
 

@@ -1,7 +1,7 @@
 // What a compilation is for: types, sizes and options of one call.
 //
 // The loader (mamba2d/scan/cuda.py) passes macros named SCAN_... to NVRTC. Here, in ForwardTraits
-// (scan_fwd.cu) and in BackwardTraits (scan_bwd.cu) they become members of a struct, and stand nowhere else.
+// (scan_fwd.cu) and in BackwardTraits (backward.cuh) they become members of a struct, and stand nowhere else.
 // README.md lists what they mean and which values they take. No header is included, neither torch's nor
 // CUDA's, so that NVRTC needs no include directory.
 #pragma once
@@ -20,9 +20,9 @@ typedef double f64;
 
 // What both kernels have in common.
 //
-// A warp holds CG channels with all their states: lane = lane group * NG + group of states. Each of the NG
-// lanes of a lane group keeps NS states of the same CH channels. A warp's tile at one pixel is 32 * CH * NS
-// states.
+// A warp holds CG channels with all their states: lane = lane group * NG + number of the lane in it. Each of the
+// NG lanes of a lane group keeps NS states of the same CH channels. TILE counts the states of a warp at one pixel,
+// 32 * CH * NS. What the backward pass calls a tile is STRIP rows and SPAN columns of pixels.
 struct ScanTraits {
   typedef SCAN_REAL real;  // the arithmetic and the states
   typedef SCAN_X_T X_T;    // elements of x, of y and of their gradients
@@ -46,7 +46,7 @@ struct ScanTraits {
   static constexpr int TILE = 32 * CH * NS;    // states of a warp at one pixel
   static constexpr int STRIP = SCAN_STRIP;     // every STRIP-th row of states is kept,
   static constexpr int SPAN = SCAN_SPAN;       // and every SPAN-th column
-  static constexpr int VECTOR = SCAN_VECTOR;   // channels loaded at once
+  static constexpr int VECTOR = SCAN_VECTOR;   // channels loaded at once; in the backward pass states as well
   static constexpr int BLOCKS = SCAN_BLOCKS;   // of a multiprocessor, for the launch bound
   static constexpr int SHARED = SCAN_SHARED;   // bytes of shared memory that the host launches a block with
   static constexpr int SAME_E = SCAN_SAME_E;   // which tensors of E channels have the same strides

@@ -9,6 +9,7 @@ __all__ = []
 import argparse
 
 import mamba2d
+from .examples import is_example
 
 # %% ../../nbs/50_cli.arguments.ipynb #066c8e2a
 class _Parser(argparse.ArgumentParser):
@@ -20,11 +21,12 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(
     prog: str,  # name of the command
     description: str,  # printed as it is, line breaks included
+    kind: type = _Parser,
     **kwargs,  # further arguments of `argparse.ArgumentParser`
 ) -> argparse.ArgumentParser:
     "Make a parser that has the options of all commands."
     kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog=prog, description=description, **kwargs)
+    parser = kind(prog=prog, description=description, **kwargs)
     parser.add_argument("--version", action="version", version=f"mamba2d {mamba2d.__version__}")
     return parser
 
@@ -183,13 +185,25 @@ def train_parser(prog: str = "mamba2d-train") -> argparse.ArgumentParser:
     _add_run_arguments(parser)
     return parser
 
+# %% ../../nbs/50_cli.arguments.ipynb #bafabb8f
+def _add_view_arguments(parser):
+    "Add how a segmentation network looks at an image."
+    add = parser.add_argument_group("segmentation").add_argument
+    add("--windows", action="store_true",
+        help="overlapping windows as large as the training images instead of the whole image")
+    add("--multi-scale", action="store_true",
+        help="average six sizes of each image, 0.5 to 1.75 of its own, and their mirror images")
+
 # %% ../../nbs/50_cli.arguments.ipynb #c761d85c
 _validate_examples = """\
 examples:
+  mamba2d-validate example
   mamba2d-validate runs/digits-n
   mamba2d-validate --task detect --data coco --size n --weights M2D-N-mask-rcnn-1x.pth
   mamba2d-validate --data imagenet --size t --weights M2D-T-backbone.ckpt --out validation
   torchrun --nproc-per-node 8 -m mamba2d.cli validate runs/imagenet-t/checkpoints/best.pth"""
+
+_example_help = "'example', 'example:signs64', ...; a wrong name, as 'example:?', lists all"
 
 # %% ../../nbs/50_cli.arguments.ipynb #15f844a9
 def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
@@ -199,13 +213,15 @@ def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
     parser = make_parser(prog, description, epilog=_validate_examples)
     parser.add_argument("file", nargs="?", metavar="FILE",
                         help="a run folder, its weights or one of its checkpoints, which name their "
-                             "network and data; or any file of weights, with --size and --data")
+                             "network and data; or any file of weights, with --size and --data; or a "
+                             f"small network of the package: {_example_help}")
     parser.add_argument("--weights", metavar="FILE",
                         help="the same; DEFAULT for the published weights (downloaded)")
     _add_data_arguments(parser, "the data that the weights name, else digits")
     _add_model_arguments(parser, size="the one that the weights name", batch_size="64",
                          image_size="as the weights say, else 32 for digits and 224 for others")
     _add_precision_argument(parser)
+    _add_view_arguments(parser)
     parser.add_argument("--without-scan", action="store_true",
                         help="also measure the accuracy with the output of every scan set to zero")
     parser.add_argument("--out", metavar="FOLDER",
@@ -215,25 +231,40 @@ def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
 # %% ../../nbs/50_cli.arguments.ipynb #d77d4375
 _predict_examples = """\
 examples:
+  mamba2d-predict example
+  mamba2d-predict example:signs64 cat.jpg
   mamba2d-predict runs/pets-n cat.jpg
   mamba2d-predict runs/pets-n/weights.pth my/images --out predictions.csv
   mamba2d-predict M2D-T-backbone.ckpt --size t my/images
   mamba2d-predict runs/detect-coco-n my/images --out found"""
+
+# %% ../../nbs/50_cli.arguments.ipynb #2934d47b
+class _PredictParser(_Parser):
+    "A parser that asks for IMAGE, unless the weights are an example."
+    def parse_args(self, args=None, namespace=None):
+        found = super().parse_args(args, namespace)
+        if not found.images and not is_example(found.weights):
+            self.error("the following arguments are required: IMAGE")
+        return found
 
 # %% ../../nbs/50_cli.arguments.ipynb #1f6399c5
 def predict_parser(prog: str = "mamba2d-predict") -> argparse.ArgumentParser:
     "Make the parser of `mamba2d-predict`."
     description = ("Predict the most likely classes of images; with --task detect or segment, or weights "
                    "that were trained so, boxes and masks or label maps.")
-    parser = make_parser(prog, description, epilog=_predict_examples)
+    parser = make_parser(prog, description, kind=_PredictParser, epilog=_predict_examples)
     parser.add_argument("weights", metavar="WEIGHTS",
                         help="a run folder, its weights or one of its checkpoints; or, with --size, "
-                             "any file of weights, or DEFAULT for the published ones (downloaded)")
-    parser.add_argument("images", nargs="+", metavar="IMAGE",
-                        help="image files, or folders of images")
+                             "any file of weights, or DEFAULT for the published ones (downloaded); or a "
+                             f"small network of the package: {_example_help}")
+    images = parser.add_argument("images", nargs="+", metavar="IMAGE", default=[],
+                                 help="image files, or folders of images; an example generates its own "
+                                      "where none are given")
+    images.required = False  # `_PredictParser` asks for them
     _add_model_arguments(parser, size="the one that the weights name", batch_size="64",
                          image_size="as the weights say, else 224")
     _add_precision_argument(parser)
+    _add_view_arguments(parser)
     parser.add_argument("--top", type=_at_least(1), default=3, metavar="K",
                         help="classes per image (default: 3)")
     parser.add_argument("--out", metavar="FILE",

@@ -261,6 +261,46 @@ def resolve_weights(
                          "give one of n, t, s, t_v1")
     return saved, config, size or known
 
+# %% ../../nbs/51_cli.common.ipynb #75ef9aec
+def _belongs_to_me(path):
+    "Tell whether a file belongs to the user of this process; where the system does not say, it does."
+    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+
+def _known_places(folder):
+    "Return the data and the file of labels that a run folder of this user names; None where it is none."
+    from mamba2d.training.checkpoints import read_json
+    for name in ("run.json", "settings.json"):
+        path = folder / name
+        if path.is_file() and _belongs_to_me(path):
+            known = read_json(path)
+            known = known.get("config") if name == "settings.json" else known
+            if isinstance(known, dict) and "data" in known:
+                return known["data"], known.get("labels")
+    return None
+
+# %% ../../nbs/51_cli.common.ipynb #482c7023
+def require_own_data(
+    args,  # with the argument `data`
+    weights: str,  # a run folder, one of its files, or any other file
+    config: dict,  # that the weights bring along
+):
+    """Raise `UsageError` if only a file of weights says which folder to read.
+
+    The embedded digits are always accepted, and the data of the run in whose folder the file really lies."""
+    data = config.get("data")
+    if args.data or data in (None, "digits", "digit-scenes"):
+        return
+    file = Path(weights).resolve()
+    places = [file, *list(file.parents)[:2]]
+    from mamba2d.training.checkpoints import IncompatibleRunError
+    try:
+        known = [_known_places(folder) for folder in places if folder.is_dir()]
+    except (IncompatibleRunError, OSError) as error:
+        raise UsageError(str(error)) from error
+    if (data, config.get("labels")) not in known:
+        raise UsageError(f"argument --data: {weights!r} names the images in {data!r}, but it lies in no run "
+                         "folder of yours that was begun with them; give --data FOLDER to say what is read")
+
 # %% ../../nbs/51_cli.common.ipynb #0acea6c7
 def build_model(
     size: str,  # n, t, s or t_v1

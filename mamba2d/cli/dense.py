@@ -13,9 +13,11 @@ from pathlib import Path
 
 from mamba2d.cli.common import (
     UsageError,
+    config_of,
     end_process,
     init_distributed,
     print_table,
+    require_own_data,
     resolve_weights,
 )
 
@@ -29,6 +31,7 @@ def check_task(
     task: str,
     size: str | None,  # of the network
     options: dict,  # from the name of an option of one task only to its value; false: not given
+    views: dict | None = None,  # the same of the options of segmentation
 ):
     "Raise `UsageError` for a network or an option that the task does not have."
     if task not in dense_tasks and size == "mini":
@@ -39,6 +42,9 @@ def check_task(
     given = [name for name, value in options.items() if value]
     if task in dense_tasks and given:
         raise UsageError(f"argument --{given[0]}: it belongs to --task classify, got --task {task}")
+    given = [name for name, value in (views or {}).items() if value]
+    if task != "segment" and given:
+        raise UsageError(f"argument --{given[0]}: it belongs to --task segment, got --task {task}")
 
 def default_dense_recipe(task: str, data: str, weights) -> str:
     "Return the name of the recipe of a task for this data."
@@ -93,6 +99,7 @@ def load_dense(
     workers: int | None,
     device,
     recipe=None,  # `Recipe` to train with; None: only to evaluate
+    resize_valid: bool = True,  # False: a segmentation network's images as they are in their files
 ):
     "Make fastai's `DataLoaders` of a task. Raises `UsageError` if there is no such data."
     options = dict(device=device, num_workers=workers, seed=recipe.seed if recipe else 0)
@@ -105,7 +112,8 @@ def load_dense(
         if task == "segment":
             from mamba2d.data.segmentation import segmentation_dls
             augment = data != "digit-scenes"  # a crop would cut markers off
-            return segmentation_dls(source, batch_size, size=size, augment=augment, **options)
+            return segmentation_dls(source, batch_size, size=size, augment=augment,
+                                    resize_valid=resize_valid, **options)
         from mamba2d.data.detection import detection_dls
         sides = (size, _longest_side(size))
         return detection_dls(source, batch_size, size=sides, schedule=pipeline or "1x", **options)
@@ -213,7 +221,23 @@ def dense_rows(
             if result.get(name + part, float("nan")) == result.get(name + part):
                 parts.append(f"AP{part.replace('_', ' ')} {100 * result[name + part]:.2f} %")
         rows.append((title, ", ".join(parts)))
-    return [*rows, ("validation loss", f"{result['loss']:.3f}")]
+    if result["loss"] == result["loss"]:  # not NaN: several views of an image have no loss
+        rows.append(("validation loss", f"{result['loss']:.3f}"))
+    return rows
+
+# %% ../../nbs/59_cli.dense.ipynb #05306fcd
+def _view_options(
+    args,  # with windows and multi_scale
+    side: int,  # of the training images in pixels
+) -> dict:
+    "Return the options of `segment` for the arguments."
+    from mamba2d.models.segmentation import test_scales
+    options = dict(limits=(side, 4 * side))
+    if args.windows:
+        options.update(mode="slide", crop=side, stride=2 * side // 3)
+    if args.multi_scale:
+        options.update(scales=test_scales, flip=True)
+    return options
 
 # %% ../../nbs/59_cli.dense.ipynb #89ebc14c
 def _validation_setup(args, weights):
@@ -245,13 +269,17 @@ def _check_classes(known, model, names):
 def validate_dense(args, weights):
     "Measure a network for detection or segmentation, and print its scores."
     from mamba2d.data.images import CorruptImageError
-    from mamba2d.training.dense import evaluate_dense
+    from mamba2d.training.dense import SegmentationByViews, evaluate_dense
     saved, known, distributed = _validation_setup(args, weights)
+    require_own_data(args, weights, config_of(saved))
+    views = args.windows or args.multi_scale
     dls = load_dense(known["task"], known["data"], size=known["image_size"], batch_size=args.batch_size or 1,
-                     workers=args.workers, device=distributed.device)
+                     workers=args.workers, device=distributed.device, resize_valid=not views)
     model, names = _build_trained(known, saved), list(dls.vocab)
     _check_classes(known, model, names)
     task = dense_learner(known["task"], dls, model.to(dls.device), None).task
+    if views:
+        task = SegmentationByViews(**_view_options(args, known["image_size"]))
     try:
         found = evaluate_dense(model, dls.valid, task, names, distributed=distributed,
                                precision=args.precision)
@@ -277,7 +305,8 @@ def _report(args, known, found, task, dls):
         folder.mkdir(parents=True, exist_ok=True)
         scores = {name: value if value == value else None for name, value in found.scores.items()}
         per_class = {name: value if value == value else None for name, value in found.per_class.items()}
-        text = json.dumps({"loss": found.loss, **scores, "classes": per_class}, indent=1)
+        loss = found.loss if found.loss == found.loss else None
+        text = json.dumps({"loss": loss, **scores, "classes": per_class}, indent=1)
         (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
         plot_dense(task, found.shown, list(dls.vocab)).savefig(folder / "predictions.png", dpi=110)
         print(f"wrote scores.json and predictions.png into {folder}")
@@ -310,7 +339,7 @@ def _coco_rows(name, number, found, ids):
                      "bbox": [left, top, right - left, bottom - top], "segmentation": mask})
     return rows
 
-def _predict_image(model, known, image):
+def _predict_image(model, known, image, views):
     "Return what the network predicts for an image (3, H, W) of bytes: a dictionary, or a label map (H, W)."
     from mamba2d.models.segmentation import segment
     from mamba2d.training.evaluation import evaluation_mode
@@ -318,8 +347,7 @@ def _predict_image(model, known, image):
     with evaluation_mode(model):
         if known["task"] == "detect":
             return model([image.to(device) / 255])[0]
-        side = known["image_size"]
-        return segment(model, image, limits=(side, 4 * side))
+        return segment(model, image, **views)
 
 # %% ../../nbs/59_cli.dense.ipynb #3421b19d
 def _published_names(task, count):
@@ -380,10 +408,11 @@ def predict_dense(
     is_detector = known["task"] == "detect"
     task = Detection() if is_detector else Segmentation()
     folder, rows, ids = Path(args.out), [], _category_ids(names)
+    views = _view_options(args, known["image_size"])
     folder.mkdir(parents=True, exist_ok=True)
     for file, name, number in zip(files, _output_names(files), _image_ids(files), strict=True):
         image = _open_or_end(file, distributed)
-        found = _predict_image(model, known, image)
+        found = _predict_image(model, known, image, views)
         _write_image(task.draw_image(image, found, names), folder / f"{name}.drawn.png")
         if is_detector:
             rows += _coco_rows(file, number, found, ids)

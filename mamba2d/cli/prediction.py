@@ -27,6 +27,14 @@ from mamba2d.cli.common import (
     system_reason,
 )
 from .dense import check_task, dense_tasks, predict_dense
+from mamba2d.cli.examples import (
+    find_example,
+    generated_images,
+    gray_normalised,
+    is_example,
+    load_command_example,
+    refuse_options,
+)
 
 # %% ../../nbs/54_cli.prediction.ipynb #2a4b2944
 def _find_files(args):
@@ -103,15 +111,60 @@ def _print_predictions(files, rows, classes):
         lines.append((name, ", ".join(best)))
     print_table(lines)
 
+# %% ../../nbs/54_cli.prediction.ipynb #b62ff8d9
+def _give_out(args, files, rows, classes):
+    "Write the predictions into the file of --out, or print them."
+    if not args.out:
+        _print_predictions(files, rows, classes)
+        return
+    _write_csv(args.out, files, rows, classes)
+    plural = "s" if len(rows) > 1 else ""
+    print(f"wrote the predictions for {len(rows)} image{plural} into {args.out}")
+
+# %% ../../nbs/54_cli.prediction.ipynb #ed12bc53
+def _predict_example(args):
+    "Predict with an example network: the images that are given, or generated ones."
+    find_example(args.weights)
+    refuse_options(args.weights, {
+        "task": args.task, "size": args.size, "image-size": None if args.images else args.image_size})
+    quiet_imports()
+    check_forced_backend()
+    network = load_command_example(args.weights)
+    distributed = init_distributed(args.device)
+    _check_writable(args.out)
+    names, loader = _example_images(args, network, distributed.device)
+    network.model.to(distributed.device)
+    with network.running():
+        rows = _predict_files(args, network.model, loader, distributed)
+    print(network.describe())
+    _give_out(args, names, rows, network.images.classes)
+
+# %% ../../nbs/54_cli.prediction.ipynb #c5b49993
+def _example_images(args, network, device):
+    "Return names of images, and a loader of them as the network takes them."
+    prepare = gray_normalised(network.images)
+    if args.images:
+        from mamba2d.data.imagefolder import images_dl
+        files = _find_files(args)
+        return files, images_dl(files, args.batch_size or 64, args.image_size or network.images.size,
+                                num_workers=args.workers, device=device, after_batch=[prepare])
+    images, labels = generated_images(network, 6)
+    right = [network.images.classes[label] for label in labels]
+    names = [f"generated image {k + 1} (right: {name})" for k, name in enumerate(right)]
+    return names, [(prepare(images),)]
+
 # %% ../../nbs/54_cli.prediction.ipynb #ecf86ba2
 def _predict(args):
     "Resolve the arguments, load the images and the network, and predict."
+    if is_example(args.weights):
+        _predict_example(args)
+        return
     require_weights(args.weights)
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(args.weights, args.size)
     task = args.task or config.get("task", "classify")
-    check_task(task, size, {})
+    check_task(task, size, {}, views={"windows": args.windows, "multi-scale": args.multi_scale})
     if task in dense_tasks:
         if not args.out:
             raise UsageError(f"argument --out: give the folder that the results of --task {task} are for")
@@ -127,13 +180,7 @@ def _predict(args):
                          f"and are for {model.num_classes}")
     loader = _load_files(args, files, config, distributed.device)
     model.to(loader.device)
-    rows = _predict_files(args, model, loader, distributed)
-    if args.out:
-        _write_csv(args.out, files, rows, classes)
-        plural = "s" if len(rows) > 1 else ""
-        print(f"wrote the predictions for {len(rows)} image{plural} into {args.out}")
-    else:
-        _print_predictions(files, rows, classes)
+    _give_out(args, files, _predict_files(args, model, loader, distributed), classes)
 
 # %% ../../nbs/54_cli.prediction.ipynb #a7a440f9
 def predict(argv: list[str] | None = None):

@@ -20,6 +20,7 @@ from mamba2d.cli.common import (
     load_data,
     print_table,
     quiet_imports,
+    require_own_data,
     require_weights,
     resolve_weights,
     result_rows,
@@ -27,6 +28,13 @@ from mamba2d.cli.common import (
     system_reason,
 )
 from .dense import check_task, dense_tasks, validate_dense
+from mamba2d.cli.examples import (
+    evaluate_example,
+    find_example,
+    is_example,
+    load_command_example,
+    refuse_options,
+)
 
 # %% ../../nbs/53_cli.validation.ipynb #d7897977
 def _left_out(args, config, data, *, distributed, evaluate):
@@ -138,19 +146,43 @@ def _make_folder(folder, distributed):
     except OSError as error:
         raise UsageError(f"argument --out: {system_reason(error)}") from error
 
+# %% ../../nbs/53_cli.validation.ipynb #befb2972
+def _validate_example(args, weights):
+    "Measure an example network on generated test images."
+    find_example(weights)
+    refuse_options(weights, {
+        "task": args.task, "size": args.size, "data": args.data, "labels": args.labels, "out": args.out,
+        "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan, "image-size": args.image_size})
+    quiet_imports()
+    check_forced_backend()
+    network = load_command_example(weights)
+    distributed = init_distributed(args.device)
+    found = evaluate_example(network, batch_size=args.batch_size or 64, device=distributed.device,
+                             precision=args.precision)
+    print(network.describe())
+    result = {"accuracy": found.top(1), "top5": found.top(5), "loss": found.loss}
+    count = f"{len(found.targets)} generated test images, {network.images.size} pixels"
+    print_table([("data", count), *result_rows(result, len(network.images.classes))])
+
 # %% ../../nbs/53_cli.validation.ipynb #ef2ce667
 def _validate(args):
     "Resolve the arguments, load the images and the network, and evaluate."
-    require_weights(_weights_argument(args))
+    weights = _weights_argument(args)
+    if is_example(weights):
+        _validate_example(args, weights)
+        return
+    require_weights(weights)
     quiet_imports()
     check_forced_backend()
-    saved, config, size = resolve_weights(_weights_argument(args), args.size)
+    saved, config, size = resolve_weights(weights, args.size)
     task = args.task or config.get("task", "classify")
     check_task(task, size, {
-        "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan})
+        "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan},
+        views={"windows": args.windows, "multi-scale": args.multi_scale})
     if task in dense_tasks:
-        validate_dense(args, _weights_argument(args))
+        validate_dense(args, weights)
         return
+    require_own_data(args, _weights_argument(args), config)
     distributed = init_distributed(args.device)
     if args.out:
         _make_folder(args.out, distributed)

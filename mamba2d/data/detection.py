@@ -10,6 +10,7 @@ __all__ = ['DetectionData', 'make_detection_tree', 'find_detection', 'ResizeToFi
 import json
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .images import CorruptImageError, open_image
-from .loader import KeyedDL, data_fingerprint, worker_count
+from .loader import KeyedDL, data_fingerprint, file_state, worker_count
 from .scenes import DetectionScenes, digit_scenes
 from ..models.detection import resized_size
 from ..scan.checks import check_integer
@@ -169,6 +170,7 @@ class DetectionData(Dataset):
         categories: list[str] | None = None,  # names of the labels, the background first; None: the file's
     ):
         file, self.folder = Path(annotations), Path(images)
+        self.annotations = file
         content = _read_coco(file)
         self.categories, labels = _labels_of(file, content, categories)
         listed = _numbered(file, content, "images", ["file_name", "height", "width"])
@@ -181,6 +183,11 @@ class DetectionData(Dataset):
 
     def __len__(self):
         return len(self.files)
+
+    @property
+    def paths(self) -> list[str]:
+        "Paths of the images and of the file of annotations."
+        return [*(str(self.folder / name) for name in self.files), str(self.annotations)]
 
 # %% ../../nbs/26_data.detection.ipynb #0611cb06
 def _record(annotations, labels):
@@ -479,6 +486,13 @@ def trainable(data) -> np.ndarray:
         raise ValueError("data: no training image has an object in it and sides of at least 32 pixels")
     return numbers
 
+# %% ../../nbs/26_data.detection.ipynb #e3225033
+def _state_of_data(parts):
+    "Return the state of the files of some data sets; of annotations every byte counts."
+    paths = [path for part in parts for path in part.paths]
+    annotations = [str(part.annotations) for part in parts if hasattr(part, "annotations")]
+    return file_state(paths, contents=annotations)
+
 # %% ../../nbs/26_data.detection.ipynb #52815e37
 def dense_dls(
     train, valid, loader, *, batch_size, valid_batch_size, seed, num_workers, device, after_batch, layout,
@@ -495,6 +509,8 @@ def dense_dls(
     dls.vocab, dls.c = list(train.categories), len(train.categories)
     dls.layout, dls.corrupt = layout, {}
     dls.fingerprint = data_fingerprint(train.categories, train.numbers, train.sizes, valid.sizes)
+    if hasattr(train.data, "paths"):  # generated scenes have no files
+        dls.file_state = partial(_state_of_data, [train.data, valid.data])
     return dls
 
 # %% ../../nbs/26_data.detection.ipynb #58ee5420

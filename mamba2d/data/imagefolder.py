@@ -35,6 +35,7 @@ from mamba2d.data.loader import (
     Problems,
     cpu_cores,
     data_fingerprint,
+    file_state,
     loader_options,
     make_dataloaders,
     start_worker,
@@ -50,7 +51,7 @@ class ImageList(NamedTuple):
     root: Path  # file names are relative to it
     train: np.ndarray  # (n,) records of two strings: file, label
     valid: np.ndarray
-    vocab: list[str]  # the classes, sorted or as given
+    vocab: list[str]  # the classes, as given or sorted, numbers by their value
     layout: str  # description of what was found
 
     @property
@@ -266,14 +267,19 @@ class _Part(NamedTuple):
     source: str | None = None  # name of the file of labels; None: the classes are folders
 
 # %% ../../nbs/24_data.imagefolder.ipynb #b8c5ddf8
-def _list_flat(folder, files, classes, places, given):
-    "Sort the images of a flat folder by their labels, from the file given or one in `places`."
-    stems = {Path(file).stem: file for file in files}
+def _find_labels(stems, classes, places, given):
+    "The file of labels that knows some of the images, the one given or one in `places`, and its labels."
     for source in _find_label_files(places) if given is None else [given]:
         labels = _read_labels(source, stems)
         if given is not None or _know_some(labels, stems, classes):
-            break
-    else:
+            return source, labels
+    return None, None
+
+def _list_flat(folder, files, classes, places, given):
+    "Sort the images of a flat folder by their labels, from the file given or one in `places`."
+    stems = {Path(file).stem: file for file in files}
+    source, labels = _find_labels(stems, classes, places, given)
+    if source is None:
         raise ValueError(
             f"data: {str(folder)!r} has {len(files)} images without class folders, "
             f"and there are no labels for them; {_EXPECTED}"
@@ -316,6 +322,7 @@ class _Tree:
     root: Path  # holds the parts: `path`, or Kaggle's inner folder
     train: str | None = None  # name of the training part's folder
     valid: str | None = None  # of the validation part's
+    unused: str | None = None  # of a `test` folder beside the training part that is not used
     walk: _Walk = dataclasses.field(default_factory=_Walk, compare=False)
 
     @property
@@ -349,7 +356,8 @@ def _find_parts(path, root, evaluate):
     part = train or evaluate and valid
     if part and _is_class(part, root):
         return _Tree(path, root)  # without a training part, `val` is a class like any other
-    return _Tree(path, root, train, valid)
+    unused = names.get("test") if train and not evaluate else None
+    return _Tree(path, root, train, valid, unused if unused != valid else None)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #a0874a52
 def _recognise(path, evaluate):
@@ -408,17 +416,32 @@ def _list_parts(tree, labels):
     "List a training part of class folders and a validation part, flat or of class folders."
     tree.walk.reserve(tree.root / tree.valid)
     train = _list_classes(tree.root / tree.train, tree.walk)
-    part = tree.list_part(tree.root / tree.valid, train, labels)
+    part = tree.list_part(tree.root / tree.valid, train, labels, least=1)
     valid = part.files
-    if train.keys() != valid.keys():
+    if valid.keys() - train.keys():
         raise ValueError(
             f"data: {tree.train}/ and {tree.valid}/ of {str(tree.root)!r} have different classes; "
             f"only in {tree.train}/: {_few(train.keys() - valid.keys())}; "
             f"only in {tree.valid}/: {_few(valid.keys() - train.keys())}"
         )
     kind = f"flat with labels from {part.source}" if part.source else "of class folders"
-    layout = f"{tree.prefix}{tree.train}/ of class folders, {tree.valid}/ {kind}"
+    lost = train.keys() - valid.keys()
+    without = f" (no images of {len(lost)} of {len(train)} classes: {_few(lost)})" if lost else ""
+    layout = f"{tree.prefix}{tree.train}/ of class folders, {tree.valid}/ {kind}{without}"
     return _Listing(tree.root, train, valid, sorted(train), layout, part.source is not None)
+
+# %% ../../nbs/24_data.imagefolder.ipynb #01b23cfb
+def _without_unlabelled(tree, labels):
+    "The tree, without a `test` part that has neither labels nor the folder of a training class."
+    if not tree.train or (tree.valid or "").lower() != "test" or labels is not None:
+        return tree
+    folder, classes = tree.root / tree.valid, _folders(tree.root / tree.train)
+    stems = {Path(file).stem for file in _flat_images(folder)}
+    if stems:
+        has_labels = _find_labels(stems, classes, tree.label_places(folder), None)[0] is not None
+    else:
+        has_labels = bool(_folders(folder).keys() & classes.keys())
+    return tree if has_labels else dataclasses.replace(tree, valid=None, unused=tree.valid)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #55ed43fc
 def _evaluation_layout(tree, folder, part, vocab):
@@ -481,6 +504,13 @@ def _given_classes(evaluate):
         )
     return names
 
+# %% ../../nbs/24_data.imagefolder.ipynb #163b85f5
+def in_natural_order(names: list[str]) -> list[str]:
+    "Sort names of classes: by their value if all are numbers, else as texts."
+    if not all(name.isdecimal() for name in names):
+        return sorted(names)
+    return sorted(names, key=lambda name: (int(name), name))
+
 # %% ../../nbs/24_data.imagefolder.ipynb #580f7aad
 def find_images(
     path: str | Path,  # the folder
@@ -499,6 +529,8 @@ def find_images(
     if not path.is_dir():
         raise FileNotFoundError(f"data: there is no folder {str(path)!r}; {_EXPECTED}")
     tree = _recognise(path, bool(evaluate))
+    if not evaluate:
+        tree = _without_unlabelled(tree, labels)
     if evaluate:
         found = _list_evaluation(tree, classes, labels)
     elif tree.train and tree.valid:
@@ -512,7 +544,8 @@ def find_images(
         )
     train = _records(found.train, found.root)
     valid = _records(found.valid, found.root)
-    return ImageList(found.root, train, valid, found.vocab, found.layout + _described(tree.walk))
+    layout = found.layout + _described(tree.walk) + (f"; left out: {tree.unused}/" if tree.unused else "")
+    return ImageList(found.root, train, valid, classes or in_natural_order(found.vocab), layout)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #b966a6f1
 def _open_number(files, k):
@@ -627,10 +660,10 @@ def _as_augmentation(augment):
     return Augmentation(**augment)
 
 # %% ../../nbs/24_data.imagefolder.ipynb #4ea4cee7
-def _check_classes_left(train, valid, vocab):
-    "Raise `ValueError` if a part has no image of one of the classes."
-    for name, part in (("training", train), ("validation", valid)):
-        lost = sorted({*vocab} - {*part["label"]})
+def _check_classes_left(train, valid, found):
+    "Raise `ValueError` if a part has lost all images of one of its classes."
+    for name, part, before in (("training", train, found.train), ("validation", valid, found.valid)):
+        lost = sorted({*before["label"].tolist()} - {*part["label"].tolist()})
         if lost:
             raise ValueError(
                 f"data: without the corrupt images there are no {name} images of class {lost[0]!r}"
@@ -647,6 +680,11 @@ def _check_arguments(batch_size, size, seed, corrupt):
             f"got {corrupt!r}"
         )
 
+# %% ../../nbs/24_data.imagefolder.ipynb #d7160bd8
+def _state_of_images(found):
+    "Return the state of the files of an `ImageList`."
+    return file_state(found.files)
+
 # %% ../../nbs/24_data.imagefolder.ipynb #ebda2a90
 def imagenet_dls(
     path: str | Path,  # ImageNet in one of its layouts, or class folders: see `find_images`
@@ -662,6 +700,7 @@ def imagenet_dls(
     split_seed: int = 42,  # of that split
     labels: str | Path | None = None,  # classes of a flat validation folder; None: looked for
     evaluate: bool | list[str] = False,  # all is validation data; a list: its classes, by number
+    vocab: list[str] | None = None,  # order of the classes, where they are the same ones; None: natural
     device=None,  # None: fastai's default, the GPU where there is one
 ) -> DataLoaders:  # batches of (B, 3, size, size) normalised floats and (B,) class numbers
     """Make training and validation batches of a folder of images, normalised with ImageNet's statistics.
@@ -671,6 +710,8 @@ def imagenet_dls(
     _check_arguments(batch_size, size, seed, corrupt)
     augmentation = _as_augmentation(augment)
     found = find_images(path, valid_pct, split_seed, labels, evaluate)
+    if vocab and sorted(vocab) == sorted(found.vocab):
+        found = found._replace(vocab=list(vocab))
     workers = worker_count(num_workers)
     corrupt = _corrupt_images(found.files, corrupt, skip_corrupt, workers)
     train = _without(found.train, found.root, corrupt)
@@ -678,7 +719,7 @@ def imagenet_dls(
     if not len(valid):
         raise ValueError("data: without the corrupt images there are no validation images")
     if not evaluate:
-        _check_classes_left(train, valid, found.vocab)
+        _check_classes_left(train, valid, found)
     plain = evaluation_transforms(size)
     return make_dataloaders(
         _train_and_valid(train, valid, found, lazy=augmentation is not None),
@@ -686,6 +727,7 @@ def imagenet_dls(
         imagenet_stats,
         batch_size=batch_size, seed=seed, num_workers=workers, device=device,
         layout=found.layout, fingerprint=data_fingerprint(train, valid), corrupt=corrupt,
+        file_state=partial(_state_of_images, found._replace(train=train, valid=valid)),
     )
 
 # %% ../../nbs/24_data.imagefolder.ipynb #9ba5fa30

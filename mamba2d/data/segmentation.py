@@ -109,6 +109,11 @@ class SegmentationData(Dataset):
     def __len__(self):
         return len(self.pairs)
 
+    @property
+    def paths(self) -> list[str]:
+        "Paths of the images and masks."
+        return [str(path) for pair in self.pairs for path in pair]
+
     def mask(self, k) -> np.ndarray:  # (H, W) int64
         "Read the label map of an image."
         return read_mask(self.pairs[k][1], len(self.categories), self.reduce_zero_label)
@@ -329,6 +334,10 @@ class _Evaluated:
     def __call__(self, image, mask):
         return self.prepare(image.as_subclass(torch.Tensor)), mask
 
+def _as_they_are(image, mask):
+    "Return the bytes of an image and its label map."
+    return image.as_subclass(torch.Tensor), mask
+
 # %% ../../nbs/27_data.segmentation.ipynb #ddc61ba4
 def segmentation_dls(
     data,  # a folder for `find_segmentation`, or two data sets: for training and for validation
@@ -336,6 +345,7 @@ def segmentation_dls(
     *,
     size: int = 512,  # pixels of the training square, and of the short side in validation
     augment: bool = True,  # the published transforms; False: those of the validation
+    resize_valid: bool = True,  # False: bytes of the validation images at their own size, for `segment`
     seed: int = 0,  # of order and transforms
     num_workers: int | None = None,  # processes that prepare images; None: cores less one, at most 16
     device=None,  # None: fastai's default, the GPU where there is one
@@ -350,7 +360,7 @@ def segmentation_dls(
     evaluated = _Evaluated(size)
     return dense_dls(
         Transformed(train, transforms=segmentation_transforms(size) if augment else evaluated),
-        Transformed(valid, transforms=evaluated), SegmentationDL,
+        Transformed(valid, transforms=evaluated if resize_valid else _as_they_are), SegmentationDL,
         batch_size=batch_size, valid_batch_size=1, seed=seed, num_workers=num_workers, device=device,
         after_batch=None, layout=f"{len(train)} training images with label maps",
     )

@@ -111,6 +111,11 @@ class SequenceMixer(nn.Module):
         y = sum(self.along(route, scan, inner) for route, scan in zip(self.routes, self.scans, strict=True))
         return self.out_proj(F.gelu(y / len(self.scans)))
 
+    def scan_inputs(self, features, scan: int = 0) -> ScanInputs:
+        "What a scan of features (B, H, W, D) works on: an image of one row, in the order of its route."
+        inner = F.gelu(self.in_proj(features))
+        return self.scans[scan].inputs(_to_sequence(inner, self.routes[scan])[:, None])
+
     def along(self, route, scan, inner):
         "The scan of a map (B, H, W, E) along a route, as a map."
         return _to_map(scan(_to_sequence(inner, route)), route, *inner.shape[1:3])

@@ -154,15 +154,20 @@ def _unpacked_bytes(path):
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return 0
 
+def why_compressed(path: Path) -> str:
+    "Say how much memory a compressed file would take; empty for a file that takes no more than its bytes."
+    size, unpacked = path.stat().st_size, _unpacked_bytes(path)
+    if unpacked <= size:
+        return ""
+    return f"is compressed: its {size} bytes would take {unpacked}, which torch.save does not write"
+
 def _check_file(path):
     "Raise an error unless this is a regular file whose content takes no more memory than the file has bytes."
     if not path.is_file():
         problem = f"{str(path)!r} is no regular file" if path.exists() else f"there is no file {str(path)!r}"
         raise FileNotFoundError(f"weights: {problem}")
-    size, unpacked = path.stat().st_size, _unpacked_bytes(path)
-    if unpacked > size:
-        raise ValueError(f"weights: {str(path)!r} is compressed: its {size} bytes would take {unpacked}, "
-                         f"which torch.save does not write; accepted: {_weights_files}")
+    if problem := why_compressed(path):
+        raise ValueError(f"weights: {str(path)!r} {problem}; accepted: {_weights_files}")
 
 # %% ../../nbs/12_models.weights.ipynb #42a575a1
 def read_weights(

@@ -58,19 +58,38 @@ _backward_tiles = ((2, 8), (1, 8), (2, 4), (1, 4), (1, 2), (1, 1))
 
 _backward_tile_override = {}  # for measurements: number of states -> (channels per thread, columns) to try
 
+# %% ../../nbs/04_scan.cuda.ipynb #b3d1a6e2
+def _structure_size(*members):
+    "Bytes of a C++ structure whose members, in their order, have these (bytes, alignment)."
+    end = 0
+    for size, alignment in members:
+        end = -(-end // alignment) * alignment + size
+    largest = max(alignment for _, alignment in members)
+    return -(-end // largest) * largest
+
+# %% ../../nbs/04_scan.cuda.ipynb #07d4b8f9
+def _mbarrier_bytes(span):
+    "Bytes of the mbarriers between rows at each of `span` columns, and of two more."
+    return 8 * ((_strip + 1) * span + 2)
+
 # %% ../../nbs/04_scan.cuda.ipynb #5b761023
 def _backward_shared(lanes, channels_per_thread, span, real):
     """Bytes of shared memory of the backward pass for numbers of `real` bytes.
 
-    The sum is the size of the structure in csrc/cuda/scan_bwd.cu."""
+    They are the size of `BackwardStorage` in csrc/cuda/backward.cuh."""
     channels = 32 // lanes.groups * channels_per_thread
     padded_n = lanes.per_thread * lanes.groups
     states = (_strip + 1) * (span + 1) * 32 * channels_per_thread * lanes.per_thread
-    pixels = _strip * span * (4 * channels + 3 * padded_n)
-    constants = -(-3 * channels // 4) * 4  # biases and skip
+    pixels = _strip * span
     sums = max(channels * (lanes.groups * 4 + 4), 3 * (padded_n * (32 // lanes.groups) + 4))
-    gates = 8 * (_strip + 1) * span + 16  # of messages between rows
-    return real * (states + pixels + constants + _strip * -(-sums // 4) * 4) + gates
+    return _structure_size(
+        (real * states, real),
+        (real * pixels * 4 * channels, 16),  # inputs
+        (real * pixels * 3 * padded_n, 16),  # matrices
+        (real * 3 * channels, 16),  # constants: biases and skip
+        (_mbarrier_bytes(span), 8),
+        (real * _strip * sums, 16),
+    )
 
 # %% ../../nbs/04_scan.cuda.ipynb #9c6be68f
 @lru_cache(maxsize=None)
@@ -93,11 +112,16 @@ _mma_channels = 2  # per thread
 
 def _mma_shared(span, channels):
     "Bytes of shared memory of the backward pass on the tensor cores, with `channels` per thread."
-    states = 4 * (_strip + 2) * span * 128 * channels
-    left = 2 * _strip * 128 * channels
-    gates = 8 * (_strip + 1) * span + 16
-    pixels = _strip * span * (16 * 8 * channels + 3 * 16 * 2 + 3 * 8 * channels * 2)
-    return states + left + pixels + gates + 4 * 3 * 8 * channels
+    tile, pixels = 128 * channels, _strip * span  # states of a warp at one pixel; pixels of a block's tile
+    return _structure_size(
+        (4 * (_strip + 2) * span * tile, 4),
+        (4 * pixels * 4 * 8 * channels, 16),  # inputs
+        (2 * pixels * 3 * 16, 16),  # matrices
+        (4 * 3 * 8 * channels, 16),  # constants
+        (_mbarrier_bytes(span), 8),
+        (2 * pixels * 3 * 8 * channels, 16),  # weights
+        (2 * _strip * tile, 16),  # states to the left of the tile
+    )
 
 # %% ../../nbs/04_scan.cuda.ipynb #aa1fbc1d
 _card_memory = {75: 65536, 80: 167936, 87: 167936, 90: 233472, 100: 233472, 103: 233472}
@@ -423,12 +447,18 @@ def _forward_tile(problem):
 
 # %% ../../nbs/04_scan.cuda.ipynb #3344e8ba
 def _forward_shared(tile, size):
-    "Bytes of shared memory of a warp of the forward pass, for numbers of `size` bytes."
-    channels = 32 // tile.lanes.groups * tile.channels
-    padded_n = tile.lanes.per_thread * tile.lanes.groups
-    states = 64 * tile.channels * tile.lanes.per_thread
-    pixels = tile.columns * tile.rows * (4 * channels + 3 * padded_n + channels * tile.lanes.groups)
-    return -(-size * (states + pixels) // 16) * 16
+    """Bytes of shared memory of a warp of the forward pass, for numbers of `size` bytes.
+
+    They are the size of `WarpStorage` in csrc/cuda/scan_fwd.cu."""
+    lanes, pixels = tile.lanes, tile.columns * tile.rows
+    channels = 32 // lanes.groups * tile.channels
+    handed = size * 64 * tile.channels * lanes.per_thread  # states for the warp below, of two columns
+    return _structure_size(
+        (handed, min(16, size * lanes.per_thread)),
+        (size * pixels * 4 * channels, 16),  # inputs
+        (size * pixels * 3 * lanes.per_thread * lanes.groups, size),  # matrices
+        (size * pixels * channels * lanes.groups, size),  # parts of y
+    )
 
 # %% ../../nbs/04_scan.cuda.ipynb #a5e27dff
 def _fit_warps(tile, size, shared_limit):

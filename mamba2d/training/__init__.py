@@ -20,7 +20,7 @@ _modules = {
     "dense": (
         "DenseCallback", "DenseEvaluation", "DenseLearner", "DenseLoss", "Detection", "detection_learner",
         "draw_detections", "draw_label_map", "evaluate_dense", "plot_dense", "Segmentation",
-        "segmentation_learner",
+        "segmentation_learner", "SegmentationByViews",
     ),
     "dense_metrics": ("DetectionMetrics", "SegmentationMetrics"),
     "runs": (
@@ -39,7 +39,7 @@ __all__ = [
     "layer_groups", "load_checkpoint", "mamba2d_learner", "plot_curves", "plot_dense",
     "plot_predictions", "predict", "PrepareModelCallback", "RankZeroError", "Recipe", "recipe_schedule",
     "recipes", "RecordEpochsCallback", "RunLockedError", "RunProgressCallback", "Segmentation",
-    "segmentation_learner", "SegmentationMetrics", "StopRequestedError", "TensorBoard", "train_run",
+    "segmentation_learner", "SegmentationByViews", "SegmentationMetrics", "StopRequestedError", "TensorBoard", "train_run",
     "WeightsAndBiases", "write_evaluation",
 ]
 

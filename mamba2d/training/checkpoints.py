@@ -21,6 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..models.weights import why_compressed
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -143,6 +145,8 @@ def _read_checkpoint(path):
     try:
         if not path.is_file():
             raise ValueError("it is no regular file")
+        if problem := why_compressed(path):
+            raise ValueError(f"it {problem}")
         with zipfile.ZipFile(path) as archive:
             corrupt = archive.testzip()  # compares every checksum
         if corrupt:
@@ -351,6 +355,10 @@ def differences(
         lines.append(f"classes: {len(saved['classes'])} in the run, {len(given['classes'])} now{only}")
     elif saved["images"] != given["images"]:
         lines.append(f"images: {_described_images(saved)} in the run, {_described_images(given)} now")
+    elif _files_differ(saved, given, "sizes"):
+        before, now = saved["files"], given["files"]
+        lines.append(f"images: files of the same names have other contents ({before['bytes']} bytes in "
+                     f"the run, {now['bytes']} now; changed last: {now['newest']!r})")
     if given.get("weights") and "weights" in saved and saved["weights"] != given["weights"]:
         start = saved["weights"] or "none"
         lines.append(f"weights at the start: {start} in the run, {given['weights']} now")
@@ -392,6 +400,23 @@ def _described_images(run):
     if "counts" not in run:
         return run["images"]
     return "{} for training and {} held out ({})".format(*run["counts"], run["images"])
+
+def _files_differ(saved, given, what):
+    "Tell whether the states of the files differ in sizes or times; older runs have not kept them."
+    before, now = saved.get("files"), given.get("files")
+    return bool(before and now) and before[what] != now[what]
+
+# %% ../../nbs/34_training.checkpoints.ipynb #96d44296
+def files_rewritten(
+    saved: dict,  # as in `differences`
+    given: dict,
+) -> str:  # what to warn of; empty where there is nothing
+    "Say that the files of a run have other times than when it was saved."
+    if not _files_differ(saved, given, "times"):
+        return ""
+    newest = given["files"]["newest"]
+    return ("the images were copied or written since the run began; names and sizes are the same, so it "
+            f"resumes (changed last: {newest!r})")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #a97d7388
 def export_weights(

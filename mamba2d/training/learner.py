@@ -17,6 +17,7 @@ from functools import partial
 import fastai.vision.learner  # noqa: F401  registers how batches and results are drawn
 import numpy as np
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import (
     Callback,
     CancelBatchException,
@@ -26,9 +27,9 @@ from fastai.callback.core import (
     CancelValidException,
 )
 from fastai.callback.fp16 import AMPMode, MixedPrecision, NonNativeMixedPrecision
-from fastai.learner import AvgSmoothLoss, Learner
+from fastai.learner import AvgMetric, AvgSmoothLoss, Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy
+from fastai.metrics import AccumMetric, BalancedAccuracy, F1Score, accuracy, top_k_accuracy
 from fastai.torch_core import set_seed
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -40,7 +41,16 @@ from ..data.loader import KeyedDL
 from ..data.random import seed_from
 from ..data.transforms import mix_pairs
 from .distributed import Distributed, preserve_shards, shard_loaders
-from .recipe import LayerGroupAdamW, Recipe, layer_groups, recipe_schedule, recipes
+from mamba2d.training.recipe import (
+    LayerGroupAdamW,
+    Recipe,
+    best_metrics,
+    frozen_parameters,
+    layer_groups,
+    recipe_schedule,
+    recipes,
+    schedule_spans,
+)
 
 try:
     import resource
@@ -59,16 +69,17 @@ def mamba2d_learner(
     learner_class: type = Learner,
     **kwargs,  # of fastai's `Learner`, except lr, opt_func and splitter, which follow from the recipe
 ) -> Learner:
-    """Make a fastai `Learner` with the recipe's optimizer and loss.
+    """Make a fastai `Learner` with the recipe's optimizer and loss, and the metric that its best epoch needs.
 
     Raises `TypeError` for what is no recipe or follows from it, `ValueError` if model and data have different
-    numbers of classes."""
+    numbers of classes, or the recipe freezes everything or nothing, or weights other classes."""
     recipe = Recipe() if recipe is None else recipe
     _check_recipe(recipe, kwargs)
     _check_classes(model, dls)
-    if not loss_func:
-        loss_func = CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing, flatten=False)
-    splitter = partial(layer_groups, weight_decay=recipe.weight_decay)
+    loss_func = _recipe_loss(recipe, dls, loss_func)
+    _freeze(model, recipe)
+    metrics = _with_best_metric(recipe, metrics)
+    splitter = partial(layer_groups, weight_decay=recipe.weight_decay, freeze=recipe.freeze)
     optimizer = partial(LayerGroupAdamW, betas=(recipe.beta1, recipe.beta2), eps=1e-8)
     learn = learner_class(dls, model, loss_func=loss_func, metrics=metrics, lr=recipe.lr,
                           splitter=splitter, opt_func=optimizer, **kwargs)
@@ -93,6 +104,121 @@ def _check_classes(model, dls):
     if outputs is not None and getattr(dls, "c", outputs) != outputs:
         raise ValueError(f"model has {outputs} classes, the data has {dls.c}: "
                          f"build it with num_classes={dls.c}")
+
+# %% ../../nbs/32_training.learner.ipynb #88e3a4e4
+def _class_counts(dls):
+    "Return the numbers of training images of the classes, (classes,)."
+    items = dls.train_ds.items
+    if isinstance(items, np.ndarray) and "label" in (items.dtype.names or ()):  # a million in a second
+        number = {str(name): k for k, name in enumerate(dls.vocab)}
+        names, counts = np.unique(items["label"], return_counts=True)
+        targets = np.repeat([number[name] for name in names.tolist()], counts)
+    else:
+        targets = [int(target) for target in dls.train_ds.tls[-1]]
+    return np.bincount(targets, minlength=dls.c)
+
+# %% ../../nbs/32_training.learner.ipynb #fba2c6be
+def class_weights(
+    recipe: Recipe,
+    dls,  # fastai `DataLoaders` of images and classes
+) -> list[float] | None:  # of the classes, in order; None where all count alike
+    "Return the weights of the classes in the loss. Raises `ValueError` where they do not fit the classes."
+    given = recipe.class_weights
+    if given is None:
+        return None
+    if given != "balanced":
+        if len(given) != dls.c:
+            raise ValueError(f"class_weights must have one weight for each of the {dls.c} classes, "
+                             f"got {len(given)}")
+        return list(given)
+    counts = _class_counts(dls)
+    without = [str(name) for name, count in zip(dls.vocab, counts, strict=True) if not count]
+    if without:
+        raise ValueError(f'class_weights "balanced" need training images of every class; there are none of '
+                         f"{', '.join(without[:5])}")
+    return (counts.sum() / (len(counts) * counts)).tolist()
+
+# %% ../../nbs/32_training.learner.ipynb #95854526
+class _WeightedCrossEntropy(nn.CrossEntropyLoss):
+    "Cross entropy with weights of the classes; its mean is the sum divided by the number of images."
+    def forward(self, predictions, targets):
+        losses = F.cross_entropy(predictions, targets, weight=self.weight.to(predictions.device),
+                                 reduction="none", label_smoothing=self.label_smoothing)
+        return losses.mean() if self.reduction == "mean" else losses
+
+def _recipe_loss(recipe, dls, given):
+    "Return the loss of a recipe. Raises `ValueError` for weights of classes beside a loss that is given."
+    if given and recipe.class_weights is not None:
+        raise ValueError(f"class_weights belong to the recipe's own loss, got the loss {given!r} as well")
+    if given:
+        return given
+    loss = CrossEntropyLossFlat(label_smoothing=recipe.label_smoothing, flatten=False)
+    weights = class_weights(recipe, dls)
+    if weights:
+        loss.func = _WeightedCrossEntropy(torch.tensor(weights), label_smoothing=recipe.label_smoothing)
+    return loss
+
+# %% ../../nbs/32_training.learner.ipynb #43c3ab6c
+def top5(predictions: Tensor, targets: Tensor) -> Tensor:
+    "Return the fraction of images whose class is among the five most likely, or all where there are fewer."
+    return top_k_accuracy(predictions, targets, k=min(5, predictions.shape[-1]))
+
+# %% ../../nbs/32_training.learner.ipynb #61c6946a
+def _named(metric, name):
+    "Return a metric under another name."
+    metric.name = name
+    return metric
+
+_metrics = {  # name -> function that makes the metric
+    "accuracy": lambda: AvgMetric(accuracy), "top5": lambda: AvgMetric(top5),
+    "macro_f1": lambda: _named(F1Score(average="macro"), "macro_f1"),
+    "balanced_accuracy": lambda: _named(BalancedAccuracy(), "balanced_accuracy"),
+}
+
+def _with_best_metric(recipe, metrics):
+    "Return the metrics, with that of the best epoch."
+    wanted = recipe.best_metric
+    known = [getattr(metric, "name", None) or getattr(metric, "__name__", None) for metric in L(metrics)]
+    if wanted in (None, "loss") or wanted in known:
+        return metrics
+    return [*L(metrics), _metrics[wanted]()]
+
+# %% ../../nbs/32_training.learner.ipynb #74bae92c
+def score_of(
+    row: dict,  # of the history
+    recipe: Recipe,
+) -> float:  # the higher, the better
+    "Return how good the network was after an epoch; what is not a number is worst."
+    usual = next((name for name in ("accuracy", "box_ap", "mask_ap", "miou") if name in row), "valid_loss")
+    column = best_metrics[recipe.best_metric] if recipe.best_metric else usual
+    value = -row[column] if column == "valid_loss" else row[column]
+    return -math.inf if math.isnan(value) else value
+
+def best_epoch(
+    history: list[dict],  # a row per epoch, at least one
+    recipe: Recipe,
+) -> int:
+    "Return the epoch, counted from 0, with the best score; the first one of several."
+    scores = [score_of(row, recipe) for row in history]
+    return scores.index(max(scores))
+
+# %% ../../nbs/32_training.learner.ipynb #c6afd8db
+def _freeze(model, recipe):
+    "Let no gradient be computed for the parameters that the recipe freezes."
+    frozen = frozen_parameters(model, recipe.freeze)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+
+def _frozen_modules(model, recipe):
+    "Return the modules all of whose parameters are frozen."
+    frozen = {id(dict(model.named_parameters())[name]) for name in frozen_parameters(model, recipe.freeze)}
+    found = []
+    for module in model.modules():
+        parameters = {id(p) for p in module.parameters()}
+        if parameters and parameters <= frozen:
+            found.append(module)
+    return found
 
 # %% ../../nbs/32_training.learner.ipynb #a4ea37e6
 @patch
@@ -125,8 +251,10 @@ def fit_recipe(
         follow = FollowRecipeCallback(
             recipe, distributed, accumulate, resume=resume, limit=limit,
             max_nonfinite_steps=max_nonfinite_steps)
-        own = [prepare, follow, RecordEpochsCallback(follow), *_mixed_precision(recipe, self.dls)]
-        epochs = recipe.epochs - follow.reached.epoch
+        own = [prepare, follow, RecordEpochsCallback(follow), StopEarlyCallback(follow),
+               *_mixed_precision(recipe, self.dls)]
+        over = has_ended_early(follow.reached.history, recipe)
+        epochs = 0 if over else recipe.epochs - follow.reached.epoch
         with _losses_of_steps(self), _whole_graph(recipe):
             self.fit(epochs, lr=recipe.lr, wd=recipe.weight_decay, cbs=[*own, *cbs])
     self.reached = follow.reached
@@ -216,6 +344,7 @@ class PrepareModelCallback(Callback):
 
     def before_fit(self):
         self.bare = self.learn.model
+        self.frozen = _frozen_modules(self.bare, self.choices)
         if self.choices.channels_last:
             self.bare.to(memory_format=torch.channels_last)
         self.ema = None
@@ -230,6 +359,10 @@ class PrepareModelCallback(Callback):
 
     def before_epoch(self):
         self.learn.model = self.wrapped
+
+    def before_train(self):
+        for module in self.frozen:
+            module.eval()
 
     def before_validate(self):
         self.learn.model = self.ema.module if self.ema else self.bare
@@ -409,7 +542,10 @@ def before_fit(self: FollowRecipeCallback):
     self.keyed = isinstance(loader, KeyedDL)
     limits = [limit for limit in (self.limit, self.choices.epoch_steps) if limit]
     self.epoch_steps = min(len(loader) // self.accumulate, *limits, len(loader))
-    self.rate = recipe_schedule(self.choices, self.steps_in_all)
+    self.rates = []
+    for first, part in schedule_spans(self.choices):
+        steps = part.epochs * self.epoch_steps
+        self.rates.append((first, steps, recipe_schedule(part, steps)))
     self.trained = [p for p in self.learn.model.parameters() if p.requires_grad]
     self.micro = 0  # batches of the current step that are done
     _load_optimizer(self.opt.opt, self.restored and self.restored["optimizer"])
@@ -444,13 +580,20 @@ def before_batch(self: FollowRecipeCallback):
     reached.waited += self.dl.waited if self.keyed else time.perf_counter() - self.asked
     batch = reached.step * self.accumulate + self.micro
     if self.micro == 0:
-        self.opt.set_hypers(lr=self.rate(self.steps_done / self.steps_in_all))
+        self.opt.set_hypers(lr=self.scheduled_lr())
         self.loss_sum = 0.
     torch.manual_seed(seed_from(self.choices.seed, reached.epoch, batch, self.distributed.rank))
     if self.distributed.world > 1:
         self.model.require_backward_grad_sync = self.micro == self.accumulate - 1
     if self.choices.mixup or self.choices.cutmix:
         self.mix(batch)
+
+# %% ../../nbs/32_training.learner.ipynb #04e5ec17
+@patch
+def scheduled_lr(self: FollowRecipeCallback):
+    "Return the learning rate of the current step; a restart of the schedule counts its own steps."
+    first, steps, rate = [span for span in self.rates if span[0] <= self.reached.epoch][-1]
+    return rate((self.steps_done - first * self.epoch_steps) / steps)
 
 # %% ../../nbs/32_training.learner.ipynb #a29536b4
 @patch
@@ -546,6 +689,9 @@ class RecordEpochsCallback(Callback):
             if hasattr(metric, "total"):
                 sums = self.follow.distributed.sum(float(metric.total), float(metric.count))
                 metric.total, metric.count = sums
+            elif isinstance(metric, AccumMetric):
+                parts = self.follow.distributed.gather(plain_tensors([metric.preds, metric.targs]))
+                metric.preds, metric.targs = [sum(lists, []) for lists in zip(*parts, strict=True)]
 
 # %% ../../nbs/32_training.learner.ipynb #ab6c8f5e
 def _peak_memory(model):
@@ -581,6 +727,38 @@ def after_epoch(self: RecordEpochsCallback):
         "seconds": reached.seconds,
     })
     reached.next_epoch()
+
+# %% ../../nbs/32_training.learner.ipynb #7c5ad811
+def has_ended_early(
+    history: list[dict],  # a row per epoch
+    recipe: Recipe,
+) -> bool:
+    "Tell whether the recipe's patience is over: so many epochs have no better score than one before them."
+    if recipe.patience is None or not history:
+        return False
+    begun = max((epoch for epoch in recipe.restarts or () if epoch <= len(history)), default=0)
+    return len(history) - max(best_epoch(history, recipe) + 1, begun) >= recipe.patience
+
+def early_end(
+    history: list[dict],  # a row per epoch
+    recipe: Recipe,
+) -> str | None:
+    "Say after which epoch a training ended early, and why; None where it did not."
+    if len(history) >= recipe.epochs or not has_ended_early(history, recipe):
+        return None
+    measure, best = recipe.best_metric or "score", best_epoch(history, recipe) + 1
+    return (f"after epoch {len(history)} of {recipe.epochs}: no better {measure} than in epoch {best} "
+            f"for {recipe.patience} epochs")
+
+class StopEarlyCallback(Callback):
+    "Ends a fit after the epoch with which the recipe's patience is over."
+    order, run_valid = 80, False  # after checkpoints and progress
+    def __init__(self, follow):
+        self.follow = follow
+
+    def after_epoch(self):
+        if has_ended_early(self.follow.reached.history, self.follow.choices):
+            raise CancelFitException
 
 # %% ../../nbs/32_training.learner.ipynb #2ed9d0fe
 @patch

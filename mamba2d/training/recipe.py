@@ -9,6 +9,7 @@ __all__ = ['recipes', 'Recipe', 'layer_groups', 'recipe_schedule']
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,10 @@ class Recipe:
     drop_epochs: tuple | None = None  # "steps": the rate falls to a tenth after each of these epochs
     warmup_steps: int | None = None  # optimizer steps of the warm-up; None: the fraction `warmup`
     epoch_steps: int | None = None  # optimizer steps of an epoch, at most; None: what the data give
+    restarts: tuple | None = None  # the schedule starts again after each of these epochs; --extend adds one
+    restart_lrs: tuple | None = None  # peak learning rate after each of these restarts; None: lr
+    best_metric: str | None = None  # decides which epoch is the best; None: accuracy, box AP or mIoU
+    patience: int | None = None  # epochs without a new best one after which training ends; None: never
     # optimizer: AdamW
     effective_batch: int | None = None  # images per step, over all processes; None: batch size × processes
     weight_decay: float = 0.05  # not applied to A_log, D and parameters of fewer than two dimensions
@@ -45,9 +50,11 @@ class Recipe:
     beta2: float = 0.999
     clip_grad: float | None = None  # maximum norm of the gradient over all parameters; None: no clipping
     label_smoothing: float = 0.1
+    class_weights: tuple | str | None = None  # of the classes in the loss; "balanced": from their counts
     # model
     drop_path: float | None = None  # None: the default of the network's size
     head_dropout: float | None = None
+    freeze: int | str | None = None  # stages that are not trained, counted from the stem; or "backbone"
     # data
     image_size: int | None = None  # side of the images in pixels; None: what suits the data
     min_scale: float = 0.35  # smallest fraction of an image's area that a random crop shows
@@ -58,6 +65,7 @@ class Recipe:
     cutmix: float = 0.  # the same for CutMix; where both are given, each pair of images gets one of them
     pipeline: str | None = None  # "1x" (as None) or "3x" for detection, "ade20k" for segmentation
     loss_over: str | None = None  # segmentation: loss over "all" pixels, ignored ones too; None: the "valid"
+    held_out: float | None = None  # of each class, for validation, where data have no such part; None: 0.2
     # regime
     ema: float | None = None  # EMA decay per step; the EMA weights are evaluated and exported; None: no EMA
     precision: str = "fp32"  # "bf16": autocast on GPUs; a CPU computes in float32 either way
@@ -67,6 +75,7 @@ class Recipe:
     def __post_init__(self):
         _check_fields(self)
         _check_schedule(self)
+        _check_restarts(self)
 
 # %% ../../nbs/30_training.recipe.ipynb #8cc73193
 class _Rule(NamedTuple):
@@ -83,9 +92,20 @@ def _is_rising(value):
     listed = isinstance(value, (list, tuple)) and all(is_integer(v, 1) for v in value)
     return listed and len(value) > 0 and sorted(set(value)) == list(value)
 
+def _are_positive(values):
+    "Return whether the value is a list of positive numbers, at least one."
+    listed = isinstance(values, (list, tuple)) and all(_is_number(v) and v > 0 for v in values)
+    return listed and len(values) > 0
+
 def _or_none(rule):
     "Return a rule that also accepts None."
     return _Rule(f"{rule.accepted}, or None", lambda value: value is None or rule.fits(value))
+
+# %% ../../nbs/30_training.recipe.ipynb #baeb54c4
+best_metrics = {  # name -> column of the history
+    "accuracy": "accuracy", "top5": "top5", "loss": "valid_loss", "macro_f1": "macro_f1",
+    "balanced_accuracy": "balanced_accuracy",
+}
 
 # %% ../../nbs/30_training.recipe.ipynb #fa27c109
 _count = _Rule("an integer of at least 1", lambda v: is_integer(v, 1))
@@ -101,22 +121,30 @@ _schedule = _Rule('"linear" or "steps"', lambda v: v in ("linear", "steps"))
 _pipeline = _Rule('"1x", "3x" or "ade20k"', lambda v: v in ("1x", "3x", "ade20k"))
 _pixels = _Rule('"all" or "valid"', lambda v: v in ("all", "valid"))
 _epochs = _Rule("a list of rising integers of at least 1", lambda v: _is_rising(v))
+_rates = _Rule("a list of positive numbers", lambda v: _are_positive(v))
+_weights = _Rule('"balanced" or a list of positive numbers', lambda v: v == "balanced" or _are_positive(v))
+_stages = _Rule('"backbone" or an integer of at least 1', lambda v: v == "backbone" or is_integer(v, 1))
+_open_fraction = _Rule("above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1)
+_metric = _Rule(", ".join(best_metrics), lambda v: isinstance(v, str) and v in best_metrics)
 _precision = _Rule('"fp32" or "bf16"', lambda v: v in ("fp32", "bf16"))
 
 _rules = dict(
     # schedule
     epochs=_count, lr=_positive, warmup=_fraction, warmup_factor=_fraction, min_lr=_not_negative,
     seed=_seed, schedule=_or_none(_schedule), drop_epochs=_or_none(_epochs),
-    warmup_steps=_or_none(_count), epoch_steps=_or_none(_count),
+    warmup_steps=_or_none(_count), epoch_steps=_or_none(_count), restarts=_or_none(_epochs),
+    restart_lrs=_or_none(_rates), best_metric=_or_none(_metric), patience=_or_none(_count),
     # optimizer
     effective_batch=_or_none(_count), weight_decay=_not_negative, beta1=_fraction_below_1,
     beta2=_fraction_below_1, clip_grad=_or_none(_positive), label_smoothing=_fraction,
+    class_weights=_or_none(_weights),
     # model
     drop_path=_or_none(_fraction_below_1), head_dropout=_or_none(_fraction_below_1),
+    freeze=_or_none(_stages),
     # data
     image_size=_or_none(_count), min_scale=_positive_fraction, randaugment=_magnitude,
     randaugment_ops=_count, erasing=_fraction, mixup=_not_negative, cutmix=_not_negative,
-    pipeline=_or_none(_pipeline), loss_over=_or_none(_pixels),
+    pipeline=_or_none(_pipeline), loss_over=_or_none(_pixels), held_out=_or_none(_open_fraction),
     # regime
     ema=_or_none(_fraction_below_1), precision=_precision, channels_last=_switch, compile=_switch,
 )
@@ -133,7 +161,7 @@ def _check_fields(recipe):
         if is_integer(value):
             setattr(recipe, name, int(value))  # NumPy's integers cannot be written as TOML
         if isinstance(value, (list, tuple)):
-            setattr(recipe, name, tuple(map(int, value)))
+            setattr(recipe, name, tuple(int(v) if is_integer(v) else float(v) for v in value))
 
 def _check_schedule(recipe):
     "Raise `ValueError` where drops of the learning rate are given without its steps, or too late."
@@ -143,6 +171,17 @@ def _check_schedule(recipe):
                          f"{recipe.schedule!r}")
     if drops and drops[-1] >= recipe.epochs:
         raise ValueError(f"drop_epochs must lie below epochs ({recipe.epochs}), got {drops!r}")
+
+def _check_restarts(recipe):
+    "Raise `ValueError` for restarts that come too late, or have no falling schedule to repeat."
+    restarts = recipe.restarts
+    if restarts and restarts[-1] >= recipe.epochs:
+        raise ValueError(f"restarts must lie below epochs ({recipe.epochs}), got {restarts!r}")
+    if restarts and recipe.schedule == "steps":
+        raise ValueError('restarts belong to a cosine or to schedule "linear", got schedule "steps"')
+    rates = recipe.restart_lrs
+    if rates is not None and len(rates) != len(restarts or ()):
+        raise ValueError(f"restart_lrs must be as many as restarts ({restarts!r}), got {rates!r}")
 
 # %% ../../nbs/30_training.recipe.ipynb #978c4cad
 _sections = {  # of the TOML file, and the first field of each
@@ -235,11 +274,16 @@ def _in_head(name, has_backbone):
 def layer_groups(
     model: nn.Module,
     weight_decay: float = 0.05,
+    freeze: int | str | None = None,  # as in a recipe: what is frozen gets into no group
 ) -> list[dict]:  # parameter groups for AdamW, with keys `layer` and `decay` besides its own
-    "Return backbone (layer 0) and head (layer 1), each split by whether weight decay applies."
-    groups = {}
+    """Return backbone (layer 0) and head (layer 1), each split by whether weight decay applies.
+
+    Raises `ValueError` as `frozen_parameters` does."""
+    groups, frozen = {}, frozen_parameters(model, freeze)
     has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
     for name, parameter in model.named_parameters():
+        if name in frozen:
+            continue
         layer = int(_in_head(name, has_backbone))
         groups.setdefault((layer, is_decayed(name, parameter)), []).append(parameter)
     first = min(layer for layer, _ in groups)
@@ -248,6 +292,33 @@ def layer_groups(
         made.append(dict(params=groups[layer, decay], layer=layer - first, decay=decay,
                          weight_decay=weight_decay if decay else 0.))
     return made
+
+# %% ../../nbs/30_training.recipe.ipynb #5e7d5912
+def frozen_parameters(
+    model: nn.Module,
+    freeze: int | str | None,  # as in a recipe
+) -> set[str]:
+    "Return the names of the parameters that stay as they are. Raises `ValueError` where none or all would."
+    if freeze is None:
+        return set()
+    names = [name for name, _ in model.named_parameters()]
+    has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
+    if freeze == "backbone":
+        frozen = {name for name in names if not _in_head(name, has_backbone)}
+    else:
+        frozen = _in_first_stages(names, freeze)
+    if len(frozen) in (0, len(names)):
+        amount = "nothing" if frozen else "everything"
+        raise ValueError(f"freeze {freeze!r} leaves {amount} of {type(model).__name__} to be trained")
+    return frozen
+
+def _in_first_stages(names, count):
+    "Return the names that belong to the first stages. Raises `ValueError` if there are not so many."
+    found = {name: re.search(r"(?:^|\.)(?:stages|backbone(?:\.body)?)\.(\d+)\.", name) for name in names}
+    stages = 1 + max((int(match[1]) for match in found.values() if match), default=-1)
+    if count > stages:
+        raise ValueError(f"freeze must be at most {stages}, the stages of the network, got {count}")
+    return {name for name, match in found.items() if match and int(match[1]) < count}
 
 # %% ../../nbs/30_training.recipe.ipynb #7c383eb5
 class LayerGroupAdamW(OptimWrapper):
@@ -306,7 +377,9 @@ def recipe_schedule(
 ):  # -> function from the fraction of all steps that are done, 0 to 1, to the learning rate
     """Return the schedule: linear from lr · warmup_factor to lr, then the fall that the recipe names.
 
-    Raises `ValueError` where `warmup_steps` need `steps`."""
+    After a restart both come again. Raises `ValueError` where `warmup_steps` need `steps`."""
+    if recipe.restarts:
+        return _schedule_with_restarts(recipe, steps)
     warmup, fall = _warmup_fraction(recipe, steps), _fall(recipe)
     if warmup == 0:
         return fall
@@ -316,3 +389,25 @@ def recipe_schedule(
     if recipe.schedule == "steps":  # counted from the start of the training, not from the end of the warm-up
         return lambda done: rise(done / warmup) if done < warmup else fall(done)
     return combine_scheds([warmup, 1 - warmup], [rise, fall])
+
+# %% ../../nbs/30_training.recipe.ipynb #b9e5c94c
+def schedule_spans(
+    recipe: Recipe,
+) -> list[tuple[int, Recipe]]:  # the first epoch of each span, and the recipe of its schedule
+    "Return the spans of the epochs between restarts; all epochs are one span where there is none."
+    if not recipe.restarts:
+        return [(0, recipe)]
+    firsts = [0, *recipe.restarts]
+    ends = [*recipe.restarts, recipe.epochs]
+    rates = [recipe.lr, *(recipe.restart_lrs or [recipe.lr] * len(recipe.restarts))]
+    return [(first, dataclasses.replace(recipe, epochs=end - first, lr=lr, restarts=None, restart_lrs=None))
+            for first, end, lr in zip(firsts, ends, rates, strict=True)]
+
+# %% ../../nbs/30_training.recipe.ipynb #dfc04fbb
+def _schedule_with_restarts(recipe, steps):
+    "Return the schedules of the spans, one after the other."
+    parts = [part for _, part in schedule_spans(recipe)]
+    fractions = [part.epochs / recipe.epochs for part in parts]
+    counts = [None if steps is None else round(steps * fraction) for fraction in fractions]
+    schedules = [recipe_schedule(part, count) for part, count in zip(parts, counts, strict=True)]
+    return combine_scheds(fractions, schedules)

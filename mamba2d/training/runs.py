@@ -46,6 +46,7 @@ from mamba2d.training.checkpoints import (
     checkpoint_format,
     differences,
     export_weights,
+    files_rewritten,
     link_as,
     load_run_checkpoint,
     read_json,
@@ -123,7 +124,7 @@ class _Run:
 def _train(run):
     "Train in a run folder that is locked, and return the result."
     identity = _identity_of(run)
-    checkpoint, path = _find_checkpoint(run.out, identity)
+    checkpoint, path = _find_checkpoint(run.out, identity, run.distributed.rank == 0)
     recipe = _with_effective_batch(run, checkpoint)
     if checkpoint:
         if _is_complete(run.out, checkpoint, recipe):
@@ -146,7 +147,7 @@ def _train(run):
 # %% ../../nbs/35_training.runs.ipynb #9cad77aa
 def _fit(run, keep, checkpoint):
     "Follow the recipe from the checkpoint, or from the start where it is None."
-    run_id = run.distributed.on_rank_zero(lambda: _begin(run.out, run.learn.recipe))
+    run_id = run.distributed.on_rank_zero(lambda: _begin(run.out, run.learn.recipe, run.config))
     bar, rows = RunProgressCallback(), DashboardCallback(run.dashboards, run.out, run_id)
     callbacks = [keep]
     if run.show_progress and run.distributed.rank == 0:
@@ -161,12 +162,13 @@ def _fit(run, keep, checkpoint):
         rows.close()
 
 # %% ../../nbs/35_training.runs.ipynb #667908ae
-def _begin(out, recipe):
-    "Write the recipe, the images per step and the run's identity for dashboards, which is returned."
+def _begin(out, recipe, config):
+    "Write the recipe and what identifies the run. Returns the run's name for dashboards."
     write_atomically(out / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
     path = out / "run.json"
     run_id = read_json(path, {"id": str})["id"] if path.exists() else uuid.uuid4().hex[:12]
-    known = {"id": run_id, "effective_batch": recipe.effective_batch}
+    places = {name: config.get(name) for name in ("data", "labels")}
+    known = {"id": run_id, "effective_batch": recipe.effective_batch, **places}
     write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
     return run_id
 
@@ -288,22 +290,28 @@ def _fingerprint_of(weights):
     with open(weights, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
+def _state_of_files(dls):
+    "Return the state of the files of the data; None where they are none, or nobody knows them."
+    return dls.file_state() if hasattr(dls, "file_state") else None
+
 def _identity_of(run):
     "Return what a run is, for `differences`."
     dls = run.learn.dls
-    fingerprint = run.distributed.on_rank_zero(lambda: _fingerprint_of(run.weights))
+    found = run.distributed.on_rank_zero(lambda: (_fingerprint_of(run.weights), _state_of_files(dls)))
+    weights, files = run.distributed.gather(found)[0]
     return {
         "network": {k: v for k, v in run.config.items() if k not in _where_from},
         "classes": [str(c) for c in dls.vocab],
         "images": getattr(dls, "fingerprint", None),
         "counts": [dls.train.n, dls.valid.n],
-        "weights": run.distributed.gather(fingerprint)[0],
+        "files": files,
+        "weights": weights,
         "limit": run.limit,
         "recipe": dataclasses.asdict(run.learn.recipe),
     }
 
 # %% ../../nbs/35_training.runs.ipynb #83a0c935
-def _find_checkpoint(out, identity):
+def _find_checkpoint(out, identity, is_rank_zero):
     """Return the newest checkpoint and its path, or None twice.
 
     Raises `IncompatibleRunError` where it is of another run."""
@@ -314,6 +322,9 @@ def _find_checkpoint(out, identity):
     if different:
         raise IncompatibleRunError(f"run folder {str(out)!r} holds another run: {'; '.join(different)}. "
                                    "Give another folder (--out), or let it be overwritten (--overwrite)")
+    rewritten = files_rewritten(found[0]["identity"], identity)
+    if rewritten and is_rank_zero:
+        warnings.warn(f"run folder {str(out)!r}: {rewritten}", stacklevel=2)
     return found
 
 # %% ../../nbs/35_training.runs.ipynb #03b58ed1

@@ -332,7 +332,7 @@ def plot_influence(
     check_question(states, pixel, channel=channel, state=state, of=of)
     axes = _new_axes(11.5, 5.6, 2, 4) if axes is None else axes
     question = dict(pixel=pixel, channel=channel, state=state, of=of)
-    for column, (name, options) in zip(axes.T[:3], _influences.items(), strict=True):
+    for column, (name, options) in zip(axes.T[:3], _influences(states).items(), strict=True):
         fed = influence_map(states, **question, **options)
         _draw_pair(column, states, pixel, fed.signed, fed.magnitude)
         column[0].set_title(f"what feeds the ring\n{name}", fontsize=10)
@@ -349,12 +349,21 @@ def plot_influence(
                                f"scan from the {states.corner} (axes: pixels)", fontsize=11)
     return axes[0, 0].figure
 
+# %% ../../nbs/41_viz.plots.ipynb #802fd2ea
+def other_scan(
+    states: HiddenStates,
+) -> tuple[str, dict]:  # in words; options of `influence_map`
+    "The scan with the same parameters that was not trained so: in 1D for a 2D scan, in 2D for one in 1D."
+    if states.route is None:
+        return "1D, row by row", dict(order="rows")
+    return "2D, as a wavefront", dict(order="wavefront")
+
 # %% ../../nbs/41_viz.plots.ipynb #ddea1688
-_influences = {  # options of `influence_map` by what they are called in the figure
-    "detached gates": {},
-    "full derivative: Δ, B, C too": dict(meaning="full derivative"),
-    "1D, row by row, not trained so": dict(order="rows"),
-}
+def _influences(states):
+    "Options of `influence_map` by what they are called in the figure."
+    other, options = other_scan(states)
+    return {"detached gates": {}, "full derivative: Δ, B, C too": dict(meaning="full derivative"),
+            f"{other}, not trained so": options}
 
 def _value_name(channel, state, of):
     "What is looked at, in words."

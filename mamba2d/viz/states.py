@@ -12,13 +12,14 @@ import math
 import operator
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..models.blocks import SelectiveScan
+from ..models.controls import SequenceScan, WithLocalPath
 from ..scan.checks import check_integer
 from ..scan.operator import selective_scan_2d
 
@@ -31,7 +32,7 @@ class HiddenStates:
     """What the scan of one mixer is fed and what it computes.
 
     The leading B is missing if one image (C, H, W) was given. What was not asked for is None."""
-    scan: SelectiveScan  # the layer, with its parameters
+    scan: SelectiveScan | SequenceScan  # the layer, with its parameters
     reverse: bool  # whether it was run from the bottom-right corner
     image_size: tuple[int, int]  # height and width of the image in pixels
     x: Tensor  # (B, H, W, E), input of the scan
@@ -44,10 +45,15 @@ class HiddenStates:
     C: Tensor | None = None  # (B, H, W, N)
     y: Tensor | None = None  # (B, H, W, E), output of the scan
     h: Tensor | None = None  # (B, H, W, E, N), hidden states
+    route: str | None = None  # of a 1D scan: "rows" or "columns"; what comes from top and left is equal
 
     @property
     def corner(self) -> str:
         return "bottom-right" if self.reverse else "top-left"
+
+    @property
+    def order(self) -> str:
+        return self.route or "wavefront"
 
     @property
     def map_size(self) -> tuple[int, int]:
@@ -83,15 +89,19 @@ def hidden_states(
     _check_options(image, reverse, keep)
     images = _for_model(model, image[None] if image.dim() == 3 else image)
     chosen = model.stages[stage].blocks[block]
-    layer = chosen.mixer.scans[scan]
+    mixer = _scanning_mixer(chosen)
+    layer = mixer.scans[scan]
     reverse = layer.reverse if reverse is None else reverse
     with evaluation_mode(model):
         features = _features(model, images, stage, block)
-        inputs = chosen.mixer.scan_inputs(chosen.norm1(features), scan)
+        inputs = mixer.scan_inputs(chosen.norm1(features), scan)
         kept = {"x": inputs.x, **_compute(inputs, reverse, keep)}
+    route = _route_of(mixer, scan)
+    if route:
+        kept = {name: _on_map(value, route, features.shape[1:3]) for name, value in kept.items()}
     if image.dim() == 3:
         kept = {name: value[0] for name, value in kept.items()}
-    return HiddenStates(layer, reverse, tuple(images.shape[2:]), **kept)
+    return HiddenStates(layer, reverse, tuple(images.shape[2:]), route=route, **kept)
 
 # %% ../../nbs/40_viz.states.ipynb #d8e84134
 def _compute(inputs, reverse, keep):
@@ -108,6 +118,23 @@ def _compute(inputs, reverse, keep):
     if "y" in keep:
         kept["y"] = y
     return kept
+
+# %% ../../nbs/40_viz.states.ipynb #cdeab7ec
+def _scanning_mixer(block):
+    "The mixer of a block that scans, also one beside a local path; None if it does not scan."
+    mixer = block.mixer.mixer if isinstance(block.mixer, WithLocalPath) else block.mixer
+    return mixer if hasattr(mixer, "scan_inputs") else None
+
+def _route_of(mixer, scan):
+    "Along what a mixer's scan goes: rows or columns; None for a scan in two dimensions."
+    return mixer.routes[scan].partition("_")[0] if hasattr(mixer, "routes") else None
+
+def _on_map(values, route, map_size):
+    "Values (B, 1, H·W, ...) of a sequence at the places (B, H, W, ...) of the map."
+    height, width = map_size
+    if route == "rows":
+        return values[:, 0].unflatten(1, (height, width))
+    return values[:, 0].unflatten(1, (width, height)).transpose(1, 2)
 
 # %% ../../nbs/40_viz.states.ipynb #8f1790b0
 @contextmanager
@@ -154,7 +181,7 @@ def scanning_mixers(
     "List where the model has a mixer that scans. Raises `TypeError` for a model that is no `Mamba2D`."
     check_model(model)
     return [(k, j) for k, stage in enumerate(model.stages)
-            for j, block in enumerate(stage.blocks) if hasattr(block.mixer, "scan_inputs")]
+            for j, block in enumerate(stage.blocks) if _scanning_mixer(block)]
 
 # %% ../../nbs/40_viz.states.ipynb #dbfd69ac
 def check_model(model):
@@ -204,7 +231,7 @@ def _check_mixer(model, stage, block, scan):
     if (stage, block) not in mixers:
         raise ValueError(f"stage and block must be one of the scanning mixers {mixers}, "
                          f"got {(stage, block)}")
-    check_index("scan", scan, len(model.stages[stage].blocks[block].mixer.scans))
+    check_index("scan", scan, len(_scanning_mixer(model.stages[stage].blocks[block]).scans))
 
 # %% ../../nbs/40_viz.states.ipynb #ba0ab4ac
 def _check_options(image, reverse, keep):
@@ -242,12 +269,15 @@ def influence_map(
     *,
     of: str = "state",  # "state": h at the pixel; "output": y at the pixel
     meaning: str = "detached gates",  # or "full derivative"
-    order: str = "wavefront",  # or "rows": a one-dimensional scan, row by row, with the same parameters
+    order: str | None = None,  # "wavefront", or "rows": a 1D scan, with the same parameters; None: as it is
 ) -> Influence:
     """Tell which pixels feed a state or an output at one pixel.
 
     A vector is looked at along its own direction. Raises `ValueError` for an argument that does not fit."""
     check_question(states, pixel, channel=channel, state=state, of=of, meaning=meaning, order=order)
+    order = order or states.order
+    if order == "columns":
+        return _turned(influence_map, states, pixel, channel, state, of=of, meaning=meaning)
     x, part = _part_that_feeds(states, pixel, order)
     last = (0, 0, 0) if states.reverse else (0, -1, -1)  # the pixel, in the part that feeds it
     with torch.no_grad():
@@ -282,6 +312,17 @@ def _part_that_feeds(states, pixel, order):
     else:
         part = slice(row + 1), slice(column + 1)
     return x[part][None], part
+
+# %% ../../nbs/40_viz.states.ipynb #7647e77d
+def _turned(question, states, pixel, *arguments, **options):
+    "Ask a question about the map with rows and columns exchanged, and exchange them in the answer."
+    kept = {name: getattr(states, name) for name in ("x", *kept_names)}
+    kept = {name: value.transpose(0, 1) for name, value in kept.items() if value is not None}
+    turned = replace(states, image_size=states.image_size[::-1], route="rows", **kept)
+    answer = question(turned, tuple(pixel)[::-1], *arguments, order="rows", **options)
+    if isinstance(answer, Tensor):
+        return answer.transpose(0, 1)
+    return answer._replace(signed=answer.signed.T, magnitude=answer.magnitude.T)
 
 # %% ../../nbs/40_viz.states.ipynb #f7270f42
 def _whole_map(values, part, map_size, order):
@@ -345,13 +386,16 @@ def check_question(
     state: int | None = None,
     of: str = "state",
     meaning: str = "detached gates",
-    order: str = "wavefront",
+    order: str | None = None,
 ):
     "Raise an error that names the argument of a question about one pixel which does not fit."
-    words = (("of", of, readouts), ("meaning", meaning, meanings), ("order", order, orders))
+    by_columns = getattr(states, "route", None) == "columns"
+    accepted_orders = (None, *orders, "columns") if by_columns else (None, *orders)
+    words = (("of", of, readouts), ("meaning", meaning, meanings), ("order", order, accepted_orders))
     for name, value, accepted in words:
         if value not in accepted:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+            listed = ", ".join(repr(word) for word in accepted if word)
+            raise ValueError(f"{name} must be one of {listed}, got {value!r}")
     indices = dict(channel=channel, state=state)
     given = {name: value for name, value in indices.items() if value is not None}
     check_states(states, pixel=pixel, **given)
@@ -365,12 +409,15 @@ def carried(
     states: HiddenStates,  # of one image
     pixel: tuple[int, int],  # row and column in the map
     channel: int | None = None,  # None: all channels
-    order: str = "wavefront",  # or "rows"
+    order: str | None = None,  # "wavefront" or "rows"; None: as the scan goes
 ) -> Tensor:  # (H, W, N), or (H, W, E, N) for all channels
     """Compute the fraction of a state that is left at every pixel: 1 at `pixel`, 0 where nothing is carried.
 
     Raises `ValueError` naming the argument that does not fit."""
     check_question(states, pixel, channel=channel, of="output", order=order)
+    order = order or states.order
+    if order == "columns":
+        return _turned(carried, states, pixel, channel)
     with torch.no_grad():
         inputs = _one_channel(states.scan.inputs(states.x[None]), channel)
         inputs = _impulse_at(inputs, pixel)
@@ -410,13 +457,16 @@ def impulse_map(
     *,
     of: str = "state",  # or "output"
     meaning: str = "detached gates",  # or "full derivative"
-    order: str = "wavefront",  # or "rows"
+    order: str | None = None,  # "wavefront" or "rows"; None: as the scan goes
 ) -> Tensor:  # (H, W); (H, W, N) for states if `state` is None
     """Compute what the input of one pixel adds to a channel's states or output everywhere, to first order.
 
     Raises `ValueError` naming the argument that does not fit."""
     check_question(states, pixel, channel=channel, state=state, of=of, meaning=meaning, order=order)
     check_states(states, channel=channel)  # not None either
+    order = order or states.order
+    if order == "columns":
+        return _turned(impulse_map, states, pixel, channel, state, of=of, meaning=meaning)
     neighbours = _neighbours(_states_in_order(states, order), pixel, order, states.reverse)
     entered, put_out = _change_at(states, pixel, neighbours, meaning)
     response = carried(states, pixel, channel, order) * entered[channel]
@@ -455,7 +505,7 @@ def _neighbours(h, pixel, order, reverse):
 # %% ../../nbs/40_viz.states.ipynb #b4df5f15
 def _states_in_order(states, order):
     "The states (H, W, E, N) of a scan in this order, computed if they were not kept."
-    if order == "wavefront" and states.h is not None:
+    if order == states.order and states.h is not None:
         return states.h
     x = states.x[None] if order == "wavefront" else states.x.flatten(0, 1)[None, None]
     with torch.no_grad():

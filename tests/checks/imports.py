@@ -4,7 +4,7 @@ import textwrap
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 
-order = ("scan", "models", "data", "training", "viz", "integrations", "cli", "bench", "evidence")
+order = ("scan", "models", "data", "training", "viz", "large", "integrations", "cli", "bench", "evidence")
 
 
 def check_imports(project):

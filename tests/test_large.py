@@ -1,0 +1,121 @@
+"""Scans by tiles that are killed and resume, whose memory is bounded, and over two processes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_training import one_thread
+from test_distributed import torchrun
+
+from mamba2d.large import create_map, open_map, scan_in_tiles
+from mamba2d.models.blocks import SelectiveScan
+
+in_child = {**os.environ, **one_thread}
+
+# The arguments: the folder, where to die ("write": the pixels are written and the borders are not; "put": the
+# borders are written and old ones not yet deleted; "never"), and at which tile.
+scanning = """
+import os, signal, sys
+import torch
+from mamba2d.large import scan_in_tiles, tiles
+from mamba2d.models.blocks import SelectiveScan
+
+folder, where, when = sys.argv[1], sys.argv[2], int(sys.argv[3])
+count = 0
+
+def deadly(function):
+    def call(*args, **kwargs):
+        global count
+        done = function(*args, **kwargs)
+        count += 1
+        if count == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+    return call
+
+if where == "write":
+    tiles.write_window = deadly(tiles.write_window)
+elif where == "put":
+    written = tiles.write_atomically
+    tiles.write_atomically = deadly(written)
+torch.manual_seed(0)
+scan = SelectiveScan(32, 2, reverse=True)
+scan_in_tiles(scan, f"{folder}/scene.npy", f"{folder}/output.npy", tile=(5, 6), folder=f"{folder}/run")
+print(count)
+"""
+
+
+@pytest.mark.parametrize(("where", "when"), [("write", 1), ("write", 7), ("put", 9)])
+def test_killed_and_resumed(tmp_path, where, when):
+    "A run that is killed and called again gives what a run in one go gives, bit for bit."
+    torch.manual_seed(0)
+    scan, image = SelectiveScan(32, 2, reverse=True), torch.randn(17, 15, 32)
+    np.save(tmp_path / "scene.npy", image.numpy())
+    killed = subprocess.run([sys.executable, "-c", scanning, tmp_path, where, str(when)], env=in_child)
+    assert killed.returncode == -signal.SIGKILL
+    calls = []
+    hook = scan.x_proj.register_forward_pre_hook(lambda *_: calls.append(1))
+    resumed = scan_in_tiles(scan, tmp_path / "scene.npy", tmp_path / "output.npy", tile=(5, 6),
+                            folder=tmp_path / "run")
+    hook.remove()
+    # of 12 tiles; "write": the last one counts as not done; "put": the journal was written before the tiles
+    assert len(calls) == 12 - (when - 1)
+    assert np.array_equal(resumed, scan_in_tiles(scan, image, tile=(5, 6)))
+    assert [path.name for path in (tmp_path / "run" / "output_borders").iterdir()] == ["complete"]
+
+
+measuring = """
+import json, resource, sys
+import torch
+from mamba2d.large import create_map, scan_in_tiles
+from mamba2d.models.blocks import SelectiveScan
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+torch.manual_seed(0)
+scan, folder = SelectiveScan(32, 2), sys.argv[1]
+found = []
+for name, height, width, tile in (("small", 128, 128, 32), ("tall", 4096, 128, 32), ("large", 256, 256, 256)):
+    source = create_map(f"{folder}/{name}.npy", (height, width, 32))
+    scan_in_tiles(scan, source, f"{folder}/{name}_output.npy", tile=tile)
+    found.append(peak())
+print(json.dumps(found))
+"""
+
+
+def test_memory_grows_with_the_tile_and_not_with_the_image(tmp_path):
+    "An image 32 times as high takes the memory of the small one; a larger tile takes more."
+    done = subprocess.run([sys.executable, "-c", measuring, tmp_path], env=in_child, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    small, tall, large = json.loads(done.stdout)  # peaks, bytes
+    tall_map, large_map = 4 * 4096 * 128 * 32, 4 * 256 * 256 * 32
+    assert tall - small < tall_map / 4, (small, tall, large)
+    assert large - tall > 2 * large_map, (small, tall, large)  # a tile of that size, several times
+
+
+def test_two_processes_scan_one_image():
+    "Outputs and gradients of two processes equal those of one."
+    code, out, err = torchrun(program=(str(Path(__file__).with_name("distributed_scan.py")),))
+    assert code == 0, err
+    assert out.count("worst difference") == 2
+
+
+def test_zarr_folders(tmp_path):
+    "A map in a zarr folder is read and written as one in a file; its pieces are the tiles."
+    pytest.importorskip("zarr", reason='pip install "mamba2d[large]"')
+    torch.manual_seed(0)
+    scan, image = SelectiveScan(32, 2), torch.randn(17, 15, 32)
+    source = create_map(tmp_path / "scene.zarr", image.shape, tile=(4, 4))
+    source[:] = image.numpy()
+    target = scan_in_tiles(scan, tmp_path / "scene.zarr", tmp_path / "output.zarr", tile=(5, 6),
+                           folder=tmp_path / "run", devices=["cpu"] * 2)
+    assert target.chunks[:2] == (5, 6)
+    found = open_map(tmp_path / "output.zarr")[:]
+    assert np.array_equal(found, scan_in_tiles(scan, image, tile=(5, 6)))
