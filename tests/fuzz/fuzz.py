@@ -1,4 +1,5 @@
 """Runs the fuzzers: `make fuzz` runs them all, long. README.md beside this file says how to use it."""
+
 import argparse
 import sys
 
@@ -7,10 +8,14 @@ from harness import fuzz, fuzz_here, kind_names, start_context
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(kind_names)}; default: all")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", help=f"of {', '.join(kind_names)}; default: all"
+    )
     parser.add_argument("--short", action="store_true", help="the cases of `make test` only")
     parser.add_argument("--case", type=int, help="one case, in this process, with its traceback")
-    parser.add_argument("--cases", type=int, nargs=2, metavar=("FIRST", "END"), help="the cases of these numbers")
+    parser.add_argument(
+        "--cases", type=int, nargs=2, metavar=("FIRST", "END"), help="the cases of these numbers"
+    )
     given = parser.parse_args()
     unknown = sorted(set(given.kinds) - set(kind_names))
     if unknown:

@@ -1,8 +1,9 @@
-"""Odd arguments to public functions: an error of ours that names the argument in one line, or the right result.
+"""Odd arguments to public functions: an error that names the argument, or the right result.
 
 `api_calls.py` has a good call of each function. A case makes one argument odd. Some changes do not change
 the meaning, as another memory layout: then the result must be the same.
 """
+
 import dataclasses
 import math
 import random
@@ -17,11 +18,44 @@ from api_calls import good_calls, known, make_things
 from harness import Finding, Kind, root
 from torch import Tensor, nn
 
-odd_numbers = (-1, 0, 2**63, -2**70, 1.5, math.nan, math.inf, -math.inf, True, "a", "", None, [], (1,), b"1", 1j)
-odd_things = (None, 3, -1.5, "a", "", b"a", [], {}, (), object(), nn.Linear(2, 2), torch.zeros(2), np.zeros(2), print)
+odd_numbers = (
+    -1,
+    0,
+    2**63,
+    -(2**70),
+    1.5,
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    "a",
+    "",
+    None,
+    [],
+    (1,),
+    b"1",
+    1j,
+)
+odd_things = (
+    None,
+    3,
+    -1.5,
+    "a",
+    "",
+    b"a",
+    [],
+    {},
+    (),
+    object(),
+    nn.Linear(2, 2),
+    torch.zeros(2),
+    np.zeros(2),
+    print,
+)
 
 
 # Changes of a tensor that keep its meaning
+
 
 def spread_out(rng, tensor):
     "Every second element of a larger tensor."
@@ -43,15 +77,30 @@ same_meaning = (spread_out, backwards, with_gradient)
 
 # Changes that do not
 
+
 def of_another_type(rng, tensor):
-    kinds = (torch.int64, torch.bool, torch.complex64, torch.float16, torch.bfloat16, torch.uint8, torch.float64)
+    kinds = (
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+        torch.float16,
+        torch.bfloat16,
+        torch.uint8,
+        torch.float64,
+    )
     return tensor.to(rng.choice(kinds))
 
 
 def of_another_shape(rng, tensor):
     ways = (
-        lambda t: t[None], lambda t: t[..., None], lambda t: t.flatten(), lambda t: t.flatten()[0], lambda t: t[:0],
-        lambda t: t[..., :0], lambda t: torch.cat([t, t]), lambda t: torch.cat([t, t], -1) if t.ndim else t[None],
+        lambda t: t[None],
+        lambda t: t[..., None],
+        lambda t: t.flatten(),
+        lambda t: t.flatten()[0],
+        lambda t: t[:0],
+        lambda t: t[..., :0],
+        lambda t: torch.cat([t, t]),
+        lambda t: torch.cat([t, t], -1) if t.ndim else t[None],
         lambda t: t.transpose(0, -1) if t.ndim > 1 else t[None],
     )
     return rng.choice(ways)(tensor if tensor.ndim else tensor[None])
@@ -59,8 +108,11 @@ def of_another_shape(rng, tensor):
 
 def of_another_layout(rng, tensor):
     ways = (
-        lambda t: t.to("meta"), lambda t: t.to_sparse(), lambda t: torch.nested.nested_tensor([t, t]),
-        lambda t: t.float().to_mkldnn(), lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+        lambda t: t.to("meta"),
+        lambda t: t.to_sparse(),
+        lambda t: torch.nested.nested_tensor([t, t]),
+        lambda t: t.float().to_mkldnn(),
+        lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
         lambda t: t.to_sparse_csr(),
     )
     try:
@@ -73,7 +125,7 @@ def with_odd_values(rng, tensor):
     if not tensor.numel():
         return tensor[None]
     changed = tensor.clone().flatten()
-    low = -5 if changed.dtype == torch.bool else -10**6
+    low = -5 if changed.dtype == torch.bool else -(10**6)
     odd = (math.nan, math.inf, -math.inf, 1e30) if changed.is_floating_point() else (low, 10**6 % 128, 1)
     changed[rng.randrange(len(changed))] = rng.choice(odd)
     return changed.view(tensor.shape)
@@ -119,7 +171,9 @@ def equal(a, b):
     "Whether two results mean the same."
     if isinstance(a, Tensor):
         a, b = a.detach(), b.detach()
-        return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+        return a.shape == b.shape and torch.allclose(
+            a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True
+        )
     if isinstance(a, np.ndarray):
         return equal(torch.as_tensor(a), torch.as_tensor(b))
     if dataclasses.is_dataclass(a):
@@ -153,15 +207,22 @@ def check_error(call, error, arguments, changed):
         return "refused"
     if changed in known.get(call.name, ()):
         return f"known: {call.name}.{changed}"
-    raise Finding(f"{call.name}({changed} = {shown(arguments[changed])}): {type(error).__name__}: "
-                  f"{' '.join(text.split())[:160]} [{innermost(error).name}]") from error
+    raise Finding(
+        f"{call.name}({changed} = {shown(arguments[changed])}): {type(error).__name__}: "
+        f"{' '.join(text.split())[:160]} [{innermost(error).name}]"
+    ) from error
+
+
+def made(things, call):
+    "Good arguments of a call, the same every time."
+    torch.manual_seed(0)
+    return call.arguments(things)
 
 
 def run(things, seed):
     rng = random.Random(f"api {seed}")
     call = rng.choice(things.calls)
-    arguments = call.arguments(things)
-    torch.manual_seed(0)
+    arguments = made(things, call)
     tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
     if tensors and rng.random() < 0.2:
         return run_with_same_meaning(things, rng, call, arguments, rng.choice(tensors))
@@ -178,9 +239,8 @@ def run_with_same_meaning(things, rng, call, arguments, name):
     "Raise `Finding` where another layout in memory gives an error or another result."
     expected = call.function(**arguments)
     way = rng.choice(same_meaning)
-    arguments = call.arguments(things)
+    arguments = made(things, call)
     arguments[name] = way(rng, arguments[name])
-    torch.manual_seed(0)
     if not equal(call.function(**arguments), expected):
         raise Finding(f"{call.name}({name}: {way.__name__}): another result")
     return "same"
@@ -196,5 +256,11 @@ def words_of_known():
     return [f"known: {name}.{argument}" for name, arguments in known.items() for argument in arguments]
 
 
-kind = Kind("api", prepare, run, lambda things, long: range(6000 if long else 400), seconds=60.,
-            expected=words_of_known)
+kind = Kind(
+    "api",
+    prepare,
+    run,
+    lambda things, long: range(6000 if long else 400),
+    seconds=60.0,
+    expected=words_of_known,
+)

@@ -1,4 +1,5 @@
 """Each file operation of a training fails in turn: one line says so, nothing is lost, and the run resumes."""
+
 import errno
 import os
 import random
@@ -14,13 +15,14 @@ errors = (errno.EIO, errno.ENOSPC, errno.EROFS)
 
 
 def cases(run, long):
-    "All operations of a run from its start, then those that a run makes before it resumes; each with three errors."
+    "All operations of a run, then those of a run before it resumes; each with three errors."
     count = 3 * (len(run.operations) + run.reading)
     return range(count) if long else random.Random(0).sample(range(count), 20)
 
 
 def fault_at(which, number):
     "What to do before each operation: the one of this number fails with this error of the system."
+
     def at(current, name, path, partly):
         if current != which:
             return
@@ -28,13 +30,16 @@ def fault_at(which, number):
         if partly:
             partly()
         raise OSError(fault, os.strerror(fault), path)
+
     return at
 
 
 def check_message(error, folder):
     "Raise `Finding` unless an error is one line that names a path of the run."
     if "\n" in str(error) or str(folder) not in str(error):
-        raise Finding(f"{type(error).__name__}: {str(error)!r} does not name the run in one line") from error
+        raise Finding(
+            f"{type(error).__name__}: {str(error)!r} does not name the run in one line"
+        ) from error
 
 
 def attempt(folder, operations):
@@ -63,7 +68,9 @@ def run(tiny, seed):
     operations.failed = True
     word = attempt(folder, operations)
     if saved(folder) != reached[-1]:
-        raise Finding(f"{place(tiny, which)}: the checkpoint {reached[-1]} is lost, there is {saved(folder)}")
+        raise Finding(
+            f"{place(tiny, which)}: the checkpoint {reached[-1]} is lost, there is {saved(folder)}"
+        )
     try:
         train_in(folder)
     except Exception as error:
@@ -82,4 +89,4 @@ def place(tiny, which):
     return f"operation {which}, {name} {short_name(path, tiny.complete)}"
 
 
-kind = Kind("faults", TinyRun, run, cases, seconds=120.)
+kind = Kind("faults", TinyRun, run, cases, seconds=120.0)

@@ -1,4 +1,5 @@
 """Faults that are planted, so that test_fuzz.py can see whether the harness notices them."""
+
 import ctypes
 import time
 
@@ -22,4 +23,6 @@ def run(folder, case):
     return "accepted"
 
 
-kind = Kind("planted", lambda folder: folder, run, lambda folder, long: range(len(ways)), seconds=3., mebibytes=256)
+kind = Kind(
+    "planted", lambda folder: folder, run, lambda folder, long: range(len(ways)), seconds=3.0, mebibytes=256
+)

@@ -3,6 +3,7 @@
 A case is a number: from it alone a kind of fuzzer makes its input. A process takes one case after the other.
 Where it hangs, dies or meets its limit of memory, that case is a finding, and another process takes the rest.
 """
+
 import faulthandler
 import importlib
 import multiprocessing
@@ -23,18 +24,21 @@ here = Path(__file__).resolve().parent
 root = here.parents[1]
 
 
-class Finding(AssertionError):
+class Finding(AssertionError):  # noqa: N818  it is no error of the fuzzer
     "What a case showed is wrong; says what was expected."
 
 
 @dataclass(frozen=True)
 class Kind:
     "A kind of fuzzer."
+
     name: str
     prepare: object  # called once in a process with an empty folder; returns what its cases share
     run: object  # called with that and the number of a case; returns a word for what happened, or raises
-    cases: object  # called with what they share, and True for the long run; returns the numbers of its cases
-    seconds: float = 30.  # that a case may take
+    cases: (
+        object  # called with what they share, and True for the long run; returns the numbers of its cases
+    )
+    seconds: float = 30.0  # that a case may take
     mebibytes: int = 1024  # that a case may take beside what the process has
     expected: object = list  # returns the words that a long run must have met
 
@@ -47,11 +51,12 @@ def kind_of(name):
 @dataclass
 class Report:
     "What the cases of a kind showed."
+
     name: str
     outcomes: Counter = field(default_factory=Counter)
     findings: dict[int, str] = field(default_factory=dict)  # number of a case -> what is wrong
     missing: list[str] = field(default_factory=list)  # what a long run must meet and did not
-    seconds: float = 0.
+    seconds: float = 0.0
 
     @property
     def is_good(self):
@@ -73,14 +78,19 @@ class Report:
         for word, count in self.outcomes.items():
             counts[word.partition(":")[0]] += count
         words = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
-        lines = [f"{self.name}: {self.cases} cases, {self.seconds:.0f} s, {len(self.findings)} findings ({words})"]
+        lines = [
+            f"{self.name}: {self.cases} cases, {self.seconds:.0f} s, {len(self.findings)} findings ({words})"
+        ]
         lines += [f"  {self.name}: no case met {word!r}" for word in self.missing]
-        lines += [f"  {self.name} {seed}: {text}\n    again: python tests/fuzz/fuzz.py {self.name} --case {seed}"
-                  for seed, text in sorted(self.findings.items())]
+        lines += [
+            f"  {self.name} {seed}: {text}\n    again: python tests/fuzz/fuzz.py {self.name} --case {seed}"
+            for seed, text in sorted(self.findings.items())
+        ]
         return "\n".join(lines)
 
 
 # In the process of the cases
+
 
 def described(error):
     "A line about an unexpected error: its type, its message, and where it came from."
@@ -102,9 +112,10 @@ def outcome_of(kind, state, seed):
 
 
 def limit_memory(mebibytes):
-    "From now on this process gets so much memory beside what it has; returns without effect elsewhere than Linux."
+    "From now on this process gets so much memory beside what it has. Without effect but on Linux."
     try:
         import resource
+
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except (ImportError, OSError):
         return
@@ -117,6 +128,7 @@ def work(name, seeds, long, connection, stack):
 
     `stack` is the file for the stack of one that hangs."""
     import torch
+
     torch.set_num_threads(1)
     kind = kind_of(name)
     log = open(stack, "w")
@@ -139,6 +151,7 @@ def work(name, seeds, long, connection, stack):
 
 
 # In the process that waits
+
 
 def how_it_ended(process, stack):
     "What the end of a process in the middle of a case means, in words."

@@ -1,4 +1,5 @@
 """The short run of the fuzzers, which `make test` makes; `make fuzz` makes the long one."""
+
 import tempfile
 from pathlib import Path
 
@@ -18,8 +19,13 @@ def test_short_run(name):
 def test_planted_faults_are_found():
     report = fuzz("planted")
     assert report.outcomes == {"accepted": ways.count("accepted")}, str(report)
-    begins = {"finding": "a finding", "error": "unexpected KeyError", "hang": "hangs", "crash": "dies of SIGSEGV",
-              "memory": "unexpected MemoryError"}
+    begins = {
+        "finding": "a finding",
+        "error": "unexpected KeyError",
+        "hang": "hangs",
+        "crash": "dies of SIGSEGV",
+        "memory": "unexpected MemoryError",
+    }
     for case, way in enumerate(ways):
         if way in begins:
             assert report.findings[case].startswith(begins[way]), str(report)

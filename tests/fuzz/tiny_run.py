@@ -1,4 +1,5 @@
 """The training that the fuzzers of files interrupt: two epochs of a step each, on a few digits."""
+
 import os
 import shutil
 from pathlib import Path
@@ -6,7 +7,6 @@ from pathlib import Path
 from file_operations import Operations
 from small_training import train
 from test_survival import content, same, saved
-
 
 arguments = ("--workers", 0, "--digits", 84, "--epochs", 2, "--checkpoint-steps", 1)
 users_files = {".mine.tmp": "mine", "notes.txt": "mine too", ".dir.tmp/file": "and mine"}
@@ -23,8 +23,8 @@ def last_pth(folder):
 class TinyRun:
     """The run as it is when nothing interrupts it.
 
-    `operations` are its file operations, `reached` is the progress in each checkpoint, `complete` the run's folder
-    and `halfway` a copy of it as it was before the second epoch.
+    `operations` are its file operations, `reached` is the progress in each checkpoint, `complete` the run's
+    folder and `halfway` a copy of it as it was before the second epoch.
     """
 
     def __init__(self, folder):
