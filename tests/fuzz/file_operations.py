@@ -4,7 +4,6 @@ import builtins
 import contextlib
 import io
 import os
-from pathlib import Path
 from unittest import mock
 
 by_path = (
@@ -177,9 +176,3 @@ class Operations:
 
     def __exit__(self, *error):
         self.patches.close()
-
-
-def short_name(path, folder):
-    "The path below the folder, with a star for the number of the process."
-    text = os.path.relpath(path, folder).replace(f".{os.getpid()}.", ".*.")
-    return Path(text).as_posix()

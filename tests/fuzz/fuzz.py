@@ -16,6 +16,7 @@ def main():
     parser.add_argument(
         "--cases", type=int, nargs=2, metavar=("FIRST", "END"), help="the cases of these numbers"
     )
+    parser.add_argument("--minutes", type=float, help="so many for each kind, at most")
     given = parser.parse_args()
     unknown = sorted(set(given.kinds) - set(kind_names))
     if unknown:
@@ -29,7 +30,7 @@ def main():
     seeds = None if given.cases is None else range(*given.cases)
     good = True
     for name in given.kinds or kind_names:
-        report = fuzz(name, long=not given.short, seeds=seeds)
+        report = fuzz(name, long=not given.short, seeds=seeds, minutes=given.minutes)
         good = good and report.is_good
         print(report, flush=True)
     sys.exit(not good)

@@ -55,6 +55,7 @@ class Report:
     name: str
     outcomes: Counter = field(default_factory=Counter)
     findings: dict[int, str] = field(default_factory=dict)  # number of a case -> what is wrong
+    untried: int = 0  # cases for which there was no time
     missing: list[str] = field(default_factory=list)  # what a long run must meet and did not
     seconds: float = 0.0
 
@@ -81,6 +82,8 @@ class Report:
         lines = [
             f"{self.name}: {self.cases} cases, {self.seconds:.0f} s, {len(self.findings)} findings ({words})"
         ]
+        if self.untried:
+            lines.append(f"  {self.name}: no time for {self.untried} more")
         lines += [f"  {self.name}: no case met {word!r}" for word in self.missing]
         lines += [
             f"  {self.name} {seed}: {text}\n    again: python tests/fuzz/fuzz.py {self.name} --case {seed}"
@@ -166,15 +169,15 @@ def how_it_ended(process, stack):
     return f"ends the process with exit code {process.exitcode}{where}"
 
 
-def run_until_end(context, report, seeds, long, stack):
+def run_until_end(context, report, seeds, long, *, stack, deadline):
     "Start a process for these cases, None for those of the kind; returns those that it did not come to."
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(report.name, seeds, long, sender, stack))
     process.start()
     sender.close()
-    begun, done = None, 0
+    begun, done, ended = None, 0, ""
     try:
-        while True:
+        while receiver.poll(None if deadline is None else max(0, deadline - time.monotonic())):
             what, first, text = receiver.recv()
             if what == "takes":
                 seeds = first
@@ -189,6 +192,9 @@ def run_until_end(context, report, seeds, long, stack):
         process.kill()
         process.join()
         process.close()
+    if not ended:
+        report.untried = len(seeds or ()) - done
+        return []
     if begun is not None:
         report.add(begun, True, ended)
         done += 1
@@ -208,16 +214,17 @@ def start_context():
     return context
 
 
-def fuzz(name, long=False, seeds=None):
-    "Run the cases of a kind, or those given, and return the report."
+def fuzz(name, long=False, seeds=None, minutes=None):
+    "Run the cases of a kind, or those given, for so many minutes at most, and return the report."
     context, report = start_context(), Report(name)
     begun = time.monotonic()
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg")
     with tempfile.NamedTemporaryFile() as stack:
-        left = run_until_end(context, report, seeds, long, stack.name)
+        options = dict(stack=stack.name, deadline=None if minutes is None else begun + 60 * minutes)
+        left = run_until_end(context, report, seeds, long, **options)
         while left:
-            left = run_until_end(context, report, left, long, stack.name)
-    if long and seeds is None:
+            left = run_until_end(context, report, left, long, **options)
+    if long and seeds is None and not report.untried:
         report.missing = [word for word in kind_of(name).expected() if word not in report.outcomes]
     report.seconds = time.monotonic() - begun
     return report
