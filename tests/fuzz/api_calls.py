@@ -53,8 +53,8 @@ left_out = {
     "it draws what another function has checked": "mark_pixel draw_architecture plot_composite",
 }
 
-# Arguments that are refused, but by an error of Python or PyTorch that does not name them. `make fuzz` fails where
-# an entry no longer holds: whoever names the argument takes it out.
+# Arguments that are refused, but by an error of Python or PyTorch that does not name them. `make fuzz` fails
+# where an entry no longer holds: whoever names the argument takes it out.
 known = {}
 
 

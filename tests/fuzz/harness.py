@@ -40,7 +40,7 @@ class Kind:
     )
     seconds: float = 30.0  # that a case may take
     mebibytes: int = 1024  # that a case may take beside what the process has
-    overlooked: object = lambda outcomes: ()  # called with the outcomes of a long run; returns what is wrong with them
+    overlooked: object = lambda outcomes: ()  # called with the outcomes of a long run; says what is wrong
 
 
 def kind_of(name):
