@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 DESCRIPTION := settings.ini setup.py constraints.txt
 NOTEBOOKS = $(shell find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*')
 
-.PHONY: help demo lab test test-browser test-integrations test-slow docs lint style imports prepare clean
+.PHONY: help demo lab test test-browser test-integrations test-slow fuzz docs lint style imports prepare clean
 help:
 	@echo "make demo          install and train M2D-N on scikit-learn's digits:"
 	@echo "                   weights, curves and predictions in runs/demo"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-browser  the clickable figure in JupyterLab and a real Chromium (installed where possible)"
 	@echo "make test-integrations  with timm, transformers, peft and other libraries, which it installs"
 	@echo "make test-slow     the cells and tests marked slow"
+	@echo "make fuzz          odd arguments, damaged files, faults and kills: the long run, about half an hour"
 	@echo "make docs          build the documentation site from the notebooks, in _docs"
 	@echo "make lint          the gates that take seconds: links, words, style, ruff, imports, public names"
 	@echo "make style         how readable the code is, in numbers"
@@ -79,6 +80,9 @@ test-integrations: $(VENV)/.integrations
 
 test-slow: $(VENV)/.development
 	$(BIN)/python tests/gates.py slow
+
+fuzz: $(VENV)/.development
+	$(BIN)/python tests/fuzz/fuzz.py
 
 $(VENV)/.docs: $(VENV)/.development
 	$(INSTALL) -e ".[dev,docs]"

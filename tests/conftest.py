@@ -3,7 +3,9 @@ import psutil
 import pytest
 
 # Two processes share the tests: they are busy to the end if the longest tests come first.
-longest_first = ("test_shortcuts", "test_distributed", "test_survival", "test_install", "test_kernel_build")
+longest_first = (
+    "test_shortcuts", "test_fuzz", "test_distributed", "test_survival", "test_install", "test_kernel_build",
+)
 
 
 def pytest_collection_modifyitems(items):

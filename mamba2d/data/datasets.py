@@ -293,6 +293,7 @@ def _paint(canvas, marker, places, glyphs):
 def _check_canvases(count, size, digits, gap):
     check_integer("count", count, 1)
     check_integer("digits", digits, 1, 10)
+    check_integer("gap", gap)  # one that is not a number would fit nowhere, and be looked for without end
     least = 2 * _digit_side + gap + 4 * digits
     if gap < _digit_side or size < least:
         raise ValueError(

@@ -22,6 +22,7 @@ from mamba2d.models.blocks import (
     SeparableConv,
     mixers,
 )
+from ..scan.checks import check_integer, check_type
 from ..scan.operator import selective_scan_2d
 
 # %% ../../nbs/19_models.controls.ipynb #939e0b42
@@ -183,6 +184,7 @@ def add_local_paths(
     model: nn.Module,  # a `Mamba2D`
 ):
     "Give every attention of a network a local path, as the other mixers have it."
+    check_type("model", model, nn.Module, "a network")
     for block in model.modules():
         if isinstance(block, Block) and isinstance(block.mixer, Attention):
             block.mixer = WithLocalPath(block.mixer, block.mlp.fc1.in_features)
@@ -190,6 +192,7 @@ def add_local_paths(
 # %% ../../nbs/19_models.controls.ipynb #2443c71c
 def count_parameters(model: nn.Module) -> int:
     "The number of trainable parameters."
+    check_type("model", model, nn.Module, "a network")
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/19_models.controls.ipynb #752505e4
@@ -198,8 +201,8 @@ def set_mlp_width(
     width: int,  # hidden units of every MLP
 ):
     "Replace the MLPs of all blocks by MLPs of that hidden width, with new initial values."
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+    check_type("model", model, nn.Module, "a network")
+    check_integer("width", width, 1)
     for block in model.modules():
         if isinstance(block, Block):
             dim = block.mlp.fc1.in_features
@@ -213,7 +216,11 @@ def match_parameters(
     """Choose the hidden width of the MLPs so that the model has about that many parameters.
 
     Raises `ValueError` if the model has too many even with one hidden unit."""
+    check_type("model", model, nn.Module, "a network")
+    check_integer("parameters", parameters, 1)
     mlps = [module for module in model.modules() if isinstance(module, MLP)]
+    if not mlps:
+        raise ValueError("model must have MLPs, got one without")
     per_unit = sum(2 * mlp.fc1.in_features + 1 for mlp in mlps)
     width = mlps[0].fc1.out_features + round((parameters - count_parameters(model)) / per_unit)
     if width < 1:

@@ -9,7 +9,7 @@ __all__ = ['layer_decay_groups']
 import re
 
 from .backbone import Mamba2D
-from ..scan.checks import check_fraction
+from ..scan.checks import check_fraction, check_type
 
 # %% ../../nbs/16_models.tuning.ipynb #f4f78062
 def _layer(name, depths):
@@ -37,6 +37,7 @@ def layer_decay_groups(
 
     Parameters that are not trained are left out. Raises `ValueError` for a factor that is not between 0 and
     1."""
+    check_type("model", model, Mamba2D, "a Mamba2D")
     check_fraction("layer_decay", layer_decay)
     undecayed, last, groups = model.no_weight_decay(), 1 + sum(model.depths), {}
     for name, parameter in model.named_parameters():

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbone import FeaturePyramid, Mamba2D
+from ..scan.checks import check_type
 
 # %% ../../nbs/12_models.weights.ipynb #8b9d15e5
 _published_rules = [(re.compile(ours), published) for ours, published in (
@@ -59,14 +60,16 @@ def _published_name(name, depths):
     return name
 
 def published_names(model: Mamba2D) -> dict[str, str]:
-    "The published name of each entry of `model.state_dict()`."
+    "The published name of each entry of `model.state_dict()`. Raises `TypeError` for what is no `Mamba2D`."
+    check_type("model", model, Mamba2D, "a Mamba2D")
     return {name: _published_name(name, model.depths) for name in model.state_dict()}
 
 # %% ../../nbs/12_models.weights.ipynb #508097cd
 def published_state_dict(model: Mamba2D) -> dict[str, Tensor]:
     "The model's weights under the published names, for use with the published code."
+    names = published_names(model)
     state = model.state_dict()
-    return {published: state[name] for name, published in published_names(model).items()}
+    return {published: state[name] for name, published in names.items()}
 
 # %% ../../nbs/12_models.weights.ipynb #5d1f0a72
 class _TrainingLog:

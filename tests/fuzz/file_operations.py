@@ -1,13 +1,28 @@
-"""Numbers the file operations of Python below a folder, so that a fuzzer can make the k-th one fail or the last."""
+"""Numbers the file operations below a folder, so that a fuzzer can let the k-th one fail."""
+
 import builtins
 import contextlib
 import io
 import os
-from pathlib import Path
 from unittest import mock
 
-by_path = ("open", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "link", "symlink", "stat", "lstat",
-           "scandir", "listdir", "chmod", "truncate")
+by_path = (
+    "open",
+    "replace",
+    "rename",
+    "unlink",
+    "remove",
+    "mkdir",
+    "rmdir",
+    "link",
+    "symlink",
+    "stat",
+    "lstat",
+    "scandir",
+    "listdir",
+    "chmod",
+    "truncate",
+)
 by_number = ("fsync", "ftruncate", "close")
 reading = ("open", "stat", "lstat", "scandir", "listdir", "read", "close")
 
@@ -53,8 +68,11 @@ class CountedFile:
 
         def half():
             "What a disk that fails has written of it."
-            self.file.write(bytes(content)[:len(content) // 2] if isinstance(content, (bytes, memoryview))
-                            else content[:len(content) // 2])
+            self.file.write(
+                bytes(content)[: len(content) // 2]
+                if isinstance(content, (bytes, memoryview))
+                else content[: len(content) // 2]
+            )
             self.file.flush()
 
         self.operations.next("write", self.path, half)
@@ -117,6 +135,7 @@ class Operations:
                 with self.paused():
                     self.done(name, os.fspath(args[0]) if args and name == "replace" else inside)
             return result
+
         return counted
 
     def number_function(self, name, function):
@@ -125,6 +144,7 @@ class Operations:
             if path:
                 self.next(name, path, (lambda: function(number)) if name == "close" else None)
             return function(number, *args)
+
         return counted
 
     def path_of(self, number):
@@ -141,6 +161,7 @@ class Operations:
             if not is_number:
                 self.next("open", path)
             return CountedFile(function(file, mode, *args, **kwargs), path, self)
+
         return counted
 
     def __enter__(self):
@@ -155,9 +176,3 @@ class Operations:
 
     def __exit__(self, *error):
         self.patches.close()
-
-
-def short_name(path, folder):
-    "The path below the folder, with a star for the number of the process."
-    text = os.path.relpath(path, folder).replace(f".{os.getpid()}.", ".*.")
-    return Path(text).as_posix()

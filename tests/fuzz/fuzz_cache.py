@@ -1,18 +1,18 @@
-"""A damaged or hostile cache of kernels: it is built again or refused in one line, and the numbers are right."""
+"""A damaged or hostile cache of kernels: it is built again or refused, and the numbers are right."""
+
 import contextlib
 import os
 import random
 import shutil
 import signal
 import stat
-from pathlib import Path
 from unittest import mock
 
 import torch
 from harness import Finding, Kind
 from mutations import damage
 
-from mamba2d.scan import KernelError, build, cpu, nvrtc, random_problem, selective_scan_2d_ref
+from mamba2d.scan import KernelError, cpu, nvrtc, random_problem, selective_scan_2d_ref
 
 kernel_code = bytes(range(256)) * 40  # stands for what NVRTC compiles
 
@@ -35,9 +35,11 @@ class Cache:
 
     def quick_builds(self):
         "Context manager: inside it, compiling the CPU kernel copies the library that was compiled before."
+
         def copy(folder, sources, flags):
             (folder / "library.so").write_bytes(self.library)
             return folder / "library.so"
+
         return mock.patch.object(cpu, "_build_cpu_library", copy)
 
     def copy(self):
@@ -92,7 +94,9 @@ def missing(rng, path):
 def link(rng, cache, path):
     "A symbolic link to a file or folder of the user, to itself or to nothing."
     path.unlink()
-    path.symlink_to(rng.choice((cache.victim, cache.victim_folder, path, cache.victim.with_name("nothing"))))
+    path.symlink_to(
+        rng.choice((cache.victim, cache.victim_folder, path, cache.victim.with_name("nothing")))
+    )
 
 
 def change(rng, cache):
@@ -102,7 +106,9 @@ def change(rng, cache):
     said = []
     for _ in range(rng.choice((1, 1, 2))):
         path = rng.choice(sorted(p for p in cache.folder.iterdir() if p.is_file() and not p.is_symlink()))
-        way = rng.choice((damaged_bytes, damaged_bytes, damaged_bytes, other_kind, swapped, mode, owner, missing, link))
+        way = rng.choice(
+            (damaged_bytes, damaged_bytes, damaged_bytes, other_kind, swapped, mode, owner, missing, link)
+        )
         if way is link:
             link(rng, cache, path)
         elif path.stat().st_size or way is not damaged_bytes:
@@ -123,7 +129,9 @@ def change_folder(rng, cache):
         if way == "file":
             cache.folder.write_text("in the way")
         elif way != "gone":
-            target = cache.pristine.with_name("nothing") if way == "link to nothing" else cache.victim_folder
+            target = (
+                cache.pristine.with_name("nothing") if way == "link to nothing" else cache.victim_folder
+            )
             cache.folder.symlink_to(target)
     return f"{way} of the folder"
 
@@ -149,6 +157,7 @@ def scan_in_a_process(cache):
 def cpu_scan(problem):
     "The scan by the CPU kernel, without another backend if that fails."
     from mamba2d.scan import scan_backend, selective_scan_2d
+
     with scan_backend("cpu"):
         return selective_scan_2d(**problem)
 
@@ -178,10 +187,10 @@ def check_victims(cache, what):
     "Raise `Finding` where a file outside the cache was written, or what is in it can be written by others."
     if cache.victim.read_text() != "mine" or cache.victim.with_name("nothing").is_file():
         raise Finding(f"{what}: a link of the cache was written through")
-    for path in (cache.folder.glob("*.so") if cache.folder.is_dir() else ()):
+    for path in cache.folder.glob("*.so") if cache.folder.is_dir() else ():
         odd = not stat.S_ISREG(path.lstat().st_mode)
         if not odd and path.stat().st_mode & 0o022 and "mode" not in what:
             raise Finding(f"{what}: others can write {path.name}")
 
 
-kind = Kind("cache", Cache, run, lambda cache, long: range(600 if long else 80), seconds=60.)
+kind = Kind("cache", Cache, run, lambda cache, long: range(400 if long else 60), seconds=60.0)

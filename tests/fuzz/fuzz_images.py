@@ -1,4 +1,5 @@
-"""Damaged image files: `open_image` accepts what Pillow loads in full, with the same pixels, and nothing else."""
+"""Damaged image files: `open_image` accepts what Pillow loads in full, with the same pixels."""
+
 import contextlib
 import io
 import random
@@ -21,8 +22,12 @@ formats = {  # format -> modes in which it is written
     "PPM": ("RGB", "L"),
 }
 turns = {  # EXIF orientation -> what makes the image upright, as the standard says
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
 
@@ -54,7 +59,11 @@ def with_odd_exif(rng, content):
     if start < 0:
         return content
     start += 6
-    return content[:start] + damage(rng, content[start:start + 40])[0][:40].ljust(40, b"\0") + content[start + 40:]
+    return (
+        content[:start]
+        + damage(rng, content[start : start + 40])[0][:40].ljust(40, b"\0")
+        + content[start + 40 :]
+    )
 
 
 def as_pillow_says(file):
@@ -117,7 +126,9 @@ def run(folder, seed):
             return "left out"
     compare(as_we_say(lambda: open_image(path)), expected, "open_image(path)")
     # not `expected`: libtiff reads some damaged files otherwise from memory
-    compare(as_we_say(lambda: open_image(content)), as_pillow_says(io.BytesIO(content)), "open_image(bytes)")
+    compare(
+        as_we_say(lambda: open_image(content)), as_pillow_says(io.BytesIO(content)), "open_image(bytes)"
+    )
     compare(as_we_say(lambda: open_lazily(path)), expected, "open_image(path, lazy=True)")
     named = check_images([path], num_workers=0, progress=False)
     if bool(named) != (expected is None):
@@ -125,4 +136,6 @@ def run(folder, seed):
     return "refused" if expected is None else "accepted"
 
 
-kind = Kind("images", lambda folder: folder, run, lambda folder, long: range(3000 if long else 250), seconds=20.)
+kind = Kind(
+    "images", lambda folder: folder, run, lambda folder, long: range(3000 if long else 200), seconds=20.0
+)

@@ -1,4 +1,5 @@
 """A training is killed at a file operation, and resumes: the same weights to the last bit."""
+
 import os
 import random
 import signal
@@ -12,21 +13,24 @@ from tiny_run import TinyRun, last_pth, train_in
 
 def cases(tiny, long):
     count = len(tiny.operations)
-    return range(count) if long else random.Random(0).sample(range(count), 20)
+    return random.Random(0).sample(range(count), count if long else 20)
 
 
 def die_at(which):
     "What to do before each operation: at the one of this number the process kills itself."
+
     def at(current, name, path, partly):
         if current == which:
             if partly:
                 partly()
             os.kill(os.getpid(), signal.SIGKILL)
+
     return at
 
 
 def train_and_die(folder, which, reached):
     "In a process of its own: train until the kill; writes a byte to `reached` for each checkpoint."
+
     def follow(name, path):
         if (name, path) == ("replace", last_pth(folder)):
             os.write(reached, b".")
@@ -41,7 +45,7 @@ def train_and_die(folder, which, reached):
 
 
 def kill_at(folder, which):
-    "Train until the kill in a process of its own; returns how many checkpoints were written, and the exit status."
+    "Train until the kill in a process of its own; returns the count of checkpoints and the status."
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -68,4 +72,4 @@ def run(tiny, which):
     return "resumed"
 
 
-kind = Kind("kills", TinyRun, run, cases, seconds=120.)
+kind = Kind("kills", TinyRun, run, cases, seconds=120.0)

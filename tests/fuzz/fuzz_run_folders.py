@@ -1,4 +1,5 @@
 """Damaged files of a run: one line says what to delete, or the run resumes with the same results."""
+
 import json
 import os
 import random
@@ -38,7 +39,7 @@ def odd_fields(rng, folder):
     "An odd value in the place of some field of a JSON file."
     name = rng.choice(json_files)
     path = folder / name
-    content = json.loads(path.read_text()) if path.exists() else {"config": {}, "result": {"loss": 1.}}
+    content = json.loads(path.read_text()) if path.exists() else {"config": {}, "result": {"loss": 1.0}}
     changed, what = change_value(rng, content)
     path.write_text(json.dumps(changed))
     return f"{what} in {name}", False
@@ -64,7 +65,9 @@ def odd_kind(rng, folder):
     path = folder / name
     if path.exists():
         path.unlink()
-    kind = rng.choice(("nothing", "folder", "pipe", "link to nothing", "link to itself", "link to a file", "empty"))
+    kind = rng.choice(
+        ("nothing", "folder", "pipe", "link to nothing", "link to itself", "link to a file", "empty")
+    )
     if kind == "folder":
         path.mkdir()
     elif kind == "pipe":
@@ -72,7 +75,9 @@ def odd_kind(rng, folder):
     elif kind == "empty":
         path.touch()
     elif kind != "nothing":
-        target = {"link to nothing": "gone", "link to itself": path.name, "link to a file": "notes.txt"}[kind]
+        target = {"link to nothing": "gone", "link to itself": path.name, "link to a file": "notes.txt"}[
+            kind
+        ]
         path.symlink_to(folder / target)
     return f"{kind} as {name}", False
 
@@ -110,4 +115,4 @@ def run(tiny, seed):
     return word
 
 
-kind = Kind("run_folders", TinyRun, run, lambda tiny, long: range(600 if long else 40), seconds=120.)
+kind = Kind("run_folders", TinyRun, run, lambda tiny, long: range(400 if long else 24), seconds=120.0)

@@ -1,4 +1,5 @@
 """Damaged and hostile files of weights: refused in one line, or read as they are; no code in them runs."""
+
 import ctypes
 import io
 import json
@@ -27,12 +28,14 @@ def tiny_network():
 
 class Planted:
     "Runs code when it is unpickled."
+
     def __reduce__(self):
         return os.putenv, (planted, "1")
 
 
 class PlantedEval:
     "Runs code when it is unpickled, in words that a list of forbidden modules would not find."
+
     def __reduce__(self):
         return eval, (f"__import__('os').environ.__setitem__({planted!r}, '1')",)
 
@@ -52,8 +55,8 @@ def safetensors_file(header, data):
 
 def parts_of(content):
     "Header and data of a safetensors file."
-    size, = struct.unpack("<Q", content[:8])
-    return json.loads(content[8:8 + size]), content[8 + size:]
+    (size,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
 class Files:
@@ -61,16 +64,23 @@ class Files:
 
     def __init__(self, folder):
         import safetensors.torch
+
         self.folder, self.model = folder, tiny_network()
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.state = {name: value + 1 for name, value in self.before.items()}
         self.config = {"size": "n", "num_classes": 3, "classes": ["a", "b", "c"], "image_size": 32}
-        lightning = {"state_dict": published_state_dict(self.model), "epoch": 1, "hyper_parameters": {"lr": 0.1}}
+        lightning = {
+            "state_dict": published_state_dict(self.model),
+            "epoch": 1,
+            "hyper_parameters": {"lr": 0.1},
+        }
         of_a_run = {"model": self.state, "config": self.config}
         metadata = {"config": json.dumps(self.config)}
         self.contents = {"pth": of_a_run, "ckpt": lightning, "pt": self.state}
         self.intact = {
-            "pth": saved(of_a_run), "ckpt": saved(lightning), "pt": saved(self.state),
+            "pth": saved(of_a_run),
+            "ckpt": saved(lightning),
+            "pt": saved(self.state),
             "old.pth": saved(of_a_run, _use_new_zipfile_serialization=False),
             "safetensors": safetensors.torch.save(self.state, metadata=metadata),
         }
@@ -85,10 +95,14 @@ def damaged_file(files, rng):
 def hostile_pickle(files, rng):
     "A file that runs code when it is unpickled, in each of the formats."
     thing = rng.choice((Planted(), PlantedEval()))
-    content = rng.choice((thing, {"model": files.state, "config": thing}, {"state_dict": {"a": thing}}, [thing]))
+    content = rng.choice(
+        (thing, {"model": files.state, "config": thing}, {"state_dict": {"a": thing}}, [thing])
+    )
     if rng.random() < 0.3:
         return "pth", pickle.dumps(content, protocol=rng.choice((0, 2, 4)))
-    return rng.choice((("pth", saved(content)), ("pth", saved(content, _use_new_zipfile_serialization=False))))
+    return rng.choice(
+        (("pth", saved(content)), ("pth", saved(content, _use_new_zipfile_serialization=False)))
+    )
 
 
 def odd_content(files, rng):
@@ -103,13 +117,24 @@ def odd_content(files, rng):
 
 
 def odd_tensor(tensor, rng):
-    "A tensor of another shape, type or layout in the place of this one."
+    "a tensor of other size, type or layout in the place of this one."
     ways = (
-        lambda t: t[..., None], lambda t: t.flatten()[:0], lambda t: t.to(torch.complex64), lambda t: t.bool(),
-        lambda t: t.to(torch.bfloat16), lambda t: t.double(), lambda t: t.to_sparse(), lambda t: t * torch.nan,
-        lambda t: t.to("meta"), lambda t: t.int(), lambda t: torch.zeros(1).expand(2**40),
-        lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8), lambda t: t.mT if t.ndim > 1 else t,
-        lambda t: torch.nested.as_nested_tensor([t, t]), torch.nn.Parameter, lambda t: t.to(torch.float8_e4m3fn),
+        lambda t: t[..., None],
+        lambda t: t.flatten()[:0],
+        lambda t: t.to(torch.complex64),
+        lambda t: t.bool(),
+        lambda t: t.to(torch.bfloat16),
+        lambda t: t.double(),
+        lambda t: t.to_sparse(),
+        lambda t: t * torch.nan,
+        lambda t: t.to("meta"),
+        lambda t: t.int(),
+        lambda t: torch.zeros(1).expand(2**40),
+        lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+        lambda t: t.mT if t.ndim > 1 else t,
+        lambda t: torch.nested.as_nested_tensor([t, t]),
+        torch.nn.Parameter,
+        lambda t: t.to(torch.float8_e4m3fn),
     )
     return rng.choice(ways)(tensor)
 
@@ -126,7 +151,9 @@ def odd_header(files, rng):
     "A safetensors file with an odd value in its header, or an odd header."
     header, data = parts_of(files.intact["safetensors"])
     if rng.random() < 0.3:
-        header["__metadata__"] = {"config": rng.choice((json.dumps(odd_value(rng)), "{", "1" * 5000, "[" * 100000))}
+        header["__metadata__"] = {
+            "config": rng.choice((json.dumps(odd_value(rng)), "{", "1" * 5000, "[" * 100000))
+        }
     else:
         header, _ = change_value(rng, header)
     text = json.dumps(header).encode()
@@ -152,7 +179,16 @@ def odd_archive(files, rng):
     return "pth", file.getvalue()
 
 
-ways = (damaged_file, damaged_file, damaged_file, hostile_pickle, odd_content, odd_tensors, odd_header, odd_archive)
+ways = (
+    damaged_file,
+    damaged_file,
+    damaged_file,
+    hostile_pickle,
+    odd_content,
+    odd_tensors,
+    odd_header,
+    odd_archive,
+)
 
 
 def attempt(action):
@@ -174,7 +210,9 @@ def has_checksums(content):
 def check_values(files, read, content):
     "Raise `Finding` where a damaged file with checksums gives other weights than the intact one."
     tensors = read.get("model", read.get("state_dict", read))
-    known = files.state if "model" in read or "state_dict" not in read else files.contents["ckpt"]["state_dict"]
+    known = (
+        files.state if "model" in read or "state_dict" not in read else files.contents["ckpt"]["state_dict"]
+    )
     for name, value in tensors.items():
         expected = known.get(name)
         odd = not isinstance(value, torch.Tensor) or expected is None or value.shape != expected.shape
@@ -209,4 +247,6 @@ def run(files, seed):
     return "accepted"
 
 
-kind = Kind("weights", Files, run, lambda files, long: range(2000 if long else 300), seconds=20., mebibytes=512)
+kind = Kind(
+    "weights", Files, run, lambda files, long: range(2000 if long else 200), seconds=20.0, mebibytes=512
+)

@@ -3,6 +3,7 @@
 A case is a number: from it alone a kind of fuzzer makes its input. A process takes one case after the other.
 Where it hangs, dies or meets its limit of memory, that case is a finding, and another process takes the rest.
 """
+
 import faulthandler
 import importlib
 import multiprocessing
@@ -23,19 +24,23 @@ here = Path(__file__).resolve().parent
 root = here.parents[1]
 
 
-class Finding(AssertionError):
+class Finding(AssertionError):  # noqa: N818  it is no error of the fuzzer
     "What a case showed is wrong; says what was expected."
 
 
 @dataclass(frozen=True)
 class Kind:
     "A kind of fuzzer."
+
     name: str
     prepare: object  # called once in a process with an empty folder; returns what its cases share
     run: object  # called with that and the number of a case; returns a word for what happened, or raises
-    cases: object  # called with what they share, and True for the long run; returns the numbers of its cases
-    seconds: float = 30.  # that a case may take
+    cases: (
+        object  # called with what they share, and True for the long run; returns the numbers of its cases
+    )
+    seconds: float = 30.0  # that a case may take
     mebibytes: int = 1024  # that a case may take beside what the process has
+    overlooked: object = lambda outcomes: ()  # called with the outcomes of a long run; says what is wrong
 
 
 def kind_of(name):
@@ -46,10 +51,17 @@ def kind_of(name):
 @dataclass
 class Report:
     "What the cases of a kind showed."
+
     name: str
     outcomes: Counter = field(default_factory=Counter)
     findings: dict[int, str] = field(default_factory=dict)  # number of a case -> what is wrong
-    seconds: float = 0.
+    untried: int = 0  # cases for which there was no time
+    missing: list[str] = field(default_factory=list)  # what is wrong with the outcomes of a long run
+    seconds: float = 0.0
+
+    @property
+    def is_good(self):
+        return not (self.findings or self.missing)
 
     @property
     def cases(self):
@@ -63,14 +75,25 @@ class Report:
             self.outcomes[text] += 1
 
     def __str__(self):
-        words = ", ".join(f"{count} {word}" for word, count in sorted(self.outcomes.items()))
-        lines = [f"{self.name}: {self.cases} cases, {self.seconds:.0f} s, {len(self.findings)} findings ({words})"]
-        lines += [f"  {self.name} {seed}: {text}\n    again: python tests/fuzz/fuzz.py {self.name} --case {seed}"
-                  for seed, text in sorted(self.findings.items())]
+        counts = Counter()
+        for word, count in self.outcomes.items():
+            counts[word.partition(":")[0]] += count
+        words = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
+        lines = [
+            f"{self.name}: {self.cases} cases, {self.seconds:.0f} s, {len(self.findings)} findings ({words})"
+        ]
+        if self.untried:
+            lines.append(f"  {self.name}: no time for {self.untried} more")
+        lines += [f"  {self.name}: {text}" for text in self.missing]
+        lines += [
+            f"  {self.name} {seed}: {text}\n    again: python tests/fuzz/fuzz.py {self.name} --case {seed}"
+            for seed, text in sorted(self.findings.items())
+        ]
         return "\n".join(lines)
 
 
 # In the process of the cases
+
 
 def described(error):
     "A line about an unexpected error: its type, its message, and where it came from."
@@ -92,9 +115,10 @@ def outcome_of(kind, state, seed):
 
 
 def limit_memory(mebibytes):
-    "From now on this process gets so much memory beside what it has; returns without effect elsewhere than Linux."
+    "From now on this process gets so much memory beside what it has. Without effect but on Linux."
     try:
         import resource
+
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except (ImportError, OSError):
         return
@@ -107,6 +131,7 @@ def work(name, seeds, long, connection, stack):
 
     `stack` is the file for the stack of one that hangs."""
     import torch
+
     torch.set_num_threads(1)
     kind = kind_of(name)
     log = open(stack, "w")
@@ -130,6 +155,7 @@ def work(name, seeds, long, connection, stack):
 
 # In the process that waits
 
+
 def how_it_ended(process, stack):
     "What the end of a process in the middle of a case means, in words."
     process.join()
@@ -143,15 +169,15 @@ def how_it_ended(process, stack):
     return f"ends the process with exit code {process.exitcode}{where}"
 
 
-def run_until_end(context, report, seeds, long, stack):
+def run_until_end(context, report, seeds, long, *, stack, deadline):
     "Start a process for these cases, None for those of the kind; returns those that it did not come to."
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(report.name, seeds, long, sender, stack))
     process.start()
     sender.close()
-    begun, done = None, 0
+    begun, done, ended = None, 0, ""
     try:
-        while True:
+        while receiver.poll(None if deadline is None else max(0, deadline - time.monotonic())):
             what, first, text = receiver.recv()
             if what == "takes":
                 seeds = first
@@ -166,6 +192,9 @@ def run_until_end(context, report, seeds, long, stack):
         process.kill()
         process.join()
         process.close()
+    if not ended:
+        report.untried = len(seeds or ()) - done
+        return []
     if begun is not None:
         report.add(begun, True, ended)
         done += 1
@@ -185,15 +214,18 @@ def start_context():
     return context
 
 
-def fuzz(name, long=False, seeds=None):
-    "Run the cases of a kind, or those given, and return the report."
+def fuzz(name, long=False, seeds=None, minutes=None):
+    "Run the cases of a kind, or those given, for so many minutes at most, and return the report."
     context, report = start_context(), Report(name)
     begun = time.monotonic()
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg")
     with tempfile.NamedTemporaryFile() as stack:
-        left = run_until_end(context, report, seeds, long, stack.name)
+        options = dict(stack=stack.name, deadline=None if minutes is None else begun + 60 * minutes)
+        left = run_until_end(context, report, seeds, long, **options)
         while left:
-            left = run_until_end(context, report, left, long, stack.name)
+            left = run_until_end(context, report, left, long, **options)
+    if long and seeds is None and not report.untried:
+        report.missing = list(kind_of(name).overlooked(report.outcomes))
     report.seconds = time.monotonic() - begun
     return report
 

@@ -1,9 +1,10 @@
 """Damage: to bytes, to text and to values. All of it comes from a `random.Random` that is given."""
+
 import copy
 import math
 import struct
 
-interesting = (0, 1, 0x7f, 0x80, 0xff)
+interesting = (0, 1, 0x7F, 0x80, 0xFF)
 
 
 def flip_bits(rng, content):
@@ -17,13 +18,13 @@ def flip_bits(rng, content):
 
 def truncate(rng, content):
     "Keep the beginning."
-    return content[:rng.randrange(len(content))]
+    return content[: rng.randrange(len(content))]
 
 
 def cut_out(rng, content):
     "Take some bytes out of the middle."
     start = rng.randrange(len(content))
-    return content[:start] + content[start + rng.choice((1, 2, 4, 100)):]
+    return content[:start] + content[start + rng.choice((1, 2, 4, 100)) :]
 
 
 def insert(rng, content):
@@ -42,14 +43,16 @@ def set_bytes(rng, content):
 
 
 def set_number(rng, content):
-    "Write a number of two, four or eight bytes over a place near the beginning, where headers have their fields."
+    "Write a number over a place near the beginning, where headers have their fields."
     layout = rng.choice(("<H", ">H", "<I", ">I", "<Q", ">Q"))
     size = struct.calcsize(layout)
     if len(content) <= size:
         return content + b"\0"
-    number = rng.choice((0, 1, 2**(8 * size - 1) - 1, 2**(8 * size - 1), 2**(8 * size) - 1, 0x7fff, 20000))
+    number = rng.choice(
+        (0, 1, 2 ** (8 * size - 1) - 1, 2 ** (8 * size - 1), 2 ** (8 * size) - 1, 0x7FFF, 20000)
+    )
     place = min(rng.randrange(64), len(content) - size)
-    return content[:place] + struct.pack(layout, number % 2**(8 * size)) + content[place + size:]
+    return content[:place] + struct.pack(layout, number % 2 ** (8 * size)) + content[place + size :]
 
 
 def swap_parts(rng, content):
@@ -78,8 +81,32 @@ def damage(rng, content):
 
 
 odd_values = (
-    None, True, False, 0, -1, 1, 2**31, 2**63, -2**70, 0.5, -0.0, math.nan, math.inf, 1e308, "", "a", "../..", "\x1b[31m",
-    "\ud800", "ä" * 300, [], [[]], [None], {}, {"a": 1}, {"": {}},
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    -(2**70),
+    0.5,
+    -0.0,
+    math.nan,
+    math.inf,
+    1e308,
+    "",
+    "a",
+    "../..",
+    "\x1b[31m",
+    "\ud800",
+    "ä" * 300,
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": 1},
+    {"": {}},
 )
 
 

@@ -1,4 +1,5 @@
 """The training that the fuzzers of files interrupt: two epochs of a step each, on a few digits."""
+
 import os
 import shutil
 from pathlib import Path
@@ -7,8 +8,7 @@ from file_operations import Operations
 from small_training import train
 from test_survival import content, same, saved
 
-
-arguments = ("--workers", 0, "--digits", 84, "--epochs", 2, "--checkpoint-steps", 1)
+arguments = ("--workers", 0, "--digits", 84, "--epochs", 2, "--batch-size", 64, "--checkpoint-steps", 1)
 users_files = {".mine.tmp": "mine", "notes.txt": "mine too", ".dir.tmp/file": "and mine"}
 
 
@@ -23,8 +23,8 @@ def last_pth(folder):
 class TinyRun:
     """The run as it is when nothing interrupts it.
 
-    `operations` are its file operations, `reached` is the progress in each checkpoint, `complete` the run's folder
-    and `halfway` a copy of it as it was before the second epoch.
+    `operations` are its file operations, `reached` is the progress in each checkpoint, `complete` the run's
+    folder and `halfway` a copy of it as it was before the second epoch.
     """
 
     def __init__(self, folder):
@@ -35,6 +35,7 @@ class TinyRun:
         with Operations(self.complete, self.count, self.follow):
             train_in(self.complete)
         self.expected = content(self.complete)
+        self.resuming = self.operations_of_resuming()
         self.reading = self.count_reading()
 
     def count(self, number, name, path, partly):
@@ -47,8 +48,8 @@ class TinyRun:
         if is_first and name == "replace" and path.endswith("curves.png"):
             shutil.copytree(self.complete, self.halfway)
 
-    def count_reading(self):
-        "How many file operations a run that resumes makes before its first step."
+    def operations_of_resuming(self):
+        "The file operations of a run that resumes after the first epoch."
         names = []
 
         def at(number, name, path, partly):
@@ -57,7 +58,12 @@ class TinyRun:
         folder = self.copy(self.halfway)
         with Operations(folder, at):
             train_in(folder)
-        return next(k for k, (name, path) in enumerate(names) if name == "open" and ".last.pth." in path)
+        return names
+
+    def count_reading(self):
+        "How many of them come before its first checkpoint."
+        writes_checkpoint = [name == "open" and ".last.pth." in path for name, path in self.resuming]
+        return writes_checkpoint.index(True)
 
     def copy(self, source):
         "A copy of a run's folder, the only one."
