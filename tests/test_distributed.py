@@ -86,7 +86,7 @@ def test_two_processes_train_what_one_trains(tmp_path, alone):
 
 
 def test_two_processes_end_early_together(tmp_path):
-    "They freeze a stage, weight the classes, and measure macro F1 on all validation images, as one process does."
+    "They measure macro F1 on all validation images, as one process does. A stage is frozen."
     fields = dict(freeze=1, class_weights="balanced", best_metric="macro_f1", patience=1, lr=1e-9, min_lr=0.)
     arguments = (*settings, "--digits", 600, "--epochs", 4, "--recipe", json.dumps(fields))
     code, _, err = torchrun(tmp_path / "two", *arguments, "--batch-size", 32)

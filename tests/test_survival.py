@@ -115,7 +115,8 @@ def test_killed_three_times(tmp_path, start, uninterrupted):
 
 def test_killed_with_frozen_stages_class_weights_and_patience(tmp_path, start, tmp_path_factory):
     "The run ends early, after the same epoch as the one that is not killed."
-    fields = dict(freeze=1, class_weights="balanced", best_metric="balanced_accuracy", patience=2, lr=1e-9, min_lr=0.)
+    fields = dict(freeze=1, class_weights="balanced", best_metric="balanced_accuracy", patience=2,
+                  lr=1e-9, min_lr=0.)
     arguments = ("--recipe", json.dumps(fields), "--epochs", 6)
     folder = tmp_path_factory.mktemp("whole")
     train(folder, "--workers", 0, *arguments)
