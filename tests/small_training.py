@@ -152,7 +152,8 @@ def network_of(given):
 
 def dense_learner_of(given, distributed):
     "A learner of a tiny network for detection or segmentation, on a few generated scenes."
-    recipe = Recipe(epochs=given.epochs, lr=1e-3, effective_batch=4, ema=0.9, clip_grad=1.)
+    usual = dict(lr=1e-3, effective_batch=4, ema=0.9, clip_grad=1.)
+    recipe = Recipe(**{**usual, "epochs": given.epochs, **given.recipe})
     torch.manual_seed(0)
     body = Mamba2D(depths=(1, 1, 1, 1), dims=(8, 16, 32, 32), num_classes=0, drop_path=given.drop_path)
     options = dict(batch_size=given.batch_size, device="cpu", num_workers=given.workers)
