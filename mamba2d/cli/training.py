@@ -94,7 +94,6 @@ def _train(args):
     one_task = {"labels": args.labels, "skip-corrupt": args.skip_corrupt, "held-out": args.held_out,
                 "class-weights": args.class_weights, "best-metric": args.best_metric not in (None, "loss")}
     check_task(task, args.size, one_task)
-    _check_extend(args)
     if args.check_data:
         _check_data(args)
         return
@@ -111,6 +110,7 @@ def _train(args):
     check_forced_backend()
     dashboards = _resolve_dashboards(args)
     distributed = init_distributed(args.device)
+    _check_extend(args)
     out = _resolve_folder(args, data, size)
     training = _Training(args, data, weights, size, name, recipe, dashboards, distributed, out, task,
                          class_weights=class_weights)
