@@ -223,11 +223,12 @@ def _freeze(model, recipe):
 
 def _frozen_modules(model, recipe):
     "Return the modules all of whose parameters are frozen."
-    frozen = {id(dict(model.named_parameters())[name]) for name in frozen_parameters(model, recipe.freeze)}
+    parameters = dict(model.named_parameters())
+    frozen = {id(parameters[name]) for name in frozen_parameters(model, recipe.freeze)}
     found = []
     for module in model.modules():
-        parameters = {id(p) for p in module.parameters()}
-        if parameters and parameters <= frozen:
+        own = {id(parameter) for parameter in module.parameters()}
+        if own and own <= frozen:
             found.append(module)
     return found
 
@@ -242,7 +243,7 @@ def fit_recipe(
     limit: int | None = None,  # steps of an epoch, and batches of a validation, at most
     max_nonfinite_steps: int = 0,  # steps with a loss or gradient that is not finite to skip, at most
 ):
-    """Train as the recipe says; only for learners made by `mamba2d_learner`.
+    """Train as the recipe says, until its patience is over; only for learners made by `mamba2d_learner`.
 
     Afterwards the learner holds the EMA weights, if the recipe has an EMA, or what a callback has loaded.
     `learn.reached` is the `Progress`, with the history.
