@@ -1,4 +1,5 @@
 """Runs that are killed, stopped and resumed: `small_training.py` in processes that get real signals."""
+import json
 import os
 import random
 import signal
@@ -110,6 +111,27 @@ def kill_at(start, moment, rng, arguments):
 
 def test_killed_three_times(tmp_path, start, uninterrupted):
     assert same(kill_often(start, tmp_path, 3, 1), uninterrupted)
+
+
+def test_killed_with_frozen_stages_class_weights_and_patience(tmp_path, start, tmp_path_factory):
+    "The run ends early, after the same epoch as the one that is not killed."
+    fields = dict(freeze=1, class_weights="balanced", best_metric="balanced_accuracy", patience=2,
+                  lr=1e-9, min_lr=0.)
+    arguments = ("--recipe", json.dumps(fields), "--epochs", 6)
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, "--workers", 0, *arguments)
+    whole = content(folder)
+    assert len(whole["history"]) == 3
+    assert same(kill_often(start, tmp_path, 2, 1, *arguments), whole)
+
+
+def test_an_extension_that_is_killed(tmp_path, start, tmp_path_factory):
+    "A run of two epochs is extended by two. So it becomes the run that has the restart in its recipe."
+    fields = json.dumps(dict(restarts=[2], restart_lrs=[2e-3]))
+    whole = tmp_path_factory.mktemp("whole")
+    train(whole, "--workers", 0, "--epochs", 4, "--recipe", fields)
+    train(tmp_path, "--workers", 0, "--epochs", 2)
+    assert same(kill_often(start, tmp_path, 2, 1, "--epochs", 4, "--extend"), content(whole))
 
 
 @pytest.mark.slow

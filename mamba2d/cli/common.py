@@ -204,7 +204,7 @@ def load_weights_file(
 
 # %% ../../nbs/51_cli.common.ipynb #40c76252
 _config_types = {"size": str, "task": str, "num_classes": int, "image_size": int, "classes": list,
-                 "data": str, "labels": str, "corrupt": list}
+                 "data": str, "labels": str, "corrupt": list, "held_out": float}
 
 def _check_config(file, config):
     "Raise `UsageError` if a field of a configuration is not what mamba2d-train writes."
@@ -220,6 +220,9 @@ def _check_config(file, config):
     size, task = config.get("image_size"), config.get("task") or "classify"
     if size is not None and not 8 <= size <= 8192:
         raise UsageError(f"{known} image_size is {size}; accepted: 8 to 8192")
+    held_out = config.get("held_out")
+    if held_out is not None and not 0 < held_out < 1:
+        raise UsageError(f"{known} held_out is {held_out}; accepted: above 0 and below 1")
     if task not in ("classify", "detect", "segment"):
         raise UsageError(f"{known} task is {task!r}; accepted: classify, detect, segment")
 
@@ -371,6 +374,14 @@ def _augmentation(recipe):
         min_scale=recipe.min_scale, randaugment=operations, magnitude=recipe.randaugment,
         erasing=recipe.erasing)
 
+# %% ../../nbs/51_cli.common.ipynb #f714be26
+def _check_held_out(data, labels):
+    "Raise `UsageError` if the data have a validation part of their own."
+    from mamba2d.data.imagefolder import has_validation_part
+    if data != "digits" and has_validation_part(data, labels):
+        raise UsageError(f"argument --held-out: {data!r} has a validation part of its own, "
+                         "so none is held out")
+
 # %% ../../nbs/51_cli.common.ipynb #2f652920
 def load_data(
     args, data: str, distributed, *,
@@ -385,12 +396,17 @@ def load_data(
     from mamba2d.data.imagefolder import imagenet_dls
     seed = recipe.seed if recipe else 0
     options = dict(size=size, batch_size=batch_size, device=distributed.device, seed=seed)
+    held_out = recipe.held_out if recipe else getattr(args, "held_out", None)
+    if held_out is not None and not evaluate:
+        _check_held_out(data, args.labels)
+        options["valid_pct"] = held_out
     if args.workers is not None:
         options["num_workers"] = args.workers
     try:
         if data != "digits":
             return imagenet_dls(data, labels=args.labels, corrupt=corrupt or {}, evaluate=evaluate,
-                                augment=_augmentation(recipe), **options)
+                                augment=_augmentation(recipe), vocab=getattr(args, "classes", None),
+                                **options)
         if args.labels:
             raise UsageError("argument --labels: scikit-learn's digits bring their classes; "
                              "give --data FOLDER")
@@ -417,8 +433,9 @@ def result_rows(
     top5 = f"top-5 {100 * result['top5']:.2f} %, " if classes > 5 else ""
     text = f"{100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.3f}"
     rows = [("validation accuracy", text)]
-    if "accuracy_without_scan" in result:
+    if "accuracy_without_scan" in result and result["accuracy"] > 1.2 / classes:  # more than chance
         accuracy = 100 * result["accuracy_without_scan"]
-        text = f"{accuracy:.2f} %, loss {result['loss_without_scan']:.3f}"
+        meaning = "how far the network relies on its scans"
+        text = f"{accuracy:.2f} %, loss {result['loss_without_scan']:.3f} ({meaning})"
         rows.append(("with the scan's output set to zero", text))
     return rows

@@ -120,13 +120,14 @@ def _report(found, result, images):
 
 # %% ../../nbs/53_cli.validation.ipynb #eddb7dae
 def _write(folder, found, images, distributed):
-    "Write predictions, table of classes and top losses into the folder."
+    "Write the tables and figures of an evaluation into the folder."
     from mamba2d.training.runs import write_evaluation
     try:
         write_evaluation(folder, found, images.dls.valid, images.dls.vocab)
     except OSError as error:
         end_process(distributed, 1, f"mamba2d-validate: error: {system_reason(error)}", alone=True)
-    print(f"wrote predictions.csv, classes.csv and top_losses.png into {folder}")
+    names = "predictions.csv, classes.csv, confusion.csv, top_losses.png and confusion.png"
+    print(f"wrote {names} into {folder}")
 
 # %% ../../nbs/53_cli.validation.ipynb #2a13812d
 def _weights_argument(args):
@@ -175,6 +176,7 @@ def _validate(args):
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(weights, args.size)
+    args.classes, args.held_out = config.get("classes"), config.get("held_out")  # for `load_data`
     task = args.task or config.get("task", "classify")
     check_task(task, size, {
         "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan},
@@ -182,7 +184,7 @@ def _validate(args):
     if task in dense_tasks:
         validate_dense(args, weights)
         return
-    require_own_data(args, _weights_argument(args), config)
+    require_own_data(args, weights, config)
     distributed = init_distributed(args.device)
     if args.out:
         _make_folder(args.out, distributed)

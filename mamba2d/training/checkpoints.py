@@ -368,13 +368,14 @@ def differences(
 
 # %% ../../nbs/34_training.checkpoints.ipynb #e3057067
 _harmless = ("compile", "channels_last")
+_decided_by_run = ("effective_batch", "restarts", "restart_lrs")  # None: as in the run
 
 def _different_settings(part, saved, given):
     "Return a line for each setting of a part (network or recipe) that differs."
     lines = []
     for name in given[part] | saved[part]:
         before, now = saved[part].get(name), given[part].get(name)
-        is_open = name == "effective_batch" and now is None
+        is_open = name in _decided_by_run and now is None
         if before != now and name not in _harmless and not is_open:
             lines.append(f"{part} {name}: {before!r} in the run, {now!r} now")
     return lines

@@ -106,8 +106,10 @@ def _check_classes(model, dls):
                          f"build it with num_classes={dls.c}")
 
 # %% ../../nbs/32_training.learner.ipynb #88e3a4e4
-def _class_counts(dls):
-    "Return the numbers of training images of the classes, (classes,)."
+def class_counts(
+    dls,  # fastai `DataLoaders` of images and classes
+) -> np.ndarray:  # (classes,)
+    "Return the numbers of training images of the classes."
     items = dls.train_ds.items
     if isinstance(items, np.ndarray) and "label" in (items.dtype.names or ()):  # a million in a second
         number = {str(name): k for k, name in enumerate(dls.vocab)}
@@ -131,7 +133,7 @@ def class_weights(
             raise ValueError(f"class_weights must have one weight for each of the {dls.c} classes, "
                              f"got {len(given)}")
         return list(given)
-    counts = _class_counts(dls)
+    counts = class_counts(dls)
     without = [str(name) for name, count in zip(dls.vocab, counts, strict=True) if not count]
     if without:
         raise ValueError(f'class_weights "balanced" need training images of every class; there are none of '
@@ -184,13 +186,22 @@ def _with_best_metric(recipe, metrics):
     return [*L(metrics), _metrics[wanted]()]
 
 # %% ../../nbs/32_training.learner.ipynb #74bae92c
+def best_column(
+    columns,  # of the history, besides the loss
+    recipe: Recipe,
+) -> str:
+    "Return the column of the history that decides which epoch is the best."
+    if recipe.best_metric:
+        return best_metrics[recipe.best_metric]
+    usual = "accuracy", "box_ap", "mask_ap", "miou"
+    return next((name for name in usual if name in columns), "valid_loss")
+
 def score_of(
     row: dict,  # of the history
     recipe: Recipe,
 ) -> float:  # the higher, the better
     "Return how good the network was after an epoch; what is not a number is worst."
-    usual = next((name for name in ("accuracy", "box_ap", "mask_ap", "miou") if name in row), "valid_loss")
-    column = best_metrics[recipe.best_metric] if recipe.best_metric else usual
+    column = best_column(row, recipe)
     value = -row[column] if column == "valid_loss" else row[column]
     return -math.inf if math.isnan(value) else value
 
@@ -212,11 +223,12 @@ def _freeze(model, recipe):
 
 def _frozen_modules(model, recipe):
     "Return the modules all of whose parameters are frozen."
-    frozen = {id(dict(model.named_parameters())[name]) for name in frozen_parameters(model, recipe.freeze)}
+    parameters = dict(model.named_parameters())
+    frozen = {id(parameters[name]) for name in frozen_parameters(model, recipe.freeze)}
     found = []
     for module in model.modules():
-        parameters = {id(p) for p in module.parameters()}
-        if parameters and parameters <= frozen:
+        own = {id(parameter) for parameter in module.parameters()}
+        if own and own <= frozen:
             found.append(module)
     return found
 
@@ -231,7 +243,7 @@ def fit_recipe(
     limit: int | None = None,  # steps of an epoch, and batches of a validation, at most
     max_nonfinite_steps: int = 0,  # steps with a loss or gradient that is not finite to skip, at most
 ):
-    """Train as the recipe says; only for learners made by `mamba2d_learner`.
+    """Train as the recipe says, until its patience is over; only for learners made by `mamba2d_learner`.
 
     Afterwards the learner holds the EMA weights, if the recipe has an EMA, or what a callback has loaded.
     `learn.reached` is the `Progress`, with the history.
@@ -746,9 +758,9 @@ def early_end(
     "Say after which epoch a training ended early, and why; None where it did not."
     if len(history) >= recipe.epochs or not has_ended_early(history, recipe):
         return None
-    measure, best = recipe.best_metric or "score", best_epoch(history, recipe) + 1
-    return (f"after epoch {len(history)} of {recipe.epochs}: no better {measure} than in epoch {best} "
-            f"for {recipe.patience} epochs")
+    column, best = best_column(history[0], recipe), best_epoch(history, recipe) + 1
+    return (f"after epoch {len(history)} of {recipe.epochs}: no better {column} than in epoch {best} "
+            f"(patience {recipe.patience})")
 
 class StopEarlyCallback(Callback):
     "Ends a fit after the epoch with which the recipe's patience is over."
