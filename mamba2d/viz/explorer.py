@@ -212,7 +212,7 @@ class _Exploration:
     "A model, an image and a choice, with the states and answers that belong to them. It draws nothing."
     def __init__(self, model, classes, **options):
         self.choice = _Choice(*require_scanning_mixers(model)[0])
-        self.classes = _class_names(model, classes)
+        self.classes = classes
         self.model, self.options = model, dict(channels=model.in_channels, **options)
 
     def __getattr__(self, name):
@@ -258,23 +258,21 @@ class _Exploration:
         self.choice, self.states, self.answers = choice, states, answers
 
 # %% ../../nbs/42_viz.explorer.ipynb #8465933d
-def _class_names(model, classes):
-    "The names of the model's classes as text, or their numbers. Raises `ValueError` for another count."
-    count = model.head.num_classes
-    names = range(count) if classes is None else classes
-    if len(names) != count:
-        raise ValueError(f"classes must name the model's {count} classes, got {len(names)} names")
-    return [str(name) for name in names]
-
 def _predicted(model, image, classes):
-    "The three most likely classes of an image and their probabilities, in words."
-    if not classes:
+    """The three most likely classes of an image and their probabilities, in words.
+
+    Raises `ValueError` for more or fewer names than the model has classes."""
+    if getattr(model, "num_classes", None) == 0:
         return "a network without classes"
     parameter = next(model.parameters())
     with evaluation_mode(model):
         probabilities = model(image[None].to(parameter)).float().softmax(-1)[0]
-    best = probabilities.topk(min(3, len(classes)))
-    named = [f"{classes[k]} ({100 * value:.1f} %)"
+    names = range(len(probabilities)) if classes is None else classes
+    if len(names) != len(probabilities):
+        count = len(probabilities)
+        raise ValueError(f"classes must name the model's {count} classes, got {len(names)} names")
+    best = probabilities.topk(min(3, len(names)))
+    named = [f"{names[k]} ({100 * value:.1f} %)"
              for k, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     return "predicted class: " + ", ".join(named)
 
