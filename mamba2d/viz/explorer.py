@@ -44,6 +44,7 @@ from mamba2d.viz.states import (
     influence_map,
     readouts,
     require_scanning_mixers,
+    scan_count,
     scanning_mixers,
 )
 
@@ -158,11 +159,12 @@ class _Choice:
     pixel: tuple[int, int] = (0, 0)  # row and column in the map
     step: int | None = None  # anti-diagonals to show; None: all
     zoom: int = 1  # how many times the maps are enlarged, around the pixel
+    scan: int = 0  # which of the mixer's scans, where there are several
 
     @property
-    def scan(self):
+    def source(self):
         "What the states depend on."
-        return self.stage, self.block, self.corner
+        return self.stage, self.block, self.corner, self.scan
 
     @property
     def question(self):
@@ -233,19 +235,23 @@ class _Exploration:
         self._accept(_followed(self.choice, states, self.place), states)
 
     def choose(self, **choices):
-        """Change any of stage, block, corner, channel, state, of, pixel, step and zoom.
+        """Change any of stage, block, corner, channel, state, of, pixel, step, zoom and scan.
 
         Raises `ValueError` naming the choice that cannot be made, and leaves everything as it was."""
         for name in choices:
             if name not in _choices:
                 raise ValueError(f"there is no choice {name!r}, only {', '.join(_choices)}")
         choice, states = dataclasses.replace(self.choice, **choices), self.states
-        if choice.scan != self.choice.scan:
+        if choice.source != self.choice.source:
             states = _states_of(self.model, self.image, choice)
             choice = _followed(choice, states, self.place, given=choices)
         self._accept(choice, states, self.answers if choices.keys() <= {"step", "zoom"} else None)
         if "pixel" in choices:
             self.place = _place_of(choice.pixel, states.map_size)
+
+    def describe(self) -> str:
+        "Say what is shown, in words."
+        return f"{_described(self.choice, self.states, self.answers.value)}; {self.prediction}"
 
     def _accept(self, choice, states, answers=None):
         "Keep a choice, if it can be made; the answers are computed where they are not given."
@@ -282,8 +288,8 @@ def _states_of(model, image, choice):
     if choice.corner not in _corners:
         accepted = ", ".join(map(repr, _corners))
         raise ValueError(f"corner must be one of {accepted}, got {choice.corner!r}")
-    return hidden_states(model, image, choice.stage, choice.block, reverse=_corners[choice.corner],
-                         keep=("h", "delta_t", "delta_l", "y"))
+    return hidden_states(model, image, choice.stage, choice.block, scan=choice.scan,
+                         reverse=_corners[choice.corner], keep=("h", "delta_t", "delta_l", "y"))
 
 # %% ../../nbs/42_viz.explorer.ipynb #d862e171
 def _place_of(pixel, map_size):
@@ -377,7 +383,7 @@ class _Panels(_Zoomed):
         self.bars = _new_bars(self.axes["vector"], states.h.shape[3])
         self.window = None
 
-    def show(self, choice, states, answers, prediction):
+    def show(self, choice, states, answers, head):
         "Put the arrays of a choice into the panels."
         arrays = _arrays(choice, states, answers)
         for name in arrays.keys() - {"vector"}:
@@ -390,7 +396,7 @@ class _Panels(_Zoomed):
             ring.set_data(*_middle(choice.pixel, states))
         for name, text in _heads(choice, states, arrays).items():
             self.heads[name].set_text(text)
-        self.head.set_text(f"stage {choice.stage}, block {choice.block}, {_way(states)}; {prediction}")
+        self.head.set_text(head)
         if self._look_at(_window(choice, states)):
             self.figure.canvas.draw()
         else:
@@ -522,16 +528,22 @@ def _image_pixel(choice, states):
     (column,), (row,) = _middle(choice.pixel, states)
     return int(row), int(column)
 
-def _way(states):
-    "How the scan goes, in words."
+def _scans(view):
+    "The numbers of the scans that the chosen mixer has."
+    return list(range(scan_count(view.model, view.stage, view.block)))
+
+def _place(choice, states, scans):
+    "Where the states come from, in words."
     routes = {None: "2D scan", "rows": "1D scan, row by row", "columns": "1D scan, column by column"}
-    return f"{routes[states.route]} from the {states.corner}"
+    which = f", scan {choice.scan} of {len(scans)}" if len(scans) > 1 else ""
+    way = f"{routes[states.route]} from the {states.corner}"
+    return f"stage {choice.stage}, block {choice.block}{which}, {way}"
 
 # %% ../../nbs/42_viz.explorer.ipynb #51eb8a5d
 class ExplorerFigure(_Exploration):
     """The figure of a `StateExplorer`: what is chosen, and the maps that belong to it.
 
-    What is chosen can be read as attributes: stage, block, corner, channel, state, of, pixel, step, zoom.
+    What is chosen is in attributes: stage, block, corner, channel, state, of, pixel, step, zoom, scan.
     `prediction` says what the network says of the image.
     `maps` holds the matplotlib images by name: "image", "state", "step", "detached gates",
     "full derivative", "rows", "impulse".
@@ -560,15 +572,19 @@ class ExplorerFigure(_Exploration):
         Raises `ValueError` if it cannot be read, and leaves everything as it was."""
         super().open(image)
         self.panels.show_image(self.shown, self.states)
-        self.panels.show(self.choice, self.states, self.answers, self.prediction)
+        self._show()
         self.figure.canvas.draw()
 
     def choose(self, **choices):
-        """Change any of stage, block, corner, channel, state, of, pixel, step and zoom, and redraw.
+        """Change any of stage, block, corner, channel, state, of, pixel, step, zoom and scan, and redraw.
 
         Raises `ValueError` naming the choice that cannot be made, and leaves everything as it was."""
         super().choose(**choices)
-        self.panels.show(self.choice, self.states, self.answers, self.prediction)
+        self._show()
+
+    def _show(self):
+        head = f"{_place(self.choice, self.states, _scans(self))}; {self.prediction}"
+        self.panels.show(self.choice, self.states, self.answers, head)
 
     def click(self, event):
         "Choose the pixel at which a mouse button was pressed. Returns whether there was one."
@@ -577,10 +593,6 @@ class ExplorerFigure(_Exploration):
             return False
         self.choose(pixel=self.states.map_pixel(event.ydata, event.xdata))
         return True
-
-    def describe(self) -> str:
-        "Say what is shown, in words."
-        return f"{_described(self.choice, self.states, self.answers.value)}; {self.prediction}"
 
     def png(self) -> bytes:
         "Return the figure as it is, as a PNG file."
@@ -629,6 +641,7 @@ def _controls(view):
         "corner": _menu("scan from", list(_corners), view.corner),
         "of": _menu("look at", list(readouts), view.of),
         "zoom": _menu("zoom", list(_zooms), view.zoom),
+        "scan": _menu("scan", _scans(view), view.scan),
         "channel": _slider("channel", last["channel"], view.channel),
         "state": _slider("state", last["state"], view.state),
         "step": _slider("diagonals", last["step"], last["step"]),
@@ -682,7 +695,7 @@ class _ExplorerWidgets:
         self.save_path = Text(placeholder="folder or file, such as ~/states.png", description="save to",
                               layout=Layout(width="300px"))
         self.message = HTML(self.view.describe())
-        menus = [self.controls[name] for name in ("stage", "block", "corner", "of", "zoom")]
+        menus = [self.controls[name] for name in ("stage", "block", "scan", "corner", "of", "zoom")]
         sliders = [self.controls["channel"], self.controls["state"], self.open_button]
         wavefront = [self.player, self.controls["step"], self.save_path, self.save_button]
         canvas = _with_first_frame(_clickable(self.view.figure), self.view.png())
@@ -701,6 +714,7 @@ class _ExplorerWidgets:
         "Make the controls say what is chosen, without answering to that."
         self._following, last = True, _lasts(self.view)
         self.controls["block"].options = _blocks(self.view, self.view.stage)
+        self.controls["scan"].options = _scans(self.view)
         self.controls["channel"].max = last["channel"]
         self.controls["step"].max = self.player.max = last["step"]
         for name, control in self.controls.items():
@@ -713,6 +727,8 @@ class _ExplorerWidgets:
         if self._following or value is None:
             return
         choices = {name: value}
+        if name in ("stage", "block"):
+            choices["scan"] = 0
         if name == "stage":
             choices["block"] = _blocks(self.view, value)[0]
         self._guarded(lambda: self.view.choose(**choices))
