@@ -104,12 +104,15 @@ def _write_csv(path, files, rows, classes):
 
 # %% ../../nbs/54_cli.prediction.ipynb #c6256a07
 def _print_predictions(files, rows, classes):
-    "Print the most likely classes of each image."
-    lines = []
-    for name, row in zip(files, rows, strict=True):
-        best = [f"{classes[k]}: {100 * probability:.1f} %" for k, probability in zip(*row, strict=True)]
-        lines.append((name, ", ".join(best)))
-    print_table(lines)
+    "Print the most likely classes of each image, those of one rank below each other."
+    columns = []
+    for rank in range(len(rows[0][0])):
+        best = [escaped(f"{classes[predictions[rank]]}: {100 * probabilities[rank]:.1f} %")
+                for predictions, probabilities in rows]
+        width = max(map(len, best))
+        columns.append([text.ljust(width) for text in best])
+    lines = ["  ".join(best).rstrip() for best in zip(*columns, strict=True)]
+    print_table(list(zip(files, lines, strict=True)))
 
 # %% ../../nbs/54_cli.prediction.ipynb #b62ff8d9
 def _give_out(args, files, rows, classes):

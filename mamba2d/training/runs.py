@@ -874,17 +874,21 @@ def plot_predictions(
     result: Evaluation,  # of that loader
     classes,  # their names
     *,
-    rows: int = 5,
-    columns: int = 8,
+    rows: int = 5,  # at most
+    columns: int = 8,  # at most
     figure: Figure | None = None,
 ) -> Figure:
     "Draw the misclassified images first, in red, then the correct ones with the lowest probability."
     correct = result.predictions[:, 0] == result.targets
     order = torch.argsort(torch.where(correct, result.probabilities[:, 0], -result.losses))
+    columns = max(min(columns, len(correct)), 1)
+    rows = max(min(rows, -(-len(correct) // columns)), 1)
     if figure is None:
-        figure = Figure(figsize=(1.25 * columns, 1.5 * rows), layout="constrained")
-    figure.suptitle(f"{int((~correct).sum())} of {len(correct)} misclassified; "
-                    "shown: the top losses (red), then the lowest probabilities")
+        size = max(1.25 * columns, 4.5), max(1.5 * rows, 2.4)
+        figure = Figure(figsize=size, layout="constrained")
+    space = " " if columns > 6 else "\n"
+    figure.suptitle(f"{int((~correct).sum())} of {len(correct)} misclassified;{space}"
+                    f"shown: the top losses (red),{space}then the lowest probabilities", fontsize=11)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")

@@ -224,6 +224,11 @@ def _check_pixel(pixel, map_size):
     check_index("pixel's row", row, map_size[0])
     check_index("pixel's column", column, map_size[1])
 
+# %% ../../nbs/40_viz.states.ipynb #af2bf96c
+def scan_count(model, stage: int, block: int) -> int:
+    "How many scans the mixer of a block has, which must be one that scans."
+    return len(_scanning_mixer(model.stages[stage].blocks[block]).scans)
+
 # %% ../../nbs/40_viz.states.ipynb #b6fd9113
 def _check_mixer(model, stage, block, scan):
     "Raise an error unless the model has a scan at this place."
@@ -231,7 +236,7 @@ def _check_mixer(model, stage, block, scan):
     if (stage, block) not in mixers:
         raise ValueError(f"stage and block must be one of the scanning mixers {mixers}, "
                          f"got {(stage, block)}")
-    check_index("scan", scan, len(_scanning_mixer(model.stages[stage].blocks[block]).scans))
+    check_index("scan", scan, scan_count(model, stage, block))
 
 # %% ../../nbs/40_viz.states.ipynb #ba0ab4ac
 def _check_options(image, reverse, keep):
