@@ -243,17 +243,17 @@ class TiledRun:
     folder: Path | None = None  # None: in memory
     progress: bool = False
 
-    def map(self, name: str, shape: tuple[int, int, int]):  # -> what takes slices
+    def map(self, name: str, shape: tuple[int, int, int], dtype: str = "float32"):  # -> what takes slices
         "The map of that name, (H, W, C); a new one, unless an earlier run has made it."
         if self.folder is None:
-            return create_map(None, shape)
+            return create_map(None, shape, dtype=dtype)
         path = self.folder / f"{name}.npy"
         if path.exists():
             return open_map(path, "r+")
         if self.borders(name).exists():
             raise IncompatibleRunError(f"{str(path)!r} was deleted, but tiles of it are done: "
                                        "delete the folder")
-        return create_map(path, shape)
+        return create_map(path, shape, dtype=dtype)
 
     def borders(self, name: str) -> Path:
         "The folder for the borders of the sweep that fills the map of that name."
