@@ -235,8 +235,9 @@ def features_in_tiles(
     """The feature maps of a network of a large image, computed a block and a tile at a time.
 
     Stages of scans are exact; those with attention are so unless `attention_window` is given. Maps are
-    float32. Gradients are not computed. Raises `ValueError` or `TypeError` for what does not fit, `OSError` where the disk is too
-    small, and `IncompatibleRunError` or `RunLockedError` for a folder of another computation."""
+    float32. Gradients are not computed. Raises `ValueError` or `TypeError` for what does not fit, `OSError`
+    where the disk is too small, and `IncompatibleRunError` or `RunLockedError` for a folder of another
+    computation."""
     source, tile = open_map(source), as_tile(tile)
     _check_network(model, source, prepare)
     if attention_window is not None:
