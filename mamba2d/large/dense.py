@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arrays import Window, open_map, read_window, write_window
+from .arrays import Window, open_map, write_window
 from .network import features_in_tiles
 from mamba2d.large.tiles import (
     TiledRun,
@@ -22,6 +22,7 @@ from mamba2d.large.tiles import (
     as_tile,
     fingerprint,
     locked_folder,
+    read_as,
     replicas,
     write_journal,
 )
@@ -91,7 +92,7 @@ class _TiledHead:
         "The sum of a lateral map and the levels above it."
         if k == len(self.maps) - 1:
             return self.coarsest[(..., *window.slices)]
-        x = read_window(self.maps[k], window, 0, self.device).x.permute(0, 3, 1, 2)
+        x = read_as(self.head, self.maps[k], window, 0, self.device).x.permute(0, 3, 1, 2)
         for part in self.head.laterals[k]:
             x = part(x)
         return x + self.enlarged(lambda wanted: self.level(k + 1, wanted), window, k + 1, k)
@@ -120,7 +121,7 @@ def _head_step(model, maps, target, devices):
     "The step that names the classes of a tile of the image."
     heads = {}
     for device, head in replicas(model.classifier, devices).items():
-        last = read_window(maps[-1], Window(0, maps[-1].shape[0], 0, maps[-1].shape[1]), 0, device).x
+        last = read_as(head, maps[-1], Window(0, maps[-1].shape[0], 0, maps[-1].shape[1]), 0, device).x
         with torch.no_grad():
             heads[device] = _TiledHead(head, maps, head.pyramid(last.permute(0, 3, 1, 2)), device)
 

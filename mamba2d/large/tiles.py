@@ -230,7 +230,7 @@ def mixer_tile(
     "A mixer on a tile, with the borders of its last scan."
     y, bottom, right = scan_tile(mixer.scans[-1], F.gelu(mixer.in_proj(piece.inner())), top, left)
     if first is not None:
-        y = (first + y) / 2
+        y = (first.to(y.dtype) + y) / 2
     y = mixer.out_proj(F.gelu(y))
     if mixer.local_path is not None:
         y = y + separable_tile(mixer.local_path, piece._replace(x=mixer.local_norm(piece.x)))
@@ -346,16 +346,16 @@ def replicas(module: nn.Module, devices: Sequence[torch.device]) -> dict[torch.d
     here = next(module.parameters()).device
     return {device: module if device == here else copy.deepcopy(module).to(device) for device in devices}
 
-# %% ../../nbs/46_large.tiles.ipynb #f5d8ecf6
-def _read_as(source, tile, layer, halo, device):
-    "A tile of a map in the dtype of a layer's parameters."
-    piece = read_window(source, tile.window, halo, device)
+# %% ../../nbs/46_large.tiles.ipynb #d169ba70
+def read_as(layer: nn.Module, source, window: Window, halo: int, device: torch.device) -> Piece:
+    "A window of a map in the dtype of a layer's parameters."
+    piece = read_window(source, window, halo, device)
     return piece._replace(x=piece.x.to(next(layer.parameters()).dtype))
 
 def _scan_step(layers, source, target):
     "The step of a `SelectiveScan`."
     def step(tile, top, left, device):
-        x = _read_as(source, tile, layers[device], 0, device).x
+        x = read_as(layers[device], source, tile.window, 0, device).x
         y, bottom, right = scan_tile(layers[device], x, top, left)
         write_window(target, tile.window, y)
         return bottom, right
@@ -392,7 +392,7 @@ def _mix(run, mixers, source, target):
         return
 
     def read(tile, halo, device):
-        return _read_as(source, tile, mixers[device], halo, device)
+        return read_as(mixers[device], source, tile.window, halo, device)
 
     mixer = next(iter(mixers.values()))
     first = first_scan(run, "first_scan", mixers, read, source.shape[:2])
