@@ -172,8 +172,9 @@ def _begin(run):
     write_atomically(out / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
     path = out / "run.json"
     run_id = read_json(path, {"id": str})["id"] if path.exists() else uuid.uuid4().hex[:12]
+    column = best_column([metric.name for metric in run.learn.metrics], recipe)
     known = {"id": run_id, "effective_batch": recipe.effective_batch,
-             "best_metric": best_column([metric.name for metric in run.learn.metrics], recipe),
+             "best_metric": column.removeprefix("valid_"),
              "classes": [str(name) for name in run.learn.dls.vocab]}
     write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
     return run_id
