@@ -200,14 +200,18 @@ def test_the_whole_group_is_asked_to_stop(tmp_path, start, uninterrupted):
     assert same(content(tmp_path), uninterrupted)
 
 
+newer_fields = ("restarts", "restart_lrs", "best_metric", "patience", "class_weights", "freeze", "held_out")
+
+
 def to_format_1(path):
-    "Write a checkpoint as the version before format 2 did."
+    "Write a checkpoint as the version before format 2 did, whose recipe had fewer fields."
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["format"] == 2
     identity = checkpoint["identity"]
     kept = ("network", "classes", "counts", "weights", "limit", "recipe")
     old_identity = {name: identity[name] for name in kept} | {"pictures": identity["images"]}
     old = {name: checkpoint[name] for name in ("config", "model", "progress", "optimizer", "random")}
+    old_identity["recipe"] = {k: v for k, v in identity["recipe"].items() if k not in newer_fields}
     average = {name: checkpoint["ema"][name] for name in ("weights", "updates")}
     torch.save(old | {"format": 1, "identity": old_identity, "average": average}, path)
 

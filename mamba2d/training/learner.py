@@ -758,8 +758,9 @@ def early_end(
     "Say after which epoch a training ended early, and why; None where it did not."
     if len(history) >= recipe.epochs or not has_ended_early(history, recipe):
         return None
-    column, best = best_column(history[0], recipe), best_epoch(history, recipe) + 1
-    return (f"after epoch {len(history)} of {recipe.epochs}: no better {column} than in epoch {best} "
+    metric = best_column(history[0], recipe).removeprefix("valid_")
+    best = best_epoch(history, recipe) + 1
+    return (f"after epoch {len(history)} of {recipe.epochs}: no better {metric} than in epoch {best} "
             f"(patience {recipe.patience})")
 
 class StopEarlyCallback(Callback):

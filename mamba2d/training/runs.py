@@ -173,8 +173,9 @@ def _begin(run):
     write_atomically(out / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
     path = out / "run.json"
     run_id = read_json(path, {"id": str})["id"] if path.exists() else uuid.uuid4().hex[:12]
+    column = best_column([metric.name for metric in run.learn.metrics], recipe)
     known = {"id": run_id, "effective_batch": recipe.effective_batch,
-             "best_metric": best_column([metric.name for metric in run.learn.metrics], recipe),
+             "best_metric": column.removeprefix("valid_"),
              "classes": [str(name) for name in run.learn.dls.vocab],
              **{name: run.config.get(name) for name in ("data", "labels")}}
     write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
@@ -953,16 +954,17 @@ def _draw_matrix(axis, counts, names):
     from sklearn.metrics import ConfusionMatrixDisplay
     display = ConfusionMatrixDisplay(counts, display_labels=names)
     display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation="vertical", text_kw={"fontsize": 8})
-    axis.set(xlabel="prediction", ylabel="class", title="validation images")
+    axis.set(xlabel="prediction", ylabel="class", title=f"{counts.sum()} images")
 
 def _draw_pairs(axis, counts, names, most=20):
     "Draw the most frequent pairs of a class and a wrong prediction."
     wrong = counts * (1 - np.eye(len(counts), dtype=int))
     order = [k for k in wrong.ravel().argsort(kind="stable")[::-1][:most] if wrong.flat[k]]
     pairs = [f"{names[k // len(names)]} → {names[k % len(names)]}" for k in order]
-    axis.barh(pairs, wrong.ravel()[order], color="#c02020")
+    axis.barh(range(len(order)), wrong.ravel()[order], color="#c02020")
+    axis.set_yticks(range(len(order)), pairs)
     axis.invert_yaxis()
-    axis.set(xlabel="images", title=f"class → prediction: most of {wrong.sum()} misclassified")
+    axis.set(xlabel="images", title=f"{wrong.sum()} misclassified: most frequent pairs")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 # %% ../../nbs/35_training.runs.ipynb #78b0c0a3
