@@ -94,7 +94,10 @@ def _normalisation(mean, std, channels):
     "Mean and standard deviation as tensors (1 or C, 1, 1)."
     found = {}
     for name, value in (("mean", mean), ("std", std)):
-        found[name] = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1)
+        try:
+            found[name] = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} must be one number or one for each channel, got {value!r}") from None
         given = len(found[name])
         if given not in (1, channels):
             raise ValueError(f"{name} must be one number or one for each of {channels} channels, "

@@ -29,6 +29,7 @@ from mamba2d.viz.states import (
     check_model,
     check_question,
     check_states,
+    check_values,
     decay_curves,
     decay_length,
     field_radius,
@@ -123,6 +124,7 @@ def image_to_rgb(
     image: Tensor,  # (C, H, W) with one or three channels, in any range
 ) -> np.ndarray:  # (H, W) or (H, W, 3), between 0 and 1
     "Stretch an image to the range from 0 to 1. Raises `ValueError` for another number of channels."
+    check_values("image", image)
     if image.dim() != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"image must have shape (1, H, W) or (3, H, W), got {tuple(image.shape)}")
     image = image.detach().float().cpu()
@@ -143,6 +145,8 @@ def plot_states(
 
     Raises `ValueError` naming the argument that does not fit."""
     check_states(states, "h")
+    if image is not None and np.ndim(image) not in (2, 3):
+        raise ValueError(f"image must be an array (H, W) or (H, W, 3), got {type(image).__name__}")
     channels = varied_channels(states.h) if channels is None else channels
     there = [n for n in which if n < states.h.shape[3]]
     _check_numbers("channels", channels, channels, states.h.shape[2])
@@ -198,6 +202,8 @@ def varied_channels(
     """Choose the channels whose states vary most over the map, each state relative to its own size.
 
     Raises `ValueError` for another shape, of several images for example."""
+    check_values("h", h)
+    check_integer("count", count, 1)
     if h.dim() != 4:
         raise ValueError(f"h must be of one image, (H, W, E, N), got {tuple(h.shape)}")
     flat = h.flatten(0, 1)
