@@ -15,6 +15,7 @@ from mamba2d.cli.common import (
     UsageError,
     build_model,
     check_forced_backend,
+    counted,
     end_process,
     escaped,
     imagenet_classes,
@@ -110,7 +111,7 @@ def _predict(args):
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(args.weights, args.size)
-    task = args.task or config.get("task", "classify")
+    task = args.task or config.get("task") or "classify"
     check_task(task, size, {})
     if task in dense_tasks:
         if not args.out:
@@ -130,8 +131,7 @@ def _predict(args):
     rows = _predict_files(args, model, loader, distributed)
     if args.out:
         _write_csv(args.out, files, rows, classes)
-        plural = "s" if len(rows) > 1 else ""
-        print(f"wrote the predictions for {len(rows)} image{plural} into {args.out}")
+        print(f"wrote the predictions for {counted(len(rows), 'image')} into {args.out}")
     else:
         _print_predictions(files, rows, classes)
 
