@@ -87,11 +87,11 @@ def _add_model_arguments(parser, size, batch_size, image_size):
     add("--size", choices=("n", "t", "s", "t_v1", "mini"),
         help="published network; mini: a small one of our own, for --task detect and segment "
              f"(default: {size})")
-    add("--batch-size", type=_at_least(1), metavar="B",
+    add("--batch-size", type=_at_least(1, largest=10 ** 6), metavar="B",
         help=f"images per batch in each process (default: {batch_size})")
     add("--image-size", type=_at_least(8, largest=8192), metavar="PIXELS",
         help=f"side of the images (default: {image_size})")
-    add("--workers", type=_at_least(0), metavar="N",
+    add("--workers", type=_at_least(0, largest=1024), metavar="N",
         help="processes that load images, for each training process "
              "(default: one per core but one, at most 16)")
     add("--skip-corrupt", action="store_true",
@@ -126,7 +126,7 @@ def _add_recipe_arguments(parser):
              "finetune_dense, digits, or a recipe.toml (default: digits for digits, finetune with "
              "--weights, else the published recipe of --size; of the task with --task)")
     add("--print-recipe", action="store_true", help="print the recipe and exit")
-    add("--epochs", type=_at_least(1), metavar="N", help="passes over the training images")
+    add("--epochs", type=_at_least(1, largest=10 ** 6), metavar="N", help="passes over the training images")
     add("--lr", type=_at_least(0, float), help="highest learning rate")
     add("--weight-decay", type=_at_least(0, float), metavar="W", help="weight decay of AdamW")
     add("--effective-batch", type=_at_least(1), metavar="B",

@@ -18,17 +18,49 @@ from pathlib import Path
 class UsageError(Exception):
     "An error that the user can mend. The command prints its message and exits with code 2."
 
+# %% ../../nbs/51_cli.common.ipynb #750e98c5
+_shortages = {  # words of an error, in small letters -> what has run out
+    "out of memory": "memory", "can't allocate memory": "memory", "cannot allocate memory": "memory",
+    "bad_alloc": "memory", "unable to mmap": "memory", "too many open files": "files",
+    "items of ancdata": "files", "dataloader worker": "workers",
+}
+
+_advice = {
+    "memory": "out of memory; give a smaller --batch-size or --image-size, or fewer --workers",
+    "files": "too many open files; give fewer --workers, or raise the limit (ulimit -n)",
+    "workers": "a process that loads images was killed, often for lack of memory; give fewer --workers or a "
+               "smaller --batch-size",
+}
+
+def resource_problem(error: Exception) -> str:
+    "Say in one line what the machine had too little of; empty for an error that has another cause."
+    if isinstance(error, MemoryError):
+        return _advice["memory"]
+    text = str(error).lower()
+    kind = next((kind for words, kind in _shortages.items() if words in text), None)
+    is_killed = any(words in text for words in ("killed by signal", "exited unexpectedly"))
+    if kind is None or kind == "workers" and not is_killed:
+        return ""
+    return _advice[kind]
+
 # %% ../../nbs/51_cli.common.ipynb #baf0dfa3
 def system_reason(error: OSError) -> str:
     "Return what the system says, and of which file, without the number."
+    if problem := resource_problem(error):
+        return problem
     if not error.strerror:
-        return str(error)
+        return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
 
 # %% ../../nbs/51_cli.common.ipynb #2b8c7bbb
 def _peer_has_failed(error):
     "Tell from an error of torch whether another process of the run has closed its connection."
     return "closed by peer" in str(error) or "Connection reset" in str(error)
+
+# %% ../../nbs/51_cli.common.ipynb #4ed34dcf
+def counted(count: int, noun: str) -> str:
+    "Return a number with its noun, which gets an s unless it is one."
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 # %% ../../nbs/51_cli.common.ipynb #3d449cfe
 def escaped(text: str) -> str:
@@ -88,6 +120,29 @@ class Display:
             discard_output(self.stream)
             return otherwise
 
+# %% ../../nbs/51_cli.common.ipynb #9f61648a
+def _explained(error):
+    "Return a line about an error that is not of the program; None for any other."
+    if problem := resource_problem(error):
+        return problem
+    if isinstance(error, OSError):
+        return _explained_system_error(error)
+    from mamba2d.training.distributed import RankZeroError
+    if isinstance(error, RankZeroError):
+        raise SystemExit(1) from None  # rank zero has said why
+    if _peer_has_failed(error):
+        return "another process of this run failed; its own message says why"
+    return None
+
+def _explained_system_error(error):
+    "Return a line about an error of the system; None where it names no file and is not of the output."
+    if not _output_has_failed(error):
+        return system_reason(error) if error.filename else None
+    discard_output(sys.stdout)
+    if isinstance(error, BrokenPipeError):  # the reader of the output has seen enough
+        raise SystemExit(1) from None
+    return f"the output cannot be written: {error.strerror}"
+
 # %% ../../nbs/51_cli.common.ipynb #5dfebfff
 def run_command(
     prog: str,  # name of the command
@@ -108,21 +163,11 @@ def run_command(
         parser.exit(2, escaped(f"{prog}: error: {error}\n"))
     except KeyboardInterrupt:
         parser.exit(130, f"\n{prog}: interrupted\n")
-    except OSError as error:
-        if not _output_has_failed(error):
+    except (OSError, RuntimeError, MemoryError) as error:
+        message = _explained(error)
+        if message is None:
             raise
-        discard_output(sys.stdout)
-        if isinstance(error, BrokenPipeError):  # the reader of the output has seen enough
-            raise SystemExit(1) from None
-        parser.exit(1, f"{prog}: error: the output cannot be written: {error.strerror}\n")
-    except RuntimeError as error:
-        from mamba2d.training.distributed import RankZeroError
-        if isinstance(error, RankZeroError):
-            raise SystemExit(1) from None  # rank zero has said why
-        if not _peer_has_failed(error):
-            raise
-        message = "another process of this run failed; its own message says why"
-        parser.exit(1, f"{prog}: error: {message}\n")
+        parser.exit(1, escaped(f"{prog}: error: {message}\n"))
 
 # %% ../../nbs/51_cli.common.ipynb #43e5f83d
 def run_captured(

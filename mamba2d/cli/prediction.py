@@ -15,6 +15,7 @@ from mamba2d.cli.common import (
     UsageError,
     build_model,
     check_forced_backend,
+    counted,
     end_process,
     escaped,
     imagenet_classes,
@@ -166,7 +167,7 @@ def _predict(args):
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(args.weights, args.size)
-    task = args.task or config.get("task", "classify")
+    task = args.task or config.get("task") or "classify"
     check_task(task, size, {}, views={"windows": args.windows, "multi-scale": args.multi_scale})
     if task in dense_tasks:
         if not args.out:

@@ -26,6 +26,7 @@ from mamba2d.cli.common import (
     build_model,
     check_forced_backend,
     config_of,
+    counted,
     end_process,
     escaped,
     find_corrupt,
@@ -132,7 +133,7 @@ def train(argv: list[str] | None = None):
 # %% ../../nbs/52_cli.training.ipynb #81304692
 def _report_problems(problems):
     "Print what is wrong with images or their targets. The exit code is 1 if there is anything."
-    print(f"{len(problems)} images or their targets cannot be used")
+    print(f"{counted(len(problems), 'image')} or their targets cannot be used")
     for problem in problems:
         print(f"  {problem}")
     if problems:
@@ -499,14 +500,13 @@ def _summary(training, learn):
     parameters = sum(p.numel() for p in learn.model.parameters())
     trained = sum(p.numel() for p in learn.model.parameters() if p.requires_grad)
     frozen = f", {trained:,} of them trained" if trained < parameters else ""
-    plural = "s" if epochs > 1 else ""
     processes = f" in {world} processes" if world > 1 else ""
     origin = _origin(training, [str(c) for c in dls.vocab])
     kind = {"detect": "mask_rcnn_m2d", "segment": "upernet_m2d"}.get(training.task, "mamba2d")
     return (f"training {kind}_{training.size} ({parameters:,} parameters{frozen}) "
             f"on {training.data} ({dls.layout}): {len(dls.train_ds)} training "
             f"and {len(dls.valid_ds)} validation images, {dls.c} classes; "
-            f"recipe {training.recipe_name}, {epochs} epoch{plural}, "
+            f"recipe {training.recipe_name}, {counted(epochs, 'epoch')}, "
             f"batch size {training.batch_size} on {dls.device}{processes}{origin}")
 
 # %% ../../nbs/52_cli.training.ipynb #6ab1f0d3

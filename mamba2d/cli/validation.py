@@ -14,6 +14,7 @@ from mamba2d.cli.common import (
     UsageError,
     build_model,
     check_forced_backend,
+    counted,
     end_process,
     find_corrupt,
     init_distributed,
@@ -58,8 +59,9 @@ class _Images(NamedTuple):
 
 def _load_images(args, config, distributed):
     "Load the images to evaluate. Raises `UsageError` if the weights know other classes."
-    data = args.data or config.get("data", "digits")
-    held_out = data == "digits" or Path(data).resolve() == Path(config.get("data", "digits"))
+    trained_on = config.get("data") or "digits"
+    data = args.data or trained_on
+    held_out = data == "digits" or Path(data).resolve() == Path(trained_on)
     evaluate = not held_out and (config.get("classes") or True)
     if not args.data:
         args.labels = args.labels or config.get("labels")
@@ -109,8 +111,8 @@ def _lowest_accuracies(found, vocab):
 def _report(found, result, images):
     "Print what was evaluated, and the accuracies."
     vocab = images.dls.vocab
-    kind = "validation images" if images.held_out else "images"
-    count = f"{len(found.targets)} {kind}, {images.size} pixels"
+    kind = "validation image" if images.held_out else "image"
+    count = f"{counted(len(found.targets), kind)}, {images.size} pixels"
     print_table([
         ("data", f"{images.data} ({images.dls.layout}), {count}"),
         *result_rows(result, images.dls.c),
@@ -177,7 +179,7 @@ def _validate(args):
     check_forced_backend()
     saved, config, size = resolve_weights(weights, args.size)
     args.classes, args.held_out = config.get("classes"), config.get("held_out")  # for `load_data`
-    task = args.task or config.get("task", "classify")
+    task = args.task or config.get("task") or "classify"
     check_task(task, size, {
         "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan},
         views={"windows": args.windows, "multi-scale": args.multi_scale})

@@ -249,7 +249,8 @@ def fit_recipe(
     `learn.reached` is the `Progress`, with the history.
 
     Raises `FloatingPointError` when a loss or gradient is not finite, and `ValueError` where the effective
-    batch does not fit, the loaders are not fastai's, or a callback sets the precision."""
+    batch does not fit, the loaders are not fastai's, a callback sets the precision, or `resume` is of another
+    network."""
     recipe = getattr(self, "recipe", None)
     if recipe is None:
         raise ValueError("fit_recipe needs a learner made by mamba2d_learner")
@@ -347,6 +348,21 @@ def compile_network(model):
     model.backbone.compile()
     return model
 
+# %% ../../nbs/32_training.learner.ipynb #eda19b38
+class RestoreError(ValueError):
+    "A part of a checkpoint does not fit the training that is to resume from it."
+
+# %% ../../nbs/32_training.learner.ipynb #07a0d113
+@contextlib.contextmanager
+def _restoring(follow, part):
+    "Context manager: an error inside it ends the fit with one that names the part."
+    try:
+        yield
+    except Exception as error:  # torch, NumPy and Python raise many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        follow.problem = RestoreError(f"its {part} cannot be restored: {reason}")
+        raise CancelFitException from error
+
 # %% ../../nbs/32_training.learner.ipynb #25f145e5
 class PrepareModelCallback(Callback):
     "Prepares the network for a fit: memory format, compilation, processes and EMA weights."
@@ -363,7 +379,8 @@ class PrepareModelCallback(Callback):
         if self.choices.ema is not None:
             self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.choices.ema)).eval()
         if self.restored:
-            self.restore()
+            with _restoring(self.follow_recipe, "network"):
+                self.restore()
         self.wrapped = compile_network(self.bare) if self.choices.compile else self.bare
         if self.distributed.world > 1:
             self.wrapped = self.data_parallel(self.wrapped)
@@ -546,6 +563,14 @@ def _load_optimizer(optimizer, state=None):
     groups = [{**group, "fused": fused} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})
 
+def _check_moments(optimizer):
+    "Raise `ValueError` unless the moments that AdamW keeps have the sizes of their parameters."
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape:
+                sizes = f"{tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}"
+                raise ValueError(f"{name} is {sizes}")
+
 # %% ../../nbs/32_training.learner.ipynb #c23ff51d
 @patch
 def before_fit(self: FollowRecipeCallback):
@@ -560,9 +585,17 @@ def before_fit(self: FollowRecipeCallback):
         self.rates.append((first, steps, recipe_schedule(part, steps)))
     self.trained = [p for p in self.learn.model.parameters() if p.requires_grad]
     self.micro = 0  # batches of the current step that are done
-    _load_optimizer(self.opt.opt, self.restored and self.restored["optimizer"])
-    if self.restored:
+    if not self.restored:
+        _load_optimizer(self.opt.opt)
+        return
+    with _restoring(self, "optimizer"):
+        _load_optimizer(self.opt.opt, self.restored["optimizer"])
+        _check_moments(self.opt.opt)
+    with _restoring(self, "random state"):
         _set_random_state(self.restored["random"])
+    with _restoring(self, "progress"):
+        if self.reached.step > self.epoch_steps:
+            raise ValueError(f"step {self.reached.step} of an epoch of {self.epoch_steps}")
 
 @patch
 def before_train(self: FollowRecipeCallback):

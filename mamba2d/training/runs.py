@@ -11,6 +11,7 @@ __all__ = ['dashboards', 'train_run', 'StopRequestedError', 'CheckpointCallback'
 import contextlib
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -51,6 +52,7 @@ from mamba2d.training.checkpoints import (
     link_as,
     load_run_checkpoint,
     read_json,
+    require_intact,
     write_atomically,
 )
 from .distributed import Distributed, preserve_shards, shard_loaders
@@ -63,7 +65,7 @@ from mamba2d.training.evaluation import (
     printable,
     table_cell,
 )
-from .learner import best_column, best_epoch, early_end, has_ended_early
+from .learner import RestoreError, best_column, best_epoch, early_end, has_ended_early
 
 # %% ../../nbs/35_training.runs.ipynb #0fb2a0bd
 def train_run(
@@ -162,6 +164,9 @@ def _fit(run, keep, checkpoint):
     try:
         run.learn.fit_recipe(callbacks, distributed=run.distributed, resume=checkpoint, limit=run.limit,
                              max_nonfinite_steps=run.max_nonfinite_steps)
+    except RestoreError as error:
+        raise IncompatibleRunError(f"{str(keep.resumed_from)!r} is damaged ({error}). Delete the run folder, "
+                                   "or let it be overwritten (--overwrite)") from error
     finally:
         bar.close()
         rows.close()
@@ -225,6 +230,9 @@ def _evaluate_run(run, keep):
 def _finish(run, identity, shown, result):
     "Write what a complete run leaves; settings.json last."
     learn, out = run.learn, run.out
+    if not out.exists():
+        warnings.warn(f"run folder {str(out)!r} was deleted; it will hold the result only", stacklevel=2)
+        out.mkdir(parents=True)
     export_weights(learn.model.state_dict(), run.config, out)
     figure = task_of(learn).draw(learn, shown)
     write_atomically(out / "predictions.png", lambda file: _save_figure(figure, file))
@@ -378,8 +386,19 @@ def _stopped(progress, recipe):
 def _load_result(run, checkpoint):
     "Load the weights of a complete run, and return its result."
     ema = checkpoint["ema"]
-    run.learn.model.load_state_dict(ema["weights"] if ema else checkpoint["model"])
-    return read_json(run.out / "settings.json", {"result": dict})["result"] | {"complete": True}
+    path, numbers = run.out / "settings.json", ["seconds", "loss"]
+    if isinstance(task_of(run.learn), Classification):
+        numbers += ["accuracy", "top5"]
+    result = read_json(path, {"result": dict.fromkeys(numbers, (int, float))})["result"]
+    for name, value in result.items():
+        fits = isinstance(value, (int, float, dict, type(None)))
+        require_intact(path, fits, f"{name} of the result is of type {type(value).__name__}")
+    try:
+        run.learn.model.load_state_dict(ema["weights"] if ema else checkpoint["model"])
+    except Exception as error:  # torch raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise IncompatibleRunError(f"the checkpoint in {str(run.out)!r} is damaged ({reason})") from error
+    return result | {"complete": True}
 
 # %% ../../nbs/35_training.runs.ipynb #f457a118
 def _recipe_of_run(run, checkpoint):
@@ -604,10 +623,22 @@ def guard(self: CheckpointCallback, action):
     try:
         return action()
     except OSError as error:
+        if not self.folder.exists():
+            self.rescue()
         problem = (f"{error.strerror}: the run folder cannot be written, training ends; "
                    "earlier checkpoints are untouched")
         self.follow_recipe.problem = OSError(error.errno, problem, str(self.folder))
         raise CancelFitException from error
+
+@patch
+def rescue(self: CheckpointCallback):
+    "Write a checkpoint into a run folder that somebody has deleted, and end the training: its lock is gone."
+    self.folder.mkdir(parents=True)
+    self.guard(lambda: self.write(best=False))
+    problem = ("the run folder was deleted, training ends; a checkpoint of this moment lies in it again, and "
+               "the same command resumes")
+    self.follow_recipe.problem = FileNotFoundError(errno.ENOENT, problem, str(self.folder))
+    raise CancelFitException
 
 @patch
 def stop(self: CheckpointCallback):
