@@ -122,8 +122,7 @@ def _give_out(args, files, rows, classes):
         _print_predictions(files, rows, classes)
         return
     _write_csv(args.out, files, rows, classes)
-    plural = "s" if len(rows) > 1 else ""
-    print(f"wrote the predictions for {len(rows)} image{plural} into {args.out}")
+    print(f"wrote the predictions for {counted(len(rows), 'image')} into {args.out}")
 
 # %% ../../nbs/54_cli.prediction.ipynb #ed12bc53
 def _predict_example(args):
