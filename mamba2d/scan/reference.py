@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
-from .checks import are_dense, check_dense, check_gradients
+from .checks import check_dense, check_gradients
 
 # %% ../../nbs/00_scan.reference.ipynb #cd664b44
 class ScanTensors(NamedTuple):
@@ -156,22 +156,27 @@ def _arguments_fit(tensors):
     This runs at every call, so it asks each of them as little as it can."""
     x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, bias_t, bias_l = tensors
     wide, matrix, device, floats = x.shape, A_t.shape, x.device, _float_dtypes
+    dense = torch.strided
     if len(wide) != 4 or len(matrix) != 2:
         return False
     narrow, line = (*wide[:3], matrix[1]), (wide[3],)
-    return (x.dtype in floats
+    return (x.dtype in floats and x.layout is dense
             and delta_t.shape == wide and delta_t.dtype in floats and delta_t.device == device
             and delta_l.shape == wide and delta_l.dtype in floats and delta_l.device == device
+            and delta_t.layout is dense and delta_l.layout is dense
             and matrix[0] == wide[3] and A_t.dtype in floats and A_t.device == device
             and A_l.shape == matrix and A_l.dtype in floats and A_l.device == device
+            and A_t.layout is dense and A_l.layout is dense
             and B_t.shape == narrow and B_t.dtype in floats and B_t.device == device
             and B_l.shape == narrow and B_l.dtype in floats and B_l.device == device
             and C.shape == narrow and C.dtype in floats and C.device == device
-            and (D is None or D.shape == line and D.dtype in floats and D.device == device)
+            and B_t.layout is dense and B_l.layout is dense and C.layout is dense
+            and (D is None or D.shape == line and D.dtype in floats and D.device == device
+                 and D.layout is dense)
             and (bias_t is None or bias_t.shape == line and bias_t.dtype in floats
-                 and bias_t.device == device)
+                 and bias_t.device == device and bias_t.layout is dense)
             and (bias_l is None or bias_l.shape == line and bias_l.dtype in floats
-                 and bias_l.device == device)
+                 and bias_l.device == device and bias_l.layout is dense)
             and wide[1] > 0 and wide[2] > 0 and wide[3] > 0 and matrix[1] > 0)
 
 # %% ../../nbs/00_scan.reference.ipynb #89d221b6
@@ -234,14 +239,15 @@ def _check_gradients(tensors):
 def check_arguments(tensors: ScanTensors):
     "Raise a `TypeError` or `ValueError` naming the first argument that does not fit."
     try:
-        if are_dense(tensors) and _arguments_fit(tensors):
-            _check_gradients(tensors)
-            return
-    except AttributeError:  # something is no tensor
-        pass
-    _check_kinds(tensors)
-    _check_sizes(tensors.x, tensors.A_t)
-    _check_shapes(tensors)
+        fit = _arguments_fit(tensors)
+    except (AttributeError, RuntimeError):  # something is no tensor, or a nested one
+        fit = False
+    if not fit:
+        _check_kinds(tensors)
+        _check_sizes(tensors.x, tensors.A_t)
+        _check_shapes(tensors)
+    elif not torch.compiler.is_compiling() and tensors.x.is_inference():
+        _check_gradients(tensors)
 
 # %% ../../nbs/00_scan.reference.ipynb #d23979aa
 def check_borders(tensors: ScanTensors, before: ScanBorders):
