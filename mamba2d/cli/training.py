@@ -486,7 +486,7 @@ def _origin(training, classes):
         ignored = f", so {name} is not read again" if name else ""
         return f"; resumes from the checkpoint{ignored}"
     if not training.weights:
-        return ""
+        return "; without --weights what is frozen stays random" if training.recipe.freeze else ""
     known = config_of(training.weights).get("classes")
     if not known:
         return f"; starts from {name}"
