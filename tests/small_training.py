@@ -6,6 +6,7 @@ everything, so starting one takes no time. torchrun starts this file as a progra
 """
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -53,6 +54,8 @@ def parse(argv):
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="processes that load images")
     parser.add_argument("--drop-path", type=float, default=0.1)
+    parser.add_argument("--recipe", type=json.loads, default={}, help="fields of the recipe, as JSON")
+    parser.add_argument("--extend", action="store_true", help="add epochs to a complete run")
     parser.add_argument("--checkpoint-steps", type=int, help="steps between two checkpoints in an epoch")
     parser.add_argument("--slow-disk", type=float, default=0., help="seconds of flushing a checkpoint")
     parser.add_argument("--hold-flush", type=int, help="this flush of a checkpoint takes minutes")
@@ -149,7 +152,8 @@ def network_of(given):
 
 def dense_learner_of(given, distributed):
     "A learner of a tiny network for detection or segmentation, on a few generated scenes."
-    recipe = Recipe(epochs=given.epochs, lr=1e-3, effective_batch=4, ema=0.9, clip_grad=1.)
+    usual = dict(lr=1e-3, effective_batch=4, ema=0.9, clip_grad=1.)
+    recipe = Recipe(**{**usual, "epochs": given.epochs, **given.recipe})
     torch.manual_seed(0)
     body = Mamba2D(depths=(1, 1, 1, 1), dims=(8, 16, 32, 32), num_classes=0, drop_path=given.drop_path)
     options = dict(batch_size=given.batch_size, device="cpu", num_workers=given.workers)
@@ -170,8 +174,8 @@ def learner_of(given, distributed):
     "A learner with every part of a recipe that keeps a state; by default for the digits."
     if given.task != "classify":
         return dense_learner_of(given, distributed)
-    recipe = Recipe(
-        epochs=given.epochs, lr=2e-3, effective_batch=64, mixup=0.8, cutmix=1., ema=0.9, clip_grad=2.)
+    usual = dict(lr=2e-3, effective_batch=64, mixup=0.8, cutmix=1., ema=0.9, clip_grad=2.)
+    recipe = Recipe(**{**usual, "epochs": given.epochs, **given.recipe})
     torch.manual_seed(0)
     with some_digits(given.digits):
         dls = digits_dls(given.batch_size, device="cpu", num_workers=given.workers)
@@ -187,7 +191,7 @@ def train(*argv):
         with learn.no_bar(), learn.no_logging(), without_plots(), counted_minutes(learn):
             result = train_run(
                 learn, given.out, network_of(given), distributed=distributed,
-                checkpoint_minutes=given.checkpoint_steps)
+                checkpoint_minutes=given.checkpoint_steps, extend=given.extend)
     distributed.destroy()
     return result
 

@@ -184,11 +184,20 @@ class Lab:
             return any(running.count() or has_run() or time.sleep(0.3) for _ in range(100))
 
         def is_done():
+            self.first_frame = self.first_frame or self._still_image()
             return has_run() and not running.count()
 
+        self.first_frame = None  # size of the still image that is seen while cells run
         wait_until(has_started, "no cell runs after a click on Run All Cells")
         wait_until(is_done, "the notebook does not run to its end", pause=0.3)
         self._connect_to_kernel()
+
+    def _still_image(self):
+        "Width and height of the still image in the first explorer, if it can be seen; else None."
+        still = self.page.locator(".widget-vbox .widget-image").first
+        if not still.count() or not still.is_visible():
+            return None
+        return still.evaluate("image => [image.naturalWidth, image.naturalHeight]")
 
     def _connect_to_kernel(self):
         from jupyter_client import BlockingKernelClient  # comes with JupyterLab
@@ -328,6 +337,13 @@ def test_all_cells_run(lab):
     assert lab.page.locator(".jupyter-matplotlib").count() == 2
 
 
+def test_a_figure_is_seen_while_cells_run(lab, explorer):
+    "The still image needs no answer of the kernel; the live canvas takes its place afterwards."
+    assert lab.first_frame == [936, 549]
+    wait_until(explorer.canvas.is_visible, "the canvas is never shown")
+    assert lab._still_image() is None
+
+
 def test_other_plots_stay_images(lab):
     "The explorers draw on ipympl's canvas; a plot after them is drawn by the backend that was there before."
     plot = lab.page.locator('.jp-CodeCell:has-text("plt.plot([0, 1]);")').last
@@ -394,8 +410,8 @@ def test_own_image_errors_and_saving(lab, explorer, tmp_path):
     own.save(tmp_path / "own.png")
     explorer.open(tmp_path / "own.png")
     explorer.wait("stage 0, block 0")
-    assert lab.ask("list(explorer.view.shown.shape)") == [64, 96]
-    corners = ((8, 8), (56, 40), (8, 56), (56, 88))
+    assert lab.ask("list(explorer.view.shown.shape)") == [128, 128]  # as large as the first image
+    corners = ((16, 16), (112, 40), (16, 88), (112, 112))
     places = [lab.ask(f"place_of(explorer, 'image', {row}, {column})") for row, column in corners]
 
     def largest_difference():
@@ -405,9 +421,28 @@ def test_own_image_errors_and_saving(lab, explorer, tmp_path):
     wait_until(lambda: largest_difference() <= 2, "another image is seen than the one that was opened")
     explorer.check(lab.ask("explorer.view.pixel"), channel=3)
     explorer.button("save the figure").click()
-    explorer.wait("saved as states.png")
-    saved = (lab.root / "nbs" / tutorial).with_name("states.png")
-    assert saved.read_bytes()[:4] == b"\x89PNG"
+    explorer.wait('give a path in "save to"')
+    assert not list((lab.root / "nbs").rglob("states*.png"))
+    path = explorer.box.locator('.widget-text:has(label:text-is("save to")) input')
+    path.fill(str(tmp_path / "saved.png"))
+    explorer.button("save the figure").click()
+    explorer.wait("saved as ")
+    assert (tmp_path / "saved.png").read_bytes()[:4] == b"\x89PNG"
+    explorer.button("save the figure").click()
+    explorer.wait("already: give another name")
+
+
+def test_zoom(lab, explorer):
+    pixel = lab.ask("explorer.view.pixel")
+    explorer.menu("zoom").select_option("4")
+    wait_until(lambda: lab.ask("explorer.view.zoom") == 4, "the zoom is not chosen")
+    left, right = lab.ask("list(explorer.view.axes['image'].get_xlim())")
+    assert right - left == 32 and left <= 4 * pixel[1] + 2 <= right
+    inside = lab.ask("[list(map(float, explorer.view.axes[n].get_xlim())) for n in ('state', 'rows')]")
+    assert inside == [[left, right]] * 2
+    explorer.menu("zoom").select_option("1")
+    wait_until(lambda: lab.ask("explorer.view.zoom") == 1, "the zoom is not taken back")
+    explorer.check(pixel, channel=3)
 
 
 def test_nothing_is_out_of_reach_in_a_narrow_window(lab, explorer):

@@ -98,6 +98,13 @@ def wrong_sizes(kernels, folder):
     return [kernels[index] for index in found]
 
 
+def all_shared(macros):
+    "Bytes of shared memory of a block: what the host allots, and at most what the kernel declares itself."
+    channels = 32 // macros["NG"] * macros["CH"]
+    constants = 3 * channels * (8 if macros["REAL"] == "double" else 4)
+    return macros["SHARED"] + constants + 16  # and a ticket
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ to measure the structures with")
 def test_the_host_allots_what_the_structures_take(asked, monkeypatch, tmp_path):
     for capability in (75, 80, 86, 90):
@@ -105,8 +112,10 @@ def test_the_host_allots_what_the_structures_take(asked, monkeypatch, tmp_path):
             for n in range(1, 257):
                 if not fits(n, dtype, capability):
                     continue
+                before = len(asked)
                 for shape in (small, tall, batch, large) if n in (1, 2, 3, 16, 40, 100, 200) else (small,):
                     plan(monkeypatch, capability, n, dtype, shape)
+                assert all(all_shared(macros) <= block_memory[capability] for _, macros in asked[before:])
     kernels = one_of_each_layout(asked)
     assert not wrong_sizes(kernels, tmp_path)
     source, macros = kernels[-1]

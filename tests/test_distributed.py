@@ -1,4 +1,5 @@
 """Two processes on the CPU, started by torchrun, train as one does, evaluate exactly and end together."""
+import json
 import os
 import re
 import signal
@@ -82,6 +83,19 @@ def test_two_processes_train_what_one_trains(tmp_path, alone):
     compare(tmp_path, alone)
     written = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path, alone)]
     assert written[0] == written[1]  # rank zero alone writes
+
+
+def test_two_processes_end_early_together(tmp_path):
+    "They measure macro F1 on all validation images, as one process does. A stage is frozen."
+    fields = dict(freeze=1, class_weights="balanced", best_metric="macro_f1", patience=1, lr=1e-9, min_lr=0.)
+    arguments = (*settings, "--digits", 600, "--epochs", 4, "--recipe", json.dumps(fields))
+    code, _, err = torchrun(tmp_path / "two", *arguments, "--batch-size", 32)
+    assert code == 0, err
+    train(tmp_path / "alone", *arguments, "--batch-size", 64)
+    rows = [load_checkpoint(tmp_path / name)[0]["progress"]["history"] for name in ("two", "alone")]
+    assert [len(history) for history in rows] == [2, 2]
+    assert [row["macro_f1"] for row in rows[0]] == [row["macro_f1"] for row in rows[1]]
+    compare(tmp_path / "two", tmp_path / "alone")
 
 
 def test_features_under_ddp_and_fsdp2():

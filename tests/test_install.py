@@ -25,6 +25,7 @@ may_load = {
     "mamba2d.models": networks | {"safetensors"},
     "mamba2d.viz": networks | {"matplotlib"},
     "mamba2d.training": networks | {"fastai", "fastcore", "matplotlib", "pandas", "scipy", "sklearn"},
+    "mamba2d.large": networks | {"fastai", "fastcore", "matplotlib", "pandas", "scipy", "sklearn"},
 }
 
 

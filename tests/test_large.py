@@ -119,3 +119,6 @@ def test_zarr_folders(tmp_path):
     assert target.chunks[:2] == (5, 6)
     found = open_map(tmp_path / "output.zarr")[:]
     assert np.array_equal(found, scan_in_tiles(scan, image, tile=(5, 6)))
+    with pytest.raises(ValueError, match=r"tile must be a multiple of the pieces of target, \(4, 4\)"):
+        other = create_map(tmp_path / "other.zarr", image.shape, tile=(4, 4))
+        scan_in_tiles(scan, image, other, tile=(5, 6), devices=["cpu"] * 2)

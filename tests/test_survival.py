@@ -1,4 +1,5 @@
 """Runs that are killed, stopped and resumed: `small_training.py` in processes that get real signals."""
+import json
 import os
 import random
 import signal
@@ -112,6 +113,27 @@ def test_killed_three_times(tmp_path, start, uninterrupted):
     assert same(kill_often(start, tmp_path, 3, 1), uninterrupted)
 
 
+def test_killed_with_frozen_stages_class_weights_and_patience(tmp_path, start, tmp_path_factory):
+    "The run ends early, after the same epoch as the one that is not killed."
+    fields = dict(freeze=1, class_weights="balanced", best_metric="balanced_accuracy", patience=2,
+                  lr=1e-9, min_lr=0.)
+    arguments = ("--recipe", json.dumps(fields), "--epochs", 6)
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, "--workers", 0, *arguments)
+    whole = content(folder)
+    assert len(whole["history"]) == 3
+    assert same(kill_often(start, tmp_path, 2, 1, *arguments), whole)
+
+
+def test_an_extension_that_is_killed(tmp_path, start, tmp_path_factory):
+    "A run of two epochs is extended by two. So it becomes the run that has the restart in its recipe."
+    fields = json.dumps(dict(restarts=[2], restart_lrs=[2e-3]))
+    whole = tmp_path_factory.mktemp("whole")
+    train(whole, "--workers", 0, "--epochs", 4, "--recipe", fields)
+    train(tmp_path, "--workers", 0, "--epochs", 2)
+    assert same(kill_often(start, tmp_path, 2, 1, "--epochs", 4, "--extend"), content(whole))
+
+
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path, start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
@@ -178,14 +200,18 @@ def test_the_whole_group_is_asked_to_stop(tmp_path, start, uninterrupted):
     assert same(content(tmp_path), uninterrupted)
 
 
+newer_fields = ("restarts", "restart_lrs", "best_metric", "patience", "class_weights", "freeze", "held_out")
+
+
 def to_format_1(path):
-    "Write a checkpoint as the version before format 2 did."
+    "Write a checkpoint as the version before format 2 did, whose recipe had fewer fields."
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["format"] == 2
     identity = checkpoint["identity"]
     kept = ("network", "classes", "counts", "weights", "limit", "recipe")
     old_identity = {name: identity[name] for name in kept} | {"pictures": identity["images"]}
     old = {name: checkpoint[name] for name in ("config", "model", "progress", "optimizer", "random")}
+    old_identity["recipe"] = {k: v for k, v in identity["recipe"].items() if k not in newer_fields}
     average = {name: checkpoint["ema"][name] for name in ("weights", "updates")}
     torch.save(old | {"format": 1, "identity": old_identity, "average": average}, path)
 

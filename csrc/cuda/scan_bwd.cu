@@ -44,10 +44,11 @@ template <class T> struct BackwardRow {
   const bool follows;     // adds to the sums of the channel group before
   const bool last_group;  // finishes the sums
   const bool passes_on;   // the next channel group waits for this one's sums
-  const bool from_below, meets_above, meets_below;
+  const bool from_below;  // there is a strip below
+  const bool meets_above, meets_below;  // waits for the row above; for the row below, or (MMA) what is copied there
   const i64 b, pixel;
   const int lane_states;  // this lane's first states in a padded pixel
-  const int own, written;  // the first channel, in the block and at all, whose gradients this lane writes
+  const int own_ch, written;  // the first channel, in the block and at all, whose gradients this lane writes
   const bool writes;
   const OFFSET row_e, row_n, step_e, step_n;  // of the gradients with E and with N channels
   // `h` at column 0, of channel 0 of this lane, in the row above; in this row and in the row below:
@@ -56,6 +57,7 @@ template <class T> struct BackwardRow {
   //   top_h + 2 * ROW  row r + 1, or on MMA for the last row what the strip below sends
   real* const top_h;
 
+  // Of this lane's channels and states. `h` are the states of the column at hand; those of the tile are `space.h`.
   real A_t[CH][NS], A_l[CH][NS], sum_A_t[CH][NS], sum_A_l[CH][NS], sent_left[CH][NS], h[CH][NS];
   real sum_D[SUM_CHANNELS], sum_bias_t[SUM_CHANNELS], sum_bias_l[SUM_CHANNELS];
   Raw<typename T::X_T, VECTOR> raw_x[TOGETHER ? X_LOADS : 1];
@@ -73,8 +75,8 @@ template <class T> struct BackwardRow {
         last_group(job.group == p.groups - 1 && !p.apart), passes_on(!last_group && !p.apart),
         from_below(strip + 1 < p.strips), meets_above(r > 0 || MMA && strip > 0),
         meets_below(row + 1 < H && (r + 1 < STRIP || MMA)), b(job.image), pixel(p.pixel_states()),
-        lane_states((e0 + eg * LANE_STEP) * NP + ng * NS), own(MMA ? eg * CH : lane), written(e0 + own),
-        writes(own < CG && written < p.channels), row_e(OFFSET(row * p.se.h)), row_n(OFFSET(row * p.sn.h)),
+        lane_states((e0 + eg * LANE_STEP) * NP + ng * NS), own_ch(MMA ? eg * CH : lane), written(e0 + own_ch),
+        writes(own_ch < CG && written < p.channels), row_e(OFFSET(row * p.se.h)), row_n(OFFSET(row * p.sn.h)),
         step_e(OFFSET(p.se.w)), step_n(OFFSET(p.sn.w)), top_h(space.h + r * ROW + T::LEFT * TILE + lane * NS) {
     load_A();
 #pragma unroll
@@ -506,13 +508,17 @@ template <class T> struct BackwardRow {
   }
 
   // ------------------------------------------------------------------------------------ phase 4: the adjoint
-  // What a column's adjoint leaves for the sums. `gate_t` and `gate_l` hold the gates only at first: in `send_up`
-  // gate_t becomes what goes up, gate_t dh, and in `adjoint_left` both become A gate dh h of the neighbour, which the
+  // What a column's adjoint leaves for the sums. The registers of the gates are used again: from `send_up` on those of
+  // gate_t hold what goes up, gate_t dh, and from `adjoint_left` on both hold A gate dh h of the neighbour, which the
   // gradients of the step sizes sum over states.
   struct Column {
-    real gate_t[CH][NS], gate_l[CH][NS], dh[CH][NS];
+    typedef real Numbers[CH][NS];
+    Numbers gate_t, gate_l, dh;
     States top[CH], beside[CH];  // the states above and to the left
     Coefficients of;
+    DEVICE_METHOD Numbers& sent_up() { return gate_t; }
+    DEVICE_METHOD Numbers& through_t() { return gate_t; }
+    DEVICE_METHOD Numbers& through_l() { return gate_l; }
   };
   // dh = C grad y + what comes from the right and from below, and what goes up: first what does not need the
   // row below, then the short chain from row to row.
@@ -558,7 +564,7 @@ template <class T> struct BackwardRow {
 #pragma unroll
       for (int k = 0; k < NS; ++k) {
         at.dh[c][k] += up[c].v[k];
-        up[c].v[k] = at.gate_t[c][k] *= at.dh[c][k];
+        up[c].v[k] = at.sent_up()[c][k] = at.gate_t[c][k] * at.dh[c][k];
       }
     if (r > 0) {
 #pragma unroll
@@ -569,14 +575,14 @@ template <class T> struct BackwardRow {
       for (int c = 0; c < CH; ++c) store_states(to + c * CHANNEL_STEP * NP, up[c]);
     }
   }
-  // What goes left, and the gradients of A. `gate_t` is what `send_up` has made of it, gate_t dh.
+  // What goes left, the gradients of A, and what the step sizes' gradients sum over states.
   DEVICE_METHOD void adjoint_left(const Quad& s, int c, int k, Column& at) {
     if (MMA) at.gate_l[c][k] = exp2_fast(s.v[1] * A_l[c][k] + at.of.log2);
     sent_left[c][k] = at.gate_l[c][k] * at.dh[c][k];
-    const real through_t = at.gate_t[c][k] * at.top[c].v[k], through_l = sent_left[c][k] * at.beside[c].v[k];
-    sum_A_t[c][k] += through_t * s.v[0];
-    sum_A_l[c][k] += through_l * s.v[1];
-    at.gate_t[c][k] = through_t * A_t[c][k], at.gate_l[c][k] = through_l * A_l[c][k];
+    const real to_A_t = at.sent_up()[c][k] * at.top[c].v[k], to_A_l = sent_left[c][k] * at.beside[c].v[k];
+    sum_A_t[c][k] += to_A_t * s.v[0];
+    sum_A_l[c][k] += to_A_l * s.v[1];
+    at.through_t()[c][k] = to_A_t * A_t[c][k], at.through_l()[c][k] = to_A_l * A_l[c][k];
   }
   DEVICE_METHOD void adjoint(int tile, int cols, int parity) {
     if constexpr (MMA) adjoint_on_tensor_cores(tile, cols, parity);
@@ -617,8 +623,8 @@ template <class T> struct BackwardRow {
       }
 #pragma unroll
       for (int k = 0; k < NS; ++k) {
-        sums.v[0] += at.gate_t[c][k];
-        sums.v[1] += at.gate_l[c][k];
+        sums.v[0] += at.through_t()[c][k];
+        sums.v[1] += at.through_l()[c][k];
         sums.v[2] += at.dh[c][k] * bt.v[k];
         sums.v[3] += at.dh[c][k] * bl.v[k];
       }
@@ -660,8 +666,8 @@ template <class T> struct BackwardRow {
     sum_D[0] += s.v[2] * s.v[3];
     sum_bias_t[0] += grad_t;
     sum_bias_l[0] += grad_l;
-    const OFFSET at = row_e + OFFSET(col) * step_e + (e0 + own);
-    from_real(from_t * s.v[0] + from_l * s.v[1] + space.constants[2][own] * s.v[3], (p.grad_x + b * p.se.b)[at]);
+    const OFFSET at = row_e + OFFSET(col) * step_e + (e0 + own_ch);
+    from_real(from_t * s.v[0] + from_l * s.v[1] + space.constants[2][own_ch] * s.v[3], (p.grad_x + b * p.se.b)[at]);
     from_real(grad_t, (p.grad_delta_t + b * p.se.b)[at]);
     from_real(grad_l, (p.grad_delta_l + b * p.se.b)[at]);
   }
@@ -697,10 +703,10 @@ template <class T> struct BackwardRow {
   // Sums of four columns of the image, first to first + 3. Image column first + ng stands in columns 2 ng (t) and
   // 2 ng + 1 (l) of the results, whose rows eg and eg + 8 are the lane's channels c = 0 and 1, or its states n = 2 eg
   // and n + 1. So lane ng of a group gets:
-  //   injected, through  [2 c], [2 c + 1]: sums over states for t and l, of channel c
+  //   dh_B, through      [2 c], [2 c + 1]: sums over states for t and l, of channel c
   //   of_b               [0], [1]: sums over channels for B_t and B_l of state n; [2], [3]: of state n + 1
   //   of_c               [0]: C of state n; [2]: of state n + 1; the others are zero
-  struct FourColumns { float injected[4], through[4], of_b[4], of_c[4]; };
+  struct FourColumns { float dh_B[4], through[4], of_b[4], of_c[4]; };
 
   DEVICE_METHOD void adjoint_on_tensor_cores(int tile, int cols, int parity) {
     Fragment states = fragment_of<CH>(h);  // of this column
@@ -743,7 +749,7 @@ template <class T> struct BackwardRow {
   }
   // Add image column `j`, the one of number `index` of the four: only columns 2 index and 2 index + 1 of the right
   // factors are not zero.
-  DEVICE_METHOD void multiply_column(int j, int index, const Column& at, Fragment& states, FourColumns& sums) const {
+  DEVICE_METHOD void multiply_column(int j, int index, Column& at, Fragment& states, FourColumns& sums) const {
     const int px = r * SPAN + j, column = opaque(eg) - index * 2;
     const bf16* const weights_at = space.rest.weights + px * 3 * CG;
     Pack<u32, 2> factor{{0, 0}}, weights{{0, 0}}, weights_g{{0, 0}};
@@ -754,9 +760,9 @@ template <class T> struct BackwardRow {
     if (column == 0) weights_g = load_weights<CH>(weights_at + 2 * CG, ng);
     const u32 ones_t = column == 0 ? 0x3f803f80u : 0u, ones_l = column == 1 ? 0x3f803f80u : 0u;
     const Fragment dh = fragment_of<CH>(at.dh);
-    multiply(dh, factor, sums.injected);
-    multiply(fragment_of<CH>(at.gate_t), Pack<u32, 2>{{ones_t, ones_t}}, sums.through);
-    multiply(fragment_of<CH>(at.gate_l), Pack<u32, 2>{{ones_l, ones_l}}, sums.through);
+    multiply(dh, factor, sums.dh_B);
+    multiply(fragment_of<CH>(at.through_t()), Pack<u32, 2>{{ones_t, ones_t}}, sums.through);
+    multiply(fragment_of<CH>(at.through_l()), Pack<u32, 2>{{ones_l, ones_l}}, sums.through);
     multiply(transpose(dh, CH == 2), weights, sums.of_b);
     multiply(transpose(states, CH == 2), weights_g, sums.of_c);
     states = fragment_of<CH>(at.beside);
@@ -771,17 +777,17 @@ template <class T> struct BackwardRow {
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       const Quad s = inputs[c * EG];
-      const real from_t = of.t * sums.injected[2 * c], from_l = of.l * sums.injected[2 * c + 1];
+      const real from_t = of.t * sums.dh_B[2 * c], from_l = of.l * sums.dh_B[2 * c + 1];
       of_t[c] = ln2 * sums.through[2 * c] + from_t * s.v[2];
       of_l[c] = ln2 * sums.through[2 * c + 1] + from_l * s.v[2];
       if (T::SOFTPLUS) of_t[c] *= softplus_slope_rough(s.v[0]), of_l[c] *= softplus_slope_rough(s.v[1]);
-      of_x[c] = from_t * s.v[0] + from_l * s.v[1] + space.constants[2][own + c] * s.v[3];
+      of_x[c] = from_t * s.v[0] + from_l * s.v[1] + space.constants[2][own_ch + c] * s.v[3];
       sum_D[c] += s.v[2] * s.v[3];
       sum_bias_t[c] += of_t[c];
       sum_bias_l[c] += of_l[c];
     }
     if (writes) {
-      const OFFSET at = row_e + OFFSET(col) * step_e + (e0 + own);
+      const OFFSET at = row_e + OFFSET(col) * step_e + (e0 + own_ch);
       const bool aligned = CH == 2 && VECTOR == 4, both = CH == 2 && written + 1 < p.channels;
       store_two(p.grad_x + b * p.se.b + at, of_x[0], of_x[1], aligned, both);
       store_two(p.grad_delta_t + b * p.se.b + at, of_t[0], of_t[1], aligned, both);
@@ -871,11 +877,11 @@ template <class T> struct BackwardRow {
         totals[(r * 2 + 0) * TILE + place] = sum_A_t[c][k];
         totals[(r * 2 + 1) * TILE + place] = sum_A_l[c][k];
       }
-    if (own >= CG) return;
+    if (own_ch >= CG) return;
     real* const rest = totals + STRIP * 2 * TILE;  // of row r, sum m and lane ng: ((r * 3 + m) * SUM_LANES + ng) * CG
 #pragma unroll
     for (int c = 0; c < SUM_CHANNELS; ++c) {
-      real* const to = rest + (MMA ? ng : 0) * CG + own + c;
+      real* const to = rest + (MMA ? ng : 0) * CG + own_ch + c;
       to[(r * 3 + 0) * SUM_LANES * CG] = sum_D[c];
       to[(r * 3 + 1) * SUM_LANES * CG] = sum_bias_t[c];
       to[(r * 3 + 2) * SUM_LANES * CG] = sum_bias_l[c];

@@ -66,6 +66,18 @@ def _field(text):
     except tomllib.TOMLDecodeError:
         return name, None if value.lower() == "none" else value
 
+# %% ../../nbs/50_cli.arguments.ipynb #e7c5c6cd
+def _count_or_word(text):
+    "Return an integer where the text is one, else the text: an argparse type."
+    return int(text) if text.isdecimal() else text
+
+def _rate(text):
+    "Parse a positive number: an argparse type."
+    value = _at_least(0, float)(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
 # %% ../../nbs/50_cli.arguments.ipynb #85e98324
 def _add_model_arguments(parser, size, batch_size, image_size):
     "Add the options of every command that runs a network. The texts name its defaults."
@@ -75,11 +87,11 @@ def _add_model_arguments(parser, size, batch_size, image_size):
     add("--size", choices=("n", "t", "s", "t_v1", "mini"),
         help="published network; mini: a small one of our own, for --task detect and segment "
              f"(default: {size})")
-    add("--batch-size", type=_at_least(1), metavar="B",
+    add("--batch-size", type=_at_least(1, largest=10 ** 6), metavar="B",
         help=f"images per batch in each process (default: {batch_size})")
     add("--image-size", type=_at_least(8, largest=8192), metavar="PIXELS",
         help=f"side of the images (default: {image_size})")
-    add("--workers", type=_at_least(0), metavar="N",
+    add("--workers", type=_at_least(0, largest=1024), metavar="N",
         help="processes that load images, for each training process "
              "(default: one per core but one, at most 16)")
     add("--skip-corrupt", action="store_true",
@@ -114,13 +126,27 @@ def _add_recipe_arguments(parser):
              "finetune_dense, digits, or a recipe.toml (default: digits for digits, finetune with "
              "--weights, else the published recipe of --size; of the task with --task)")
     add("--print-recipe", action="store_true", help="print the recipe and exit")
-    add("--epochs", type=_at_least(1), metavar="N", help="passes over the training images")
+    add("--epochs", type=_at_least(1, largest=10 ** 6), metavar="N", help="passes over the training images")
     add("--lr", type=_at_least(0, float), help="highest learning rate")
     add("--weight-decay", type=_at_least(0, float), metavar="W", help="weight decay of AdamW")
     add("--effective-batch", type=_at_least(1), metavar="B",
         help="images per optimizer step over all processes, reached by accumulating gradients")
     add("--clip-grad", type=_at_least(0, float), metavar="NORM",
         help="largest norm of the gradient; a larger one is scaled down")
+    add("--freeze", type=_count_or_word, metavar="N|backbone",
+        help="do not train the first N stages, or backbone: train the head alone")
+    add("--class-weights", metavar="balanced|FILE",
+        help="weights of the classes in the loss: balanced (the rarer, the heavier), or a CSV file of "
+             "class,weight")
+    add("--best-metric", metavar="NAME",
+        help="decides which epoch is the best, whose checkpoint is best.pth: accuracy, top5, loss, macro_f1 "
+             "or balanced_accuracy, of the EMA weights where there are any (default: accuracy; box AP or "
+             "mIoU with --task)")
+    add("--patience", type=_at_least(1), metavar="N",
+        help="end the training when N epochs have brought no better one (default: train all epochs)")
+    add("--held-out", type=float, metavar="FRACTION",
+        help="of each class, kept for validation where the data have no such part (default: 0.2); the same "
+             "images whatever the seed")
     add("--seed", type=_at_least(0), metavar="S", help="the same seed gives the same results")
     add("--precision", choices=("fp32", "bf16"),
         help="bf16: autocast on GPUs (default: as the recipe says)")
@@ -136,6 +162,9 @@ def _add_run_arguments(parser):
     add("--out", metavar="FOLDER",
         help="run folder; resumes the run that it holds (default: runs/DATA-SIZE; "
              "with --fast-dev-run runs/try-DATA-SIZE, which always starts over)")
+    add("--extend", type=_rate, nargs="?", const=True, default=False, metavar="LR",
+        help="add epochs to the complete run in the folder, up to --epochs: they get a warm-up and a "
+             "cosine of their own, up to the learning rate LR (default: the recipe's); given again, resumes")
     add("--overwrite", action="store_true",
         help="delete the run that the run folder holds and start over")
     add("--checkpoint-minutes", type=_at_least(0, float), metavar="M",
@@ -164,6 +193,8 @@ examples:
   mamba2d-train --epochs 3 --seed 1 --out runs/quick
   mamba2d-train --data imagenet --size t --checkpoint-minutes 20
   mamba2d-train --data my/images --size t --weights M2D-T-backbone.ckpt --epochs 20
+  mamba2d-train --data my/images --size t --weights M2D-T-backbone.ckpt --freeze backbone --patience 5
+  mamba2d-train --epochs 15 --extend 3e-4
   mamba2d-train --recipe runs/quick/recipe.toml --set drop_path=0.1
   mamba2d-train --task detect --data digit-scenes --size mini
   mamba2d-train --task segment --data ADEChallengeData2016 --size n
@@ -225,7 +256,8 @@ def validate_parser(prog: str = "mamba2d-validate") -> argparse.ArgumentParser:
     parser.add_argument("--without-scan", action="store_true",
                         help="also measure the accuracy with the output of every scan set to zero")
     parser.add_argument("--out", metavar="FOLDER",
-                        help="write predictions.csv, classes.csv and top_losses.png into this folder")
+                        help="write predictions.csv, classes.csv, confusion.csv, top_losses.png and "
+                             "confusion.png (which classes are taken for which) into this folder")
     return parser
 
 # %% ../../nbs/50_cli.arguments.ipynb #d77d4375

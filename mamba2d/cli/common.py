@@ -18,17 +18,49 @@ from pathlib import Path
 class UsageError(Exception):
     "An error that the user can mend. The command prints its message and exits with code 2."
 
+# %% ../../nbs/51_cli.common.ipynb #750e98c5
+_shortages = {  # words of an error, in small letters -> what has run out
+    "out of memory": "memory", "can't allocate memory": "memory", "cannot allocate memory": "memory",
+    "bad_alloc": "memory", "unable to mmap": "memory", "too many open files": "files",
+    "items of ancdata": "files", "dataloader worker": "workers",
+}
+
+_advice = {
+    "memory": "out of memory; give a smaller --batch-size or --image-size, or fewer --workers",
+    "files": "too many open files; give fewer --workers, or raise the limit (ulimit -n)",
+    "workers": "a process that loads images was killed, often for lack of memory; give fewer --workers or a "
+               "smaller --batch-size",
+}
+
+def resource_problem(error: Exception) -> str:
+    "Say in one line what the machine had too little of; empty for an error that has another cause."
+    if isinstance(error, MemoryError):
+        return _advice["memory"]
+    text = str(error).lower()
+    kind = next((kind for words, kind in _shortages.items() if words in text), None)
+    is_killed = any(words in text for words in ("killed by signal", "exited unexpectedly"))
+    if kind is None or kind == "workers" and not is_killed:
+        return ""
+    return _advice[kind]
+
 # %% ../../nbs/51_cli.common.ipynb #baf0dfa3
 def system_reason(error: OSError) -> str:
     "Return what the system says, and of which file, without the number."
+    if problem := resource_problem(error):
+        return problem
     if not error.strerror:
-        return str(error)
+        return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
     return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
 
 # %% ../../nbs/51_cli.common.ipynb #2b8c7bbb
 def _peer_has_failed(error):
     "Tell from an error of torch whether another process of the run has closed its connection."
     return "closed by peer" in str(error) or "Connection reset" in str(error)
+
+# %% ../../nbs/51_cli.common.ipynb #4ed34dcf
+def counted(count: int, noun: str) -> str:
+    "Return a number with its noun, which gets an s unless it is one."
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 # %% ../../nbs/51_cli.common.ipynb #3d449cfe
 def escaped(text: str) -> str:
@@ -88,6 +120,29 @@ class Display:
             discard_output(self.stream)
             return otherwise
 
+# %% ../../nbs/51_cli.common.ipynb #9f61648a
+def _explained(error):
+    "Return a line about an error that is not of the program; None for any other."
+    if problem := resource_problem(error):
+        return problem
+    if isinstance(error, OSError):
+        return _explained_system_error(error)
+    from mamba2d.training.distributed import RankZeroError
+    if isinstance(error, RankZeroError):
+        raise SystemExit(1) from None  # rank zero has said why
+    if _peer_has_failed(error):
+        return "another process of this run failed; its own message says why"
+    return None
+
+def _explained_system_error(error):
+    "Return a line about an error of the system; None where it names no file and is not of the output."
+    if not _output_has_failed(error):
+        return system_reason(error) if error.filename else None
+    discard_output(sys.stdout)
+    if isinstance(error, BrokenPipeError):  # the reader of the output has seen enough
+        raise SystemExit(1) from None
+    return f"the output cannot be written: {error.strerror}"
+
 # %% ../../nbs/51_cli.common.ipynb #5dfebfff
 def run_command(
     prog: str,  # name of the command
@@ -108,21 +163,11 @@ def run_command(
         parser.exit(2, escaped(f"{prog}: error: {error}\n"))
     except KeyboardInterrupt:
         parser.exit(130, f"\n{prog}: interrupted\n")
-    except OSError as error:
-        if not _output_has_failed(error):
+    except (OSError, RuntimeError, MemoryError) as error:
+        message = _explained(error)
+        if message is None:
             raise
-        discard_output(sys.stdout)
-        if isinstance(error, BrokenPipeError):  # the reader of the output has seen enough
-            raise SystemExit(1) from None
-        parser.exit(1, f"{prog}: error: the output cannot be written: {error.strerror}\n")
-    except RuntimeError as error:
-        from mamba2d.training.distributed import RankZeroError
-        if isinstance(error, RankZeroError):
-            raise SystemExit(1) from None  # rank zero has said why
-        if not _peer_has_failed(error):
-            raise
-        message = "another process of this run failed; its own message says why"
-        parser.exit(1, f"{prog}: error: {message}\n")
+        parser.exit(1, escaped(f"{prog}: error: {message}\n"))
 
 # %% ../../nbs/51_cli.common.ipynb #43e5f83d
 def run_captured(
@@ -204,7 +249,7 @@ def load_weights_file(
 
 # %% ../../nbs/51_cli.common.ipynb #40c76252
 _config_types = {"size": str, "task": str, "num_classes": int, "image_size": int, "classes": list,
-                 "data": str, "labels": str, "corrupt": list}
+                 "data": str, "labels": str, "corrupt": list, "held_out": float}
 
 def _check_config(file, config):
     "Raise `UsageError` if a field of a configuration is not what mamba2d-train writes."
@@ -220,6 +265,9 @@ def _check_config(file, config):
     size, task = config.get("image_size"), config.get("task") or "classify"
     if size is not None and not 8 <= size <= 8192:
         raise UsageError(f"{known} image_size is {size}; accepted: 8 to 8192")
+    held_out = config.get("held_out")
+    if held_out is not None and not 0 < held_out < 1:
+        raise UsageError(f"{known} held_out is {held_out}; accepted: above 0 and below 1")
     if task not in ("classify", "detect", "segment"):
         raise UsageError(f"{known} task is {task!r}; accepted: classify, detect, segment")
 
@@ -371,6 +419,14 @@ def _augmentation(recipe):
         min_scale=recipe.min_scale, randaugment=operations, magnitude=recipe.randaugment,
         erasing=recipe.erasing)
 
+# %% ../../nbs/51_cli.common.ipynb #f714be26
+def _check_held_out(data, labels):
+    "Raise `UsageError` if the data have a validation part of their own."
+    from mamba2d.data.imagefolder import has_validation_part
+    if data != "digits" and has_validation_part(data, labels):
+        raise UsageError(f"argument --held-out: {data!r} has a validation part of its own, "
+                         "so none is held out")
+
 # %% ../../nbs/51_cli.common.ipynb #2f652920
 def load_data(
     args, data: str, distributed, *,
@@ -385,12 +441,17 @@ def load_data(
     from mamba2d.data.imagefolder import imagenet_dls
     seed = recipe.seed if recipe else 0
     options = dict(size=size, batch_size=batch_size, device=distributed.device, seed=seed)
+    held_out = recipe.held_out if recipe else getattr(args, "held_out", None)
+    if held_out is not None and not evaluate:
+        _check_held_out(data, args.labels)
+        options["valid_pct"] = held_out
     if args.workers is not None:
         options["num_workers"] = args.workers
     try:
         if data != "digits":
             return imagenet_dls(data, labels=args.labels, corrupt=corrupt or {}, evaluate=evaluate,
-                                augment=_augmentation(recipe), **options)
+                                augment=_augmentation(recipe), vocab=getattr(args, "classes", None),
+                                **options)
         if args.labels:
             raise UsageError("argument --labels: scikit-learn's digits bring their classes; "
                              "give --data FOLDER")
@@ -417,8 +478,9 @@ def result_rows(
     top5 = f"top-5 {100 * result['top5']:.2f} %, " if classes > 5 else ""
     text = f"{100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.3f}"
     rows = [("validation accuracy", text)]
-    if "accuracy_without_scan" in result:
+    if "accuracy_without_scan" in result and result["accuracy"] > 1.2 / classes:  # more than chance
         accuracy = 100 * result["accuracy_without_scan"]
-        text = f"{accuracy:.2f} %, loss {result['loss_without_scan']:.3f}"
+        meaning = "how far the network relies on its scans"
+        text = f"{accuracy:.2f} %, loss {result['loss_without_scan']:.3f} ({meaning})"
         rows.append(("with the scan's output set to zero", text))
     return rows

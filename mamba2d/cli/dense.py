@@ -14,6 +14,7 @@ from pathlib import Path
 from mamba2d.cli.common import (
     UsageError,
     config_of,
+    counted,
     end_process,
     init_distributed,
     print_table,
@@ -243,12 +244,12 @@ def _view_options(
 def _validation_setup(args, weights):
     "Return the content of the weights, their configuration with the arguments, and the processes."
     saved, config, size = resolve_weights(weights, args.size)
-    task = args.task or config.get("task", "classify")
-    if config.get("task", task) != task:
+    task = args.task or config.get("task") or "classify"
+    if (config.get("task") or task) != task:
         raise UsageError(f"argument --task: the weights are for {config['task']}, got {task}")
     if _is_backbone(saved):
         raise UsageError(f"the weights are a classifier's: train with --task {task} --weights first")
-    data = getattr(args, "data", None) or config.get("data", "digit-scenes")
+    data = getattr(args, "data", None) or config.get("data") or "digit-scenes"
     image_size = dense_image_size(task, data, args.image_size or config.get("image_size"))
     known = dict(task=task, data=data, image_size=image_size, size=size, classes=config.get("classes"))
     return saved, known, init_distributed(args.device)
@@ -294,7 +295,7 @@ def _report(args, known, found, task, dls):
     "Print the scores of an evaluation, and write them into the folder of --out."
     lowest = sorted((value, name) for name, value in found.per_class.items() if value == value)[:5]
     print_table([
-        ("data", f"{known['data']}, {found.count} validation images"),
+        ("data", f"{known['data']}, {counted(found.count, 'validation image')}"),
         *dense_rows({**found.scores, "loss": found.loss}),
         ("lowest classes", ", ".join(f"{name}: {100 * value:.1f} %" for value, name in lowest)),
         ("images per second", f"{found.count / found.seconds:.1f}"),
@@ -420,4 +421,4 @@ def predict_dense(
             _write_label_map(found, len(names), folder / f"{name}.png")
     if is_detector:
         (folder / "results.json").write_text(json.dumps(rows) + "\n", encoding="utf-8")
-    print(f"wrote the predictions for {len(files)} images into {folder}")
+    print(f"wrote the predictions for {counted(len(files), 'image')} into {folder}")

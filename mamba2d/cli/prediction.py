@@ -15,6 +15,7 @@ from mamba2d.cli.common import (
     UsageError,
     build_model,
     check_forced_backend,
+    counted,
     end_process,
     escaped,
     imagenet_classes,
@@ -104,12 +105,15 @@ def _write_csv(path, files, rows, classes):
 
 # %% ../../nbs/54_cli.prediction.ipynb #c6256a07
 def _print_predictions(files, rows, classes):
-    "Print the most likely classes of each image."
-    lines = []
-    for name, row in zip(files, rows, strict=True):
-        best = [f"{classes[k]}: {100 * probability:.1f} %" for k, probability in zip(*row, strict=True)]
-        lines.append((name, ", ".join(best)))
-    print_table(lines)
+    "Print the most likely classes of each image, those of one rank below each other."
+    columns = []
+    for rank in range(len(rows[0][0])):
+        best = [escaped(f"{classes[predictions[rank]]}: {100 * probabilities[rank]:.1f} %")
+                for predictions, probabilities in rows]
+        width = max(map(len, best))
+        columns.append([text.ljust(width) for text in best])
+    lines = ["  ".join(best).rstrip() for best in zip(*columns, strict=True)]
+    print_table(list(zip(files, lines, strict=True)))
 
 # %% ../../nbs/54_cli.prediction.ipynb #b62ff8d9
 def _give_out(args, files, rows, classes):
@@ -118,8 +122,7 @@ def _give_out(args, files, rows, classes):
         _print_predictions(files, rows, classes)
         return
     _write_csv(args.out, files, rows, classes)
-    plural = "s" if len(rows) > 1 else ""
-    print(f"wrote the predictions for {len(rows)} image{plural} into {args.out}")
+    print(f"wrote the predictions for {counted(len(rows), 'image')} into {args.out}")
 
 # %% ../../nbs/54_cli.prediction.ipynb #ed12bc53
 def _predict_example(args):
@@ -163,7 +166,7 @@ def _predict(args):
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(args.weights, args.size)
-    task = args.task or config.get("task", "classify")
+    task = args.task or config.get("task") or "classify"
     check_task(task, size, {}, views={"windows": args.windows, "multi-scale": args.multi_scale})
     if task in dense_tasks:
         if not args.out:

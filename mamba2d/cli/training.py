@@ -8,6 +8,7 @@ __all__ = ['train']
 # %% ../../nbs/52_cli.training.ipynb #b937e57b
 import argparse
 import contextlib
+import csv
 import dataclasses
 import importlib
 import json
@@ -25,6 +26,7 @@ from mamba2d.cli.common import (
     build_model,
     check_forced_backend,
     config_of,
+    counted,
     end_process,
     escaped,
     find_corrupt,
@@ -75,6 +77,7 @@ class _Training:
     resumes: bool = False  # the run in the folder
     overwrite: bool = False
     corrupt: dict = dataclasses.field(default_factory=dict)  # images to leave out
+    class_weights: dict | None = None  # of a file: from class to weight in the loss
 
     @property
     def image_size(self) -> int:
@@ -89,7 +92,8 @@ def _train(args):
     require_weights(args.weights)
     quiet_imports()
     task = args.task or "classify"
-    one_task = {"labels": args.labels, "skip-corrupt": args.skip_corrupt}
+    one_task = {"labels": args.labels, "skip-corrupt": args.skip_corrupt, "held-out": args.held_out,
+                "class-weights": args.class_weights, "best-metric": args.best_metric not in (None, "loss")}
     check_task(task, args.size, one_task)
     if args.check_data:
         _check_data(args)
@@ -100,14 +104,17 @@ def _train(args):
         weights = load_weights_file(weights)
     size = args.size or config_of(weights).get("size") or "n"
     name, recipe = _resolve_recipe(args, data, size)
+    class_weights = _read_class_weights(args.class_weights)
     if args.print_recipe:
         print(f"# {name}\n{recipe.toml()}", end="")
         return
     check_forced_backend()
     dashboards = _resolve_dashboards(args)
     distributed = init_distributed(args.device)
+    _check_extend(args)
     out = _resolve_folder(args, data, size)
-    training = _Training(args, data, weights, size, name, recipe, dashboards, distributed, out, task)
+    training = _Training(args, data, weights, size, name, recipe, dashboards, distributed, out, task,
+                         class_weights=class_weights)
     with _locked_folder(out, distributed):
         _resolve_resume(training)
         learn = _build(training)
@@ -126,7 +133,7 @@ def train(argv: list[str] | None = None):
 # %% ../../nbs/52_cli.training.ipynb #81304692
 def _report_problems(problems):
     "Print what is wrong with images or their targets. The exit code is 1 if there is anything."
-    print(f"{len(problems)} images or their targets cannot be used")
+    print(f"{counted(len(problems), 'image')} or their targets cannot be used")
     for problem in problems:
         print(f"  {problem}")
     if problems:
@@ -144,7 +151,7 @@ def _check_data(args):
         _report_problems(check_dense_data(args.task, args.data, args.workers))
         return
     try:
-        found = find_images(args.data, labels=args.labels)
+        found = find_images(args.data, args.held_out or 0.2, labels=args.labels)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
     counts = f"{len(found.train)} training and {len(found.valid)} validation images"
@@ -157,13 +164,15 @@ def _check_data(args):
         raise SystemExit(1)
 
 # %% ../../nbs/52_cli.training.ipynb #a7c5f91d
-_recipe_options = ("epochs", "lr", "weight_decay", "effective_batch", "clip_grad", "seed",
-                   "precision", "compile", "image_size")
+_recipe_options = ("epochs", "lr", "weight_decay", "effective_batch", "clip_grad", "seed", "precision",
+                   "compile", "image_size", "freeze", "best_metric", "patience", "held_out")
 
 def _recipe_fields(args):
     "Collect the fields of the recipe that the options set. Raises `UsageError` if two contradict."
     given = {name: getattr(args, name) for name in _recipe_options}
     fields = {name: value for name, value in given.items() if value is not None}
+    if args.class_weights == "balanced":
+        fields["class_weights"] = "balanced"
     for name, value in args.set:
         if name in fields and fields[name] != value:
             option = f"--{name.replace('_', '-')} {fields[name]!r}"
@@ -181,6 +190,58 @@ def _default_recipe(args, data, size):
     if data == "digits":
         return "digits"
     return "finetune" if args.weights else size
+
+# %% ../../nbs/52_cli.training.ipynb #5c686640
+def _read_class_weights(given):
+    "Return the weights of classes in a file; None without one. Raises `UsageError` for a bad line."
+    if given in (None, "balanced"):
+        return None
+    if not Path(given).is_file():
+        raise UsageError(f"argument --class-weights: there is no file {given!r}; give balanced, or a CSV "
+                         "file of class,weight")
+    found = {}
+    with open(given, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for row in filter(None, csv.reader(file)):
+            name, weight = _class_weight(given, row)
+            if name in found:
+                raise UsageError(f"argument --class-weights: {given!r} has class {name!r} twice")
+            found[name] = weight
+    return found
+
+def _class_weight(file, row):
+    "Return class and weight of a line. Raises `UsageError` where it is none, or the weight not positive."
+    try:
+        name, weight = row
+        weight = float(weight)
+    except ValueError:
+        weight = float("nan")
+    if not 0 < weight < float("inf"):
+        raise UsageError(f"argument --class-weights: {file!r} has the line {','.join(row)!r}; expected "
+                         "class,weight with a positive weight")
+    return name, weight
+
+# %% ../../nbs/52_cli.training.ipynb #45f2dcc0
+def _set_class_weights(training, classes):
+    "Put the weights of a file into the recipe. Raises `UsageError` if it is about other classes."
+    from mamba2d.training.checkpoints import different_classes
+    weights, file = training.class_weights, training.args.class_weights
+    if weights is None:
+        return
+    if weights.keys() != {*classes}:
+        only = different_classes([*weights], classes, "in the file", "in the data")
+        raise UsageError(f"argument --class-weights: {file!r} has other classes than the data{only}")
+    in_order = tuple(weights[name] for name in classes)
+    training.recipe = dataclasses.replace(training.recipe, class_weights=in_order)
+
+def _weights_note(training, learn):
+    "Say in one line which weights the classes have in the loss, of eight classes at most."
+    from mamba2d.training.learner import class_counts, class_weights
+    if training.recipe.class_weights is None:
+        return ""
+    columns = zip(learn.dls.vocab, class_weights(training.recipe, learn.dls), class_counts(learn.dls),
+                  strict=True)
+    parts = [f"{name} {weight:.3g} ({count} images)" for name, weight, count in columns]
+    return "class weights in the loss: " + ", ".join(parts[:8]) + (", ..." if len(parts) > 8 else "")
 
 # %% ../../nbs/52_cli.training.ipynb #2ced0ccd
 def _resolve_recipe(args, data, size):
@@ -237,6 +298,21 @@ def _resolve_folder(args, data, size):
                          "give another folder")
     return out
 
+# %% ../../nbs/52_cli.training.ipynb #86ebf3f5
+def _check_extend(args):
+    "Raise `UsageError` if --extend is given with an option that contradicts it."
+    for name, value in (("--overwrite", args.overwrite), ("--fast-dev-run", args.fast_dev_run)):
+        if value and args.extend:
+            raise UsageError(f"argument --extend: it adds epochs to a run that is there, {name} starts over")
+
+def _extension_note(recipe):
+    "Say in one line what the restarts of a recipe mean."
+    if not recipe.restarts:
+        return ""
+    last, peak = recipe.restarts[-1], (recipe.restart_lrs or [recipe.lr])[-1]
+    return (f"epochs {last + 1} to {recipe.epochs} are an extension, with a warm-up and a fall of their own; "
+            f"peak learning rate {peak:g}")
+
 # %% ../../nbs/52_cli.training.ipynb #471eb462
 @contextlib.contextmanager
 def _locked_folder(out, distributed):
@@ -262,19 +338,19 @@ def _locked_folder(out, distributed):
 
 # %% ../../nbs/52_cli.training.ipynb #f6dba354
 def _saved_run(training):
-    """Return whether the folder holds a run, whether it is a --fast-dev-run, and its images per step.
+    """Return whether the folder holds a run, whether it is a --fast-dev-run, its images per step and classes.
 
     The second is read for a --fast-dev-run with --out, the third if the recipe leaves it open."""
     from mamba2d.training.checkpoints import checkpoint_files, load_run_checkpoint
-    from mamba2d.training.runs import saved_effective_batch
+    from mamba2d.training.runs import saved_classes, saved_effective_batch
     args, out = training.args, training.out
     if args.overwrite or not checkpoint_files(out):
-        return False, False, None
+        return False, False, None, None
     limited = False
     if args.fast_dev_run and args.out:
         limited = load_run_checkpoint(out)[0]["identity"]["limit"] is not None
     effective_batch = None if training.recipe.effective_batch else saved_effective_batch(out)
-    return True, limited, effective_batch
+    return True, limited, effective_batch, saved_classes(out)
 
 # %% ../../nbs/52_cli.training.ipynb #849961c8
 def _resolve_resume(training):
@@ -286,10 +362,11 @@ def _resolve_resume(training):
         on_rank_zero = distributed.on_rank_zero(lambda: _saved_run(training))
     except IncompatibleRunError as error:
         raise UsageError(str(error)) from error
-    found, limited, saved = distributed.gather(on_rank_zero)[0]
+    found, limited, saved, classes = distributed.gather(on_rank_zero)[0]
     starts_over = args.fast_dev_run and (not args.out or limited)
     training.overwrite = args.overwrite or bool(starts_over)
     training.resumes = found and not training.overwrite
+    args.classes = classes if training.resumes else config_of(training.weights).get("classes")
     as_published = training.recipe.effective_batch is not None and args.effective_batch is None
     training.published = as_published and training.recipe_name in recipes
     usual = {"detect": 2, "segment": 8}.get(training.task, 128 if training.published else 64)
@@ -421,14 +498,15 @@ def _summary(training, learn):
     "Say in one line what is trained, on what, and how."
     dls, world, epochs = learn.dls, training.distributed.world, training.recipe.epochs
     parameters = sum(p.numel() for p in learn.model.parameters())
-    plural = "s" if epochs > 1 else ""
+    trained = sum(p.numel() for p in learn.model.parameters() if p.requires_grad)
+    frozen = f", {trained:,} of them trained" if trained < parameters else ""
     processes = f" in {world} processes" if world > 1 else ""
     origin = _origin(training, [str(c) for c in dls.vocab])
     kind = {"detect": "mask_rcnn_m2d", "segment": "upernet_m2d"}.get(training.task, "mamba2d")
-    return (f"training {kind}_{training.size} ({parameters:,} parameters) "
+    return (f"training {kind}_{training.size} ({parameters:,} parameters{frozen}) "
             f"on {training.data} ({dls.layout}): {len(dls.train_ds)} training "
             f"and {len(dls.valid_ds)} validation images, {dls.c} classes; "
-            f"recipe {training.recipe_name}, {epochs} epoch{plural}, "
+            f"recipe {training.recipe_name}, {counted(epochs, 'epoch')}, "
             f"batch size {training.batch_size} on {dls.device}{processes}{origin}")
 
 # %% ../../nbs/52_cli.training.ipynb #6ab1f0d3
@@ -449,8 +527,13 @@ def _build(training):
     if training.task in dense_tasks:
         learn = dense_learner(training.task, dls, _build_dense_network(training, dls), training.recipe)
     else:
-        model = _build_network(training, [str(c) for c in dls.vocab])
-        learn = mamba2d_learner(dls, model, training.recipe)
+        classes = [str(c) for c in dls.vocab]
+        model = _build_network(training, classes)
+        _set_class_weights(training, classes)
+        try:
+            learn = mamba2d_learner(dls, model, training.recipe)
+        except ValueError as error:
+            raise UsageError(f"recipe: {error}") from error
     _shard(training, dls)
     return learn
 
@@ -463,6 +546,8 @@ def _weights_config(training, dls):
               "data": training.data if digits else str(Path(training.data).resolve())}
     if training.task in dense_tasks:
         config["task"] = training.task
+    if training.recipe.held_out is not None:
+        config["held_out"] = training.recipe.held_out
     if args.labels:
         config["labels"] = str(Path(args.labels).resolve())
     if training.corrupt:
@@ -473,7 +558,9 @@ def _weights_config(training, dls):
 def _say(training, learn):
     "Print on rank zero what is trained, once it is clear that it can be."
     if training.distributed.rank == 0:
-        print(escaped("\n".join(filter(None, (training.note, _summary(training, learn))))), flush=True)
+        lines = (training.note, _summary(training, learn), _weights_note(training, learn),
+                 _extension_note(learn.recipe))
+        print(escaped("\n".join(filter(None, lines))), flush=True)
 
 def _fit(training, learn):
     "Train in the run folder, and return the result."
@@ -503,6 +590,7 @@ def _fit(training, learn):
             started=lambda: _say(training, learn),
             show_progress=True,
             locked=True,
+            extend=args.extend,
         )
 
 # %% ../../nbs/52_cli.training.ipynb #aa3ee23e
@@ -533,6 +621,7 @@ def _run(training, learn):
         print("the run is complete" if result.get("complete") else "")
         print_table([
             *(dense_rows(result) if training.task in dense_tasks else result_rows(result, learn.dls.c)),
+            *([("ended early", result["ended_early"])] if "ended_early" in result else []),
             ("training time", f"{result['seconds']:.0f} s"),
             ("run folder", f"{out}: {', '.join(files)}"),
         ])

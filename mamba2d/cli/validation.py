@@ -14,6 +14,7 @@ from mamba2d.cli.common import (
     UsageError,
     build_model,
     check_forced_backend,
+    counted,
     end_process,
     find_corrupt,
     init_distributed,
@@ -58,8 +59,9 @@ class _Images(NamedTuple):
 
 def _load_images(args, config, distributed):
     "Load the images to evaluate. Raises `UsageError` if the weights know other classes."
-    data = args.data or config.get("data", "digits")
-    held_out = data == "digits" or Path(data).resolve() == Path(config.get("data", "digits"))
+    trained_on = config.get("data") or "digits"
+    data = args.data or trained_on
+    held_out = data == "digits" or Path(data).resolve() == Path(trained_on)
     evaluate = not held_out and (config.get("classes") or True)
     if not args.data:
         args.labels = args.labels or config.get("labels")
@@ -109,8 +111,8 @@ def _lowest_accuracies(found, vocab):
 def _report(found, result, images):
     "Print what was evaluated, and the accuracies."
     vocab = images.dls.vocab
-    kind = "validation images" if images.held_out else "images"
-    count = f"{len(found.targets)} {kind}, {images.size} pixels"
+    kind = "validation image" if images.held_out else "image"
+    count = f"{counted(len(found.targets), kind)}, {images.size} pixels"
     print_table([
         ("data", f"{images.data} ({images.dls.layout}), {count}"),
         *result_rows(result, images.dls.c),
@@ -120,13 +122,14 @@ def _report(found, result, images):
 
 # %% ../../nbs/53_cli.validation.ipynb #eddb7dae
 def _write(folder, found, images, distributed):
-    "Write predictions, table of classes and top losses into the folder."
+    "Write the tables and figures of an evaluation into the folder."
     from mamba2d.training.runs import write_evaluation
     try:
         write_evaluation(folder, found, images.dls.valid, images.dls.vocab)
     except OSError as error:
         end_process(distributed, 1, f"mamba2d-validate: error: {system_reason(error)}", alone=True)
-    print(f"wrote predictions.csv, classes.csv and top_losses.png into {folder}")
+    names = "predictions.csv, classes.csv, confusion.csv, top_losses.png and confusion.png"
+    print(f"wrote {names} into {folder}")
 
 # %% ../../nbs/53_cli.validation.ipynb #2a13812d
 def _weights_argument(args):
@@ -175,14 +178,15 @@ def _validate(args):
     quiet_imports()
     check_forced_backend()
     saved, config, size = resolve_weights(weights, args.size)
-    task = args.task or config.get("task", "classify")
+    args.classes, args.held_out = config.get("classes"), config.get("held_out")  # for `load_data`
+    task = args.task or config.get("task") or "classify"
     check_task(task, size, {
         "labels": args.labels, "skip-corrupt": args.skip_corrupt, "without-scan": args.without_scan},
         views={"windows": args.windows, "multi-scale": args.multi_scale})
     if task in dense_tasks:
         validate_dense(args, weights)
         return
-    require_own_data(args, _weights_argument(args), config)
+    require_own_data(args, weights, config)
     distributed = init_distributed(args.device)
     if args.out:
         _make_folder(args.out, distributed)

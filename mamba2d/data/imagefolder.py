@@ -443,6 +443,16 @@ def _without_unlabelled(tree, labels):
         has_labels = bool(_folders(folder).keys() & classes.keys())
     return tree if has_labels else dataclasses.replace(tree, valid=None, unused=tree.valid)
 
+# %% ../../nbs/24_data.imagefolder.ipynb #fb2d9b90
+def has_validation_part(
+    path: str | Path,  # a folder, or what may be none
+    labels: str | Path | None = None,  # classes of a flat validation folder; None: looked for
+) -> bool:
+    "Tell whether a folder of images has a validation part, so that none of the others are held out."
+    path = Path(path)
+    tree = _without_unlabelled(_recognise(path, False), labels) if path.is_dir() else _Tree(path, path)
+    return bool(tree.train and tree.valid)
+
 # %% ../../nbs/24_data.imagefolder.ipynb #55ed43fc
 def _evaluation_layout(tree, folder, part, vocab):
     "Describe the images of an evaluation."

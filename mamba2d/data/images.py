@@ -7,6 +7,7 @@ __all__ = ['CorruptImageError', 'open_image']
 
 # %% ../../nbs/21_data.images.ipynb #41b84a15
 import contextlib
+import errno
 import io
 import os
 import warnings
@@ -20,15 +21,24 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 class CorruptImageError(OSError):
     "An image that cannot be read. The message is one line with its path."
 
+# %% ../../nbs/21_data.images.ipynb #793f3dc2
+def is_of_the_machine(error: Exception) -> bool:
+    "Tell whether an error says that the machine has no files or memory left to give."
+    return getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 # %% ../../nbs/21_data.images.ipynb #d180c2d1
 @contextlib.contextmanager
 def reading_image(source):
-    "Context manager: turn any exception into a `CorruptImageError`; Pillow raises many kinds."
+    """Context manager: turn any exception into a `CorruptImageError`; Pillow raises many kinds.
+
+    An error of the machine stays what it is."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about metadata
             yield
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         name = getattr(source, "filename", source)
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):

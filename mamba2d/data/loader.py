@@ -27,7 +27,7 @@ from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import default_device, to_device
 from fastcore.basics import patch
 
-from .images import CorruptImageError
+from .images import CorruptImageError, is_of_the_machine
 from .random import epoch_order, keyed_random
 from .transforms import ChannelsLast, ImageTransform
 from ..scan.checks import check_integer
@@ -299,6 +299,8 @@ class Problems:
         try:
             self.read(k)
         except (OSError, ValueError) as error:
+            if is_of_the_machine(error):
+                raise
             return str(error)
         return ""
 

@@ -178,5 +178,7 @@ def write_window(
 ):
     "Write the pixels of a window to a map, in the map's dtype."
     values = values[0].detach().cpu()
+    if values.dtype == torch.bfloat16:  # NumPy has no such dtype
+        values = values.float()
     target[window.slices] = values if isinstance(target, Tensor) else values.numpy()
     give_back(target)

@@ -25,6 +25,7 @@ from mamba2d.large.tiles import (
     halo_of,
     locked_folder,
     mixer_tile,
+    read_as,
     replicas,
     separable_tile,
     write_journal,
@@ -104,7 +105,7 @@ def _sweep_block(run, name, closed, source):
 
     def step(tile, top, left, device):
         before = None if first is None else read_window(first, tile.window, 0, device).x
-        piece = read_window(source, tile.window, halo_of(mixer), device)
+        piece = read_as(closed, source, tile.window, halo_of(mixer), device)
         y, bottom, right = layers[device](piece, before, top, left)
         write_window(target, tile.window, y)
         return bottom, right
@@ -120,7 +121,7 @@ def _first(run, name, layers, source):
         return None
 
     def read(tile, halo, device):
-        piece = read_window(source, tile.window, halo, device)
+        piece = read_as(layers[device], source, tile.window, halo, device)
         return piece._replace(x=layers[device].block.norm1(piece.x))
 
     mixers = {device: layer.block.mixer for device, layer in layers.items()}
@@ -219,7 +220,7 @@ def _reader(source, prepare, dtype):
         return (x if prepare is None else prepare(x)).to(dtype)
     return read
 
-# %% ../../nbs/47_large.network.ipynb #0deca99f
+# %% ../../nbs/47_large.network.ipynb #c9d8f258
 def features_in_tiles(
     model: Mamba2D | FeaturePyramid,  # in evaluation mode
     source,  # the image (H, W, C): a tensor, an array, a path; see `open_map`
@@ -233,9 +234,10 @@ def features_in_tiles(
 ) -> TiledFeatures:
     """The feature maps of a network of a large image, computed a block and a tile at a time.
 
-    Stages of scans are exact; those with attention are so unless `attention_window` is given. Gradients are
-    not computed. Raises `ValueError` or `TypeError` for what does not fit, `OSError` where the disk is too
-    small, and `IncompatibleRunError` or `RunLockedError` for a folder of another computation."""
+    Stages of scans are exact; those with attention are so unless `attention_window` is given. Maps are
+    float32. Gradients are not computed. Raises `ValueError` or `TypeError` for what does not fit, `OSError`
+    where the disk is too small, and `IncompatibleRunError` or `RunLockedError` for a folder of another
+    computation."""
     source, tile = open_map(source), as_tile(tile)
     _check_network(model, source, prepare)
     if attention_window is not None:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -138,20 +140,20 @@ def _flush(maps):
     for target in maps:
         getattr(target, "flush", lambda: None)()
 
-def _put(self, tile: Tile, bottom: Tensor | None, right: Tensor | None):
+@patch
+def put(self: BorderFiles, tile: Tile, bottom: Tensor | None, right: Tensor | None):
     "Keep the borders of a tile that is done, and delete the file that nobody has to read any more."
     _flush(self.maps)
     content = {"bottom": bottom, "right": right}
     write_atomically(self.path(tile.row, tile.col), lambda file: torch.save(content, file))
     self.path(tile.row - 1, tile.col - 1).unlink(missing_ok=True)
 
-def _finish(self):
+@patch
+def finish(self: BorderFiles):
     "Say that all tiles are done, and delete the borders."
     write_atomically(self.folder / "complete", lambda file: None)
     for path in [*self.folder.glob("*_*.pt"), *self.folder.glob(".*.tmp")]:
         path.unlink()
-
-BorderFiles.put, BorderFiles.finish = _put, _finish
 
 # %% ../../nbs/46_large.tiles.ipynb #0278e006
 def sweep(
@@ -228,7 +230,7 @@ def mixer_tile(
     "A mixer on a tile, with the borders of its last scan."
     y, bottom, right = scan_tile(mixer.scans[-1], F.gelu(mixer.in_proj(piece.inner())), top, left)
     if first is not None:
-        y = (first + y) / 2
+        y = (first.to(y.dtype) + y) / 2
     y = mixer.out_proj(F.gelu(y))
     if mixer.local_path is not None:
         y = y + separable_tile(mixer.local_path, piece._replace(x=mixer.local_norm(piece.x)))
@@ -243,17 +245,17 @@ class TiledRun:
     folder: Path | None = None  # None: in memory
     progress: bool = False
 
-    def map(self, name: str, shape: tuple[int, int, int]):  # -> what takes slices
+    def map(self, name: str, shape: tuple[int, int, int], dtype: str = "float32"):  # -> what takes slices
         "The map of that name, (H, W, C); a new one, unless an earlier run has made it."
         if self.folder is None:
-            return create_map(None, shape)
+            return create_map(None, shape, dtype=dtype)
         path = self.folder / f"{name}.npy"
         if path.exists():
             return open_map(path, "r+")
         if self.borders(name).exists():
             raise IncompatibleRunError(f"{str(path)!r} was deleted, but tiles of it are done: "
                                        "delete the folder")
-        return create_map(path, shape)
+        return create_map(path, shape, dtype=dtype)
 
     def borders(self, name: str) -> Path:
         "The folder for the borders of the sweep that fills the map of that name."
@@ -344,16 +346,16 @@ def replicas(module: nn.Module, devices: Sequence[torch.device]) -> dict[torch.d
     here = next(module.parameters()).device
     return {device: module if device == here else copy.deepcopy(module).to(device) for device in devices}
 
-# %% ../../nbs/46_large.tiles.ipynb #f5d8ecf6
-def _read_as(source, tile, layer, halo, device):
-    "A tile of a map in the dtype of a layer's parameters."
-    piece = read_window(source, tile.window, halo, device)
+# %% ../../nbs/46_large.tiles.ipynb #d169ba70
+def read_as(layer: nn.Module, source, window: Window, halo: int, device: torch.device) -> Piece:
+    "A window of a map in the dtype of a layer's parameters."
+    piece = read_window(source, window, halo, device)
     return piece._replace(x=piece.x.to(next(layer.parameters()).dtype))
 
 def _scan_step(layers, source, target):
     "The step of a `SelectiveScan`."
     def step(tile, top, left, device):
-        x = _read_as(source, tile, layers[device], 0, device).x
+        x = read_as(layers[device], source, tile.window, 0, device).x
         y, bottom, right = scan_tile(layers[device], x, top, left)
         write_window(target, tile.window, y)
         return bottom, right
@@ -390,7 +392,7 @@ def _mix(run, mixers, source, target):
         return
 
     def read(tile, halo, device):
-        return _read_as(source, tile, mixers[device], halo, device)
+        return read_as(mixers[device], source, tile.window, halo, device)
 
     mixer = next(iter(mixers.values()))
     first = first_scan(run, "first_scan", mixers, read, source.shape[:2])
@@ -425,7 +427,24 @@ def _open_target(target, shape, tile, resumes):
         raise ValueError(f"target must have shape {tuple(shape)}, got {tuple(target.shape)}")
     return target
 
-# %% ../../nbs/46_large.tiles.ipynb #1b0c2ced
+# %% ../../nbs/46_large.tiles.ipynb #9034c38a
+def _memory(values):
+    "The memory of an array or a tensor as an array of NumPy, None for what lies elsewhere."
+    if isinstance(values, Tensor):
+        values = values.detach().numpy() if values.device.type == "cpu" else None
+    return values if isinstance(values, np.ndarray) else None
+
+def _check_target(source, target, tile, devices):
+    "Raise a `ValueError` for a target in which tiles would spoil each other."
+    memory = _memory(source), _memory(target)
+    if source is target or all(part is not None for part in memory) and np.may_share_memory(*memory):
+        raise ValueError("target must not share its memory with source")
+    pieces = (getattr(target, "chunks", None) or ())[:2]
+    if len(devices) > 1 and any(side % piece for side, piece in zip(tile, pieces, strict=False)):
+        raise ValueError(f"tile must be a multiple of the pieces of target, {tuple(pieces)}, for several "
+                         f"devices, got {tile}")
+
+# %% ../../nbs/46_large.tiles.ipynb #5c1404ac
 def scan_in_tiles(
     layer: SelectiveScan | M2DMixer,
     source,  # the input (H, W, C): a tensor, an array, a path; see `open_map`
@@ -448,9 +467,10 @@ def scan_in_tiles(
         raise ValueError(f"with a folder, target must be a path, got {type(target).__name__}")
     devices = as_devices(devices, layer)
     identity = dict(layer=fingerprint(layer), source=str(tuple(source.shape)), tile=str(tile),
-                    target=str(target))
+                    target=str(Path(target).absolute() if folder is not None else None))
     with locked_folder(folder, identity) as resumes:
         target = _open_target(target, source.shape, tile, resumes)
+        _check_target(source, target, tile, devices)
         write_journal(folder, identity)
         run = TiledRun(tile, devices, folder, progress)
         if isinstance(layer, M2DMixer):

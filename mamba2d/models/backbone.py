@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import Attention, Block, M2DMixer
 from .blocks import mixers as mixer_types
 from .controls import control_mixers, make_control
-from ..scan.checks import check_fraction, check_integer, is_integer
+from ..scan.checks import check_dense, check_fraction, check_integer, is_integer
 
 # %% ../../nbs/11_models.backbone.ipynb #7480d7c0
 class Downsample(nn.Module):
@@ -157,6 +157,7 @@ def _check_images(images, channels, least):
     if not isinstance(images, Tensor) or not images.is_floating_point():
         given = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images must be a tensor of floats, got {given}")
+    check_dense("images", images)
     if images.dim() != 4 or images.shape[1] != channels:
         raise ValueError(f"images must have shape (B, {channels}, H, W), got {tuple(images.shape)}")
     height, width = images.shape[2:]

@@ -8,6 +8,8 @@ __all__ = []
 # %% ../../nbs/06_scan.checks.ipynb #3dc7212e
 from numbers import Integral, Real
 
+import torch
+
 # %% ../../nbs/06_scan.checks.ipynb #7aa4891c
 def is_integer(value, least=0, most=None) -> bool:
     "Whether the value is an integer from `least` to `most`; None: as large as you like."
@@ -39,3 +41,25 @@ def check_type(
     if not isinstance(value, kind):
         given = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise TypeError(f"{name} must be {accepted}, got {given}")
+
+# %% ../../nbs/06_scan.checks.ipynb #8e97fc77
+def are_dense(tensors) -> bool:
+    "Whether all tensors, those that are None left out, lie in memory one value after the other."
+    return all(one is None or one.layout is torch.strided and not one.is_nested for one in tensors)
+
+def check_dense(name, tensor):
+    "Raise a `TypeError` that names a tensor which is nested, sparse or in the layout of oneDNN."
+    if are_dense([tensor]):
+        return
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one: give {name}.to_padded_tensor(0)")
+    layout = str(tensor.layout).removeprefix("torch.").strip("_")
+    raise TypeError(f"{name} must be a dense tensor, got layout {layout}: give {name}.to_dense()")
+
+def check_gradients(name, tensor, needed):
+    "Raise a `RuntimeError` if gradients are `needed` and the tensor was made in `torch.inference_mode()`."
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if tensor.is_inference() and needed:
+        raise RuntimeError(f"{name} was made in torch.inference_mode(), and gradients are needed: give "
+                           f"{name}.clone(), or compute in torch.no_grad()")

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
+from .checks import are_dense, check_dense, check_gradients
+
 # %% ../../nbs/00_scan.reference.ipynb #cd664b44
 class ScanTensors(NamedTuple):
     "The tensors of a scan in the order of the operator's arguments; also the gradients of these tensors."
@@ -179,6 +181,7 @@ def _check_kind(name, value, x):
     "Raise an error for a value that is no tensor of floats on the device of `x`."
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_dense(name, value)
     if value.dtype not in _float_dtypes:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.device != x.device:
@@ -221,10 +224,18 @@ def _check_shapes(tensors):
                                  f"and A_t {tuple(tensors.A_t.shape)}, got {tuple(value.shape)}")
 
 # %% ../../nbs/00_scan.reference.ipynb #241bf939
+def _check_gradients(tensors):
+    "Raise a `RuntimeError` naming a tensor without autograd, where another one needs gradients."
+    given = {name: one for name, one in tensors._asdict().items() if one is not None}
+    if any(one.requires_grad for one in given.values()):
+        for name, one in given.items():
+            check_gradients(name, one, needed=True)
+
 def check_arguments(tensors: ScanTensors):
     "Raise a `TypeError` or `ValueError` naming the first argument that does not fit."
     try:
-        if _arguments_fit(tensors):
+        if are_dense(tensors) and _arguments_fit(tensors):
+            _check_gradients(tensors)
             return
     except AttributeError:  # something is no tensor
         pass
@@ -311,7 +322,7 @@ def selective_scan_2d_naive(
         y = y + cast.D * images["x"]
     if reverse:
         y, h = y.flip(1, 2), h.flip(1, 2)
-    last = -1 if not reverse else 0
+    last = 0 if reverse else -1
     results = ScanResults(y.to(x.dtype), h, h[:, last], h[:, :, last])
     return results.asked_for(return_states, return_borders)
 

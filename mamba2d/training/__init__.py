@@ -24,9 +24,9 @@ _modules = {
     ),
     "dense_metrics": ("DetectionMetrics", "SegmentationMetrics"),
     "runs": (
-        "CheckpointCallback", "DashboardCallback", "dashboards", "plot_curves", "plot_predictions",
-        "RunProgressCallback", "StopRequestedError", "TensorBoard", "train_run", "WeightsAndBiases",
-        "write_evaluation",
+        "CheckpointCallback", "DashboardCallback", "dashboards", "plot_confusion", "plot_curves",
+        "plot_predictions", "RunProgressCallback", "StopRequestedError", "TensorBoard", "train_run",
+        "WeightsAndBiases", "write_evaluation",
     ),
 }
 _lazy = {name: module for module, names in _modules.items() for name in names}
@@ -36,7 +36,7 @@ __all__ = [
     "DenseCallback", "DenseEvaluation", "DenseLearner", "DenseLoss", "Detection", "detection_learner",
     "DetectionMetrics", "Distributed", "draw_detections", "draw_label_map", "evaluate",
     "evaluate_dense", "Evaluation", "export_weights", "FollowRecipeCallback", "IncompatibleRunError",
-    "layer_groups", "load_checkpoint", "mamba2d_learner", "plot_curves", "plot_dense",
+    "layer_groups", "load_checkpoint", "mamba2d_learner", "plot_confusion", "plot_curves", "plot_dense",
     "plot_predictions", "predict", "PrepareModelCallback", "RankZeroError", "Recipe", "recipe_schedule",
     "recipes", "RecordEpochsCallback", "RunLockedError", "RunProgressCallback", "Segmentation",
     "segmentation_learner", "SegmentationByViews", "SegmentationMetrics", "StopRequestedError", "TensorBoard", "train_run",

@@ -183,20 +183,27 @@ def check_fields(
     fields: dict[str, object],  # name -> type or types, or a dictionary of the fields within
 ):
     "Raise `IncompatibleRunError` unless the content is a dictionary with these fields."
-    if not isinstance(content, dict):
-        raise IncompatibleRunError(f"{str(path)!r} is damaged (it has a {type(content).__name__} where "
-                                   "fields with names belong): delete it")
+    require_intact(path, isinstance(content, dict),
+                   f"it has a {type(content).__name__} where fields with names belong")
     for name, kinds in fields.items():
-        if name not in content:
-            raise IncompatibleRunError(f"{str(path)!r} is damaged ({name} is missing): delete it")
+        require_intact(path, name in content, f"{name} is missing")
         if isinstance(kinds, dict):
             check_fields(path, content[name], kinds)
-        elif not isinstance(content[name], kinds):
-            given = type(content[name]).__name__
-            raise IncompatibleRunError(f"{str(path)!r} is damaged ({name} is of type {given}): delete it")
+            continue
+        fits = isinstance(content[name], kinds) and not isinstance(content[name], bool)
+        require_intact(path, fits, f"{name} is of type {type(content[name]).__name__}")
+
+def require_intact(
+    path: Path,  # of the file, for the message
+    intact: bool,
+    problem: str,  # what is wrong otherwise
+):
+    "Raise `IncompatibleRunError` naming the file and what is wrong with it, unless it is intact."
+    if not intact:
+        raise IncompatibleRunError(f"{str(path)!r} is damaged ({problem}): delete it")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #f968e4d4
-_number_or_none = (int, type(None))
+_number, _number_or_none = (int, float), (int, type(None))
 
 _fields_of_a_checkpoint = {
     "identity": {"network": dict, "classes": list, "images": (str, type(None)), "limit": _number_or_none,
@@ -207,21 +214,43 @@ _fields_of_a_checkpoint = {
     "random": {"python": list, "numpy": list, "torch": Tensor, "cuda": list},
 }
 
-def load_run_checkpoint(
-    folder: str | Path,  # the run's
-) -> tuple[dict, Path] | None:  # as of `load_checkpoint`
-    """Read the newest intact checkpoint and check that it has the fields of a run.
+_fields_of_progress = {
+    "epoch": int, "step": int, "skipped": int, "counted": int, "losses": _number, "norms": _number,
+    "seconds": _number, "waited": _number, "history": list, "steps": list,
+}
 
-    Raises `IncompatibleRunError` where it has not, or where all checkpoints are damaged."""
-    found = load_checkpoint(folder)
-    if found:
-        checkpoint, path = found
-        check_fields(path, checkpoint, _fields_of_a_checkpoint)
-        _check_networks(path, checkpoint)
-        _check_optimizer(path, checkpoint["optimizer"])
-        _check_progress(path, checkpoint["progress"])
-        _check_generators(path, checkpoint["random"])
-    return found
+_fields_of_files = {"bytes": int, "sizes": str, "times": str, "newest": str}
+
+# %% ../../nbs/34_training.checkpoints.ipynb #d621eb16
+def _are_rows(rows, columns):
+    "Tell whether these are rows of numbers, which all have some columns."
+    return all(isinstance(row, dict) and row.keys() >= columns
+               and all(isinstance(value, _number) for value in row.values()) for row in rows)
+
+def _check_identity(path, identity):
+    "Raise `IncompatibleRunError` unless an identity can be compared with that of a run."
+    texts = all(isinstance(name, str) for name in identity["classes"])
+    require_intact(path, texts, "a name in classes is no text")
+    batch = identity["recipe"]["effective_batch"]
+    require_intact(path, batch is None or batch >= 1, f"effective_batch is {batch}")
+    if "counts" in identity:
+        counts = identity["counts"]
+        require_intact(path, isinstance(counts, list) and len(counts) == 2, "counts are not two numbers")
+    if identity.get("files") is not None:
+        check_fields(path, identity["files"], _fields_of_files)
+
+def _check_progress(path, progress):
+    "Raise `IncompatibleRunError` unless a training can count on from this progress."
+    strange = [name for name in progress if name not in _fields_of_progress]
+    require_intact(path, not strange, f"progress has a field {strange and strange[0]!r}")
+    check_fields(path, progress, {name: _fields_of_progress[name] for name in progress})
+    for name in ("epoch", "step", "skipped", "counted"):
+        require_intact(path, progress.get(name, 0) >= 0, f"{name} is {progress.get(name)}")
+    for name, columns in (("history", {"epoch", "train_loss", "valid_loss", "lr"}),
+                          ("steps", {"epoch", "loss", "lr"})):
+        require_intact(path, _are_rows(progress[name], columns), f"{name} has rows that no training writes")
+    epochs, rows = progress["epoch"], len(progress["history"])
+    require_intact(path, rows == epochs, f"history has {rows} rows after {epochs} epochs")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #f968e4d6
 def _damaged(path, problem):
@@ -258,13 +287,6 @@ def _check_optimizer(path, optimizer):
             raise _damaged(path, f"its optimizer has no state of parameter {number!r}")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #f968e4d9
-def _check_progress(path, progress):
-    "Raise `IncompatibleRunError` unless progress is in numbers, with tables of numbers."
-    counts = [name for name in progress if name not in ("history", "steps")]
-    check_fields(path, progress, dict.fromkeys(counts, (int, float)))
-    for row in (*progress["history"], *progress["steps"]):
-        check_fields(path, row, dict.fromkeys(row, (int, float)) if isinstance(row, dict) else {})
-
 def _check_generators(path, random):
     "Raise `IncompatibleRunError` unless these are states of the generators."
     for name, size, count in (("python", 3, 625), ("numpy", 5, 624)):
@@ -273,6 +295,24 @@ def _check_generators(path, random):
         known = [word for word in words if isinstance(word, int) and 0 <= word < 2**32]
         if not len(known) == len(words) == count:
             raise _damaged(path, f"random.{name} is no state of a generator")
+
+# %% ../../nbs/34_training.checkpoints.ipynb #63ba3f2f
+def load_run_checkpoint(
+    folder: str | Path,  # the run's
+) -> tuple[dict, Path] | None:  # as of `load_checkpoint`
+    """Read the newest intact checkpoint and check that it has the fields of a run.
+
+    Raises `IncompatibleRunError` where it has not, or where all checkpoints are damaged."""
+    found = load_checkpoint(folder)
+    if found:
+        checkpoint, path = found
+        check_fields(path, checkpoint, _fields_of_a_checkpoint)
+        _check_identity(path, checkpoint["identity"])
+        _check_networks(path, checkpoint)
+        _check_optimizer(path, checkpoint["optimizer"])
+        _check_progress(path, checkpoint["progress"])
+        _check_generators(path, checkpoint["random"])
+    return found
 
 # %% ../../nbs/34_training.checkpoints.ipynb #afd6fc2d
 def read_json(
@@ -369,13 +409,14 @@ def differences(
 
 # %% ../../nbs/34_training.checkpoints.ipynb #e3057067
 _harmless = ("compile", "channels_last")
+_decided_by_run = ("effective_batch", "restarts", "restart_lrs")  # None: as in the run
 
 def _different_settings(part, saved, given):
     "Return a line for each setting of a part (network or recipe) that differs."
     lines = []
     for name in given[part] | saved[part]:
         before, now = saved[part].get(name), given[part].get(name)
-        is_open = name == "effective_batch" and now is None
+        is_open = name in _decided_by_run and now is None
         if before != now and name not in _harmless and not is_open:
             lines.append(f"{part} {name}: {before!r} in the run, {now!r} now")
     return lines

@@ -329,15 +329,19 @@ def segmentation_learner(
     return _dense_learner(dls, model, recipe, Segmentation(average), kwargs)
 
 # %% ../../nbs/37_training.dense.ipynb #59f8ddb3
-_of_classification = ("mixup", "cutmix", "randaugment", "erasing")
+_of_classification = ("mixup", "cutmix", "randaugment", "erasing", "class_weights", "held_out")
 
 def _check_dense(recipe, model, dls, task):
     "Raise an error for a recipe, or a number of classes, that detection or segmentation cannot have."
     if isinstance(recipe, Recipe):
         given = [name for name in _of_classification if getattr(recipe, name)]
         if given:
-            raise ValueError(f"{given[0]} belongs to classification: it must be 0 to {task.name}, "
+            unset = "0" if given[0] in _of_classification[:4] else "None"
+            raise ValueError(f"{given[0]} belongs to classification: it must be {unset} to {task.name}, "
                              f"got {getattr(recipe, given[0])!r}")
+        if recipe.best_metric not in (None, "loss"):
+            raise ValueError(f"best_metric must be loss, or None for {task.scores[0]}, to {task.name}, "
+                             f"got {recipe.best_metric!r}")
     outputs, classes = getattr(model, "num_classes", None), getattr(dls, "c", None)
     if None not in (outputs, classes) and outputs != classes:
         counted = "the background is counted: " if task.name == "detect" else ""

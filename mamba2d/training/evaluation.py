@@ -129,6 +129,10 @@ def _run_batches(model, loader, count, *, precision, limit=None, stop=None):
     return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 # %% ../../nbs/33_training.evaluation.ipynb #59cad525
+def _has_scan(model: nn.Module) -> bool:
+    "Tell whether there is a 2D scan in the model."
+    return any(isinstance(module, SelectiveScan) for module in model.modules())
+
 @contextlib.contextmanager
 def ablate_scan(model: nn.Module):
     "Context manager: inside it, every 2D scan of the model outputs zeros."
@@ -149,14 +153,16 @@ def accuracies(
     evaluation: Evaluation | None = None,  # with the scan, where that is there already
     stop=None,  # as of `evaluate`
 ) -> dict[str, float]:  # loss, accuracy, top5, loss_without_scan, accuracy_without_scan
-    "Return validation loss and accuracy, and both with the scan's output set to zero."
+    "Return validation loss and accuracy, and both with the scan's output set to zero if there is a scan."
     precision = getattr(learn, "recipe", Recipe()).precision
     options = dict(distributed=distributed, precision=precision, limit=limit, stop=stop)
     whole = evaluate(learn.model, learn.dls.valid, **options) if evaluation is None else evaluation
+    measured = {"loss": whole.loss, "accuracy": whole.top(1), "top5": whole.top(5)}
+    if not _has_scan(learn.model):
+        return measured
     with ablate_scan(learn.model):
         ablated = evaluate(learn.model, learn.dls.valid, **options)
-    return {"loss": whole.loss, "accuracy": whole.top(1), "top5": whole.top(5),
-            "loss_without_scan": ablated.loss, "accuracy_without_scan": ablated.top(1)}
+    return measured | {"loss_without_scan": ablated.loss, "accuracy_without_scan": ablated.top(1)}
 
 # %% ../../nbs/33_training.evaluation.ipynb #d49ca4c6
 def printable(name) -> str:

@@ -106,8 +106,10 @@ def _check_classes(model, dls):
                          f"build it with num_classes={dls.c}")
 
 # %% ../../nbs/32_training.learner.ipynb #88e3a4e4
-def _class_counts(dls):
-    "Return the numbers of training images of the classes, (classes,)."
+def class_counts(
+    dls,  # fastai `DataLoaders` of images and classes
+) -> np.ndarray:  # (classes,)
+    "Return the numbers of training images of the classes."
     items = dls.train_ds.items
     if isinstance(items, np.ndarray) and "label" in (items.dtype.names or ()):  # a million in a second
         number = {str(name): k for k, name in enumerate(dls.vocab)}
@@ -131,7 +133,7 @@ def class_weights(
             raise ValueError(f"class_weights must have one weight for each of the {dls.c} classes, "
                              f"got {len(given)}")
         return list(given)
-    counts = _class_counts(dls)
+    counts = class_counts(dls)
     without = [str(name) for name, count in zip(dls.vocab, counts, strict=True) if not count]
     if without:
         raise ValueError(f'class_weights "balanced" need training images of every class; there are none of '
@@ -184,13 +186,22 @@ def _with_best_metric(recipe, metrics):
     return [*L(metrics), _metrics[wanted]()]
 
 # %% ../../nbs/32_training.learner.ipynb #74bae92c
+def best_column(
+    columns,  # of the history, besides the loss
+    recipe: Recipe,
+) -> str:
+    "Return the column of the history that decides which epoch is the best."
+    if recipe.best_metric:
+        return best_metrics[recipe.best_metric]
+    usual = "accuracy", "box_ap", "mask_ap", "miou"
+    return next((name for name in usual if name in columns), "valid_loss")
+
 def score_of(
     row: dict,  # of the history
     recipe: Recipe,
 ) -> float:  # the higher, the better
     "Return how good the network was after an epoch; what is not a number is worst."
-    usual = next((name for name in ("accuracy", "box_ap", "mask_ap", "miou") if name in row), "valid_loss")
-    column = best_metrics[recipe.best_metric] if recipe.best_metric else usual
+    column = best_column(row, recipe)
     value = -row[column] if column == "valid_loss" else row[column]
     return -math.inf if math.isnan(value) else value
 
@@ -212,11 +223,12 @@ def _freeze(model, recipe):
 
 def _frozen_modules(model, recipe):
     "Return the modules all of whose parameters are frozen."
-    frozen = {id(dict(model.named_parameters())[name]) for name in frozen_parameters(model, recipe.freeze)}
+    parameters = dict(model.named_parameters())
+    frozen = {id(parameters[name]) for name in frozen_parameters(model, recipe.freeze)}
     found = []
     for module in model.modules():
-        parameters = {id(p) for p in module.parameters()}
-        if parameters and parameters <= frozen:
+        own = {id(parameter) for parameter in module.parameters()}
+        if own and own <= frozen:
             found.append(module)
     return found
 
@@ -231,13 +243,14 @@ def fit_recipe(
     limit: int | None = None,  # steps of an epoch, and batches of a validation, at most
     max_nonfinite_steps: int = 0,  # steps with a loss or gradient that is not finite to skip, at most
 ):
-    """Train as the recipe says; only for learners made by `mamba2d_learner`.
+    """Train as the recipe says, until its patience is over; only for learners made by `mamba2d_learner`.
 
     Afterwards the learner holds the EMA weights, if the recipe has an EMA, or what a callback has loaded.
     `learn.reached` is the `Progress`, with the history.
 
     Raises `FloatingPointError` when a loss or gradient is not finite, and `ValueError` where the effective
-    batch does not fit, the loaders are not fastai's, or a callback sets the precision."""
+    batch does not fit, the loaders are not fastai's, a callback sets the precision, or `resume` is of another
+    network."""
     recipe = getattr(self, "recipe", None)
     if recipe is None:
         raise ValueError("fit_recipe needs a learner made by mamba2d_learner")
@@ -335,6 +348,21 @@ def compile_network(model):
     model.backbone.compile()
     return model
 
+# %% ../../nbs/32_training.learner.ipynb #eda19b38
+class RestoreError(ValueError):
+    "A part of a checkpoint does not fit the training that is to resume from it."
+
+# %% ../../nbs/32_training.learner.ipynb #07a0d113
+@contextlib.contextmanager
+def _restoring(follow, part):
+    "Context manager: an error inside it ends the fit with one that names the part."
+    try:
+        yield
+    except Exception as error:  # torch, NumPy and Python raise many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        follow.problem = RestoreError(f"its {part} cannot be restored: {reason}")
+        raise CancelFitException from error
+
 # %% ../../nbs/32_training.learner.ipynb #25f145e5
 class PrepareModelCallback(Callback):
     "Prepares the network for a fit: memory format, compilation, processes and EMA weights."
@@ -351,7 +379,8 @@ class PrepareModelCallback(Callback):
         if self.choices.ema is not None:
             self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(self.choices.ema)).eval()
         if self.restored:
-            self.restore()
+            with _restoring(self.follow_recipe, "network"):
+                self.restore()
         self.wrapped = compile_network(self.bare) if self.choices.compile else self.bare
         if self.distributed.world > 1:
             self.wrapped = self.data_parallel(self.wrapped)
@@ -534,6 +563,14 @@ def _load_optimizer(optimizer, state=None):
     groups = [{**group, "fused": fused} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})
 
+def _check_moments(optimizer):
+    "Raise `ValueError` unless the moments that AdamW keeps have the sizes of their parameters."
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != parameter.shape:
+                sizes = f"{tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}"
+                raise ValueError(f"{name} is {sizes}")
+
 # %% ../../nbs/32_training.learner.ipynb #c23ff51d
 @patch
 def before_fit(self: FollowRecipeCallback):
@@ -548,9 +585,17 @@ def before_fit(self: FollowRecipeCallback):
         self.rates.append((first, steps, recipe_schedule(part, steps)))
     self.trained = [p for p in self.learn.model.parameters() if p.requires_grad]
     self.micro = 0  # batches of the current step that are done
-    _load_optimizer(self.opt.opt, self.restored and self.restored["optimizer"])
-    if self.restored:
+    if not self.restored:
+        _load_optimizer(self.opt.opt)
+        return
+    with _restoring(self, "optimizer"):
+        _load_optimizer(self.opt.opt, self.restored["optimizer"])
+        _check_moments(self.opt.opt)
+    with _restoring(self, "random state"):
         _set_random_state(self.restored["random"])
+    with _restoring(self, "progress"):
+        if self.reached.step > self.epoch_steps:
+            raise ValueError(f"step {self.reached.step} of an epoch of {self.epoch_steps}")
 
 @patch
 def before_train(self: FollowRecipeCallback):
@@ -746,9 +791,10 @@ def early_end(
     "Say after which epoch a training ended early, and why; None where it did not."
     if len(history) >= recipe.epochs or not has_ended_early(history, recipe):
         return None
-    measure, best = recipe.best_metric or "score", best_epoch(history, recipe) + 1
-    return (f"after epoch {len(history)} of {recipe.epochs}: no better {measure} than in epoch {best} "
-            f"for {recipe.patience} epochs")
+    metric = best_column(history[0], recipe).removeprefix("valid_")
+    best = best_epoch(history, recipe) + 1
+    return (f"after epoch {len(history)} of {recipe.epochs}: no better {metric} than in epoch {best} "
+            f"(patience {recipe.patience})")
 
 class StopEarlyCallback(Callback):
     "Ends a fit after the epoch with which the recipe's patience is over."

@@ -110,6 +110,7 @@ best_metrics = {  # name -> column of the history
 # %% ../../nbs/30_training.recipe.ipynb #fa27c109
 _count = _Rule("an integer of at least 1", lambda v: is_integer(v, 1))
 _seed = _Rule("an integer of at least 0 and below 2**63", lambda v: is_integer(v, 0, 2 ** 63 - 1))
+_side = _Rule("an integer from 1 to 8192", lambda v: is_integer(v, 1, 8192))
 _magnitude = _Rule("an integer from 0 to 30", lambda v: is_integer(v, 0, 30))
 _positive = _Rule("a positive number", lambda v: _is_number(v) and v > 0)
 _not_negative = _Rule("a number of at least 0", lambda v: _is_number(v) and v >= 0)
@@ -142,7 +143,7 @@ _rules = dict(
     drop_path=_or_none(_fraction_below_1), head_dropout=_or_none(_fraction_below_1),
     freeze=_or_none(_stages),
     # data
-    image_size=_or_none(_count), min_scale=_positive_fraction, randaugment=_magnitude,
+    image_size=_or_none(_side), min_scale=_positive_fraction, randaugment=_magnitude,
     randaugment_ops=_count, erasing=_fraction, mixup=_not_negative, cutmix=_not_negative,
     pipeline=_or_none(_pipeline), loss_over=_or_none(_pixels), held_out=_or_none(_open_fraction),
     # regime
@@ -204,7 +205,7 @@ def toml(self: Recipe) -> str:
 @patch
 def save(self: Recipe, path: str | Path):
     "Write the recipe as TOML."
-    Path(path).write_text(self.toml())
+    Path(path).write_text(self.toml(), encoding="utf-8")
 
 # %% ../../nbs/30_training.recipe.ipynb #11fe7e84
 def _fields_of(path, content):
@@ -226,12 +227,20 @@ def _fields_of(path, content):
 def load(cls: Recipe, path: str | Path) -> Recipe:
     """Read a recipe that `save` wrote, or that you wrote.
 
-    Raises `ValueError` for an unknown section or field, and for a field that is given twice."""
+    Raises `OSError` where there is no such file, `ValueError` for a file that is no TOML in UTF-8 or holds no
+    field, for an unknown section or field, and for a field that is given twice or not accepted."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"recipe {str(path)!r} is no regular file")
     try:
-        content = tomllib.loads(Path(path).read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {str(path)!r} is not UTF-8: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {str(path)!r} is not TOML: {error}") from error
     values = _fields_of(path, content)
+    if not values:
+        raise ValueError(f"recipe {str(path)!r} holds no field: what `save` writes has all of them")
     for name in values:
         if name not in _rules:
             accepted = ", ".join(_rules)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['dashboards', 'train_run', 'StopRequestedError', 'CheckpointCallback', 'RunProgressCallback', 'TensorBoard',
-           'WeightsAndBiases', 'DashboardCallback', 'plot_curves', 'plot_predictions', 'write_evaluation']
+           'WeightsAndBiases', 'DashboardCallback', 'plot_curves', 'plot_predictions', 'plot_confusion',
+           'write_evaluation']
 
 # %% ../../nbs/35_training.runs.ipynb #4295f5f2
 import contextlib
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -50,6 +52,7 @@ from mamba2d.training.checkpoints import (
     link_as,
     load_run_checkpoint,
     read_json,
+    require_intact,
     write_atomically,
 )
 from .distributed import Distributed, preserve_shards, shard_loaders
@@ -62,6 +65,7 @@ from mamba2d.training.evaluation import (
     printable,
     table_cell,
 )
+from .learner import RestoreError, best_column, best_epoch, early_end, has_ended_early
 
 # %% ../../nbs/35_training.runs.ipynb #0fb2a0bd
 def train_run(
@@ -80,10 +84,12 @@ def train_run(
     started=None,  # called without arguments once nothing keeps the run from being trained or resumed
     locked: bool = False,  # `lock_run` has locked the folder already
     weights: str | Path | None = None,  # file or name of the starting weights; other weights make another run
+    extend: bool | float = False,  # add epochs to a complete run; a number: the peak learning rate of these
 ) -> dict:  # loss, accuracy, accuracy_without_scan, seconds ...; as `result` in settings.json
     """Follow the recipe and keep everything in `out`.
 
-    Resumes the run in `out`, if there is one, and returns its result if it is complete.
+    Resumes the run in `out`, if there is one, and returns its result if it is complete. With `extend` a
+    complete run gets the further epochs of the recipe, with a schedule of their own.
 
     Raises `RunLockedError`, `StopRequestedError` after a signal, `IncompatibleRunError` naming what differs
     where the run in `out` is another one, or what batch size makes its steps, `FloatingPointError` for a loss
@@ -94,7 +100,7 @@ def train_run(
     run = _Run(
         learn, out, config, settings or {}, weights, distributed, checkpoint_minutes=checkpoint_minutes,
         limit=limit, max_nonfinite_steps=max_nonfinite_steps, dashboards=dashboards,
-        show_progress=show_progress, started=started or (lambda: None))
+        show_progress=show_progress, started=started or (lambda: None), extend=extend)
     lock = None if locked else distributed.on_rank_zero(lambda: lock_run(out))
     try:
         distributed.on_rank_zero(lambda: _clear(out, overwrite))
@@ -119,20 +125,21 @@ class _Run:
     dashboards: tuple
     show_progress: bool
     started: object
+    extend: bool | float
 
 # %% ../../nbs/35_training.runs.ipynb #16201252
 def _train(run):
     "Train in a run folder that is locked, and return the result."
     identity = _identity_of(run)
-    checkpoint, path = _find_checkpoint(run.out, identity, run.distributed.rank == 0)
-    recipe = _with_effective_batch(run, checkpoint)
-    if checkpoint:
-        if _is_complete(run.out, checkpoint, recipe):
-            run.started()
-            return _load_result(run, checkpoint)
+    checkpoint, path = _find_checkpoint(run, identity)
+    recipe = _recipe_of_run(run, checkpoint)
+    complete = checkpoint and _is_complete(run.out, checkpoint, recipe)
+    if checkpoint and not complete:
         _check_batches(run, recipe)
-    run.started()
     run.learn.recipe = recipe
+    run.started()
+    if complete:
+        return _load_result(run, checkpoint)
     identity["recipe"] = dataclasses.asdict(recipe)
     keep = CheckpointCallback(run.out, run.distributed, identity, run.config, resumed_from=path,
                               checkpoint_minutes=run.checkpoint_minutes)
@@ -147,7 +154,7 @@ def _train(run):
 # %% ../../nbs/35_training.runs.ipynb #9cad77aa
 def _fit(run, keep, checkpoint):
     "Follow the recipe from the checkpoint, or from the start where it is None."
-    run_id = run.distributed.on_rank_zero(lambda: _begin(run.out, run.learn.recipe, run.config))
+    run_id = run.distributed.on_rank_zero(lambda: _begin(run))
     bar, rows = RunProgressCallback(), DashboardCallback(run.dashboards, run.out, run_id)
     callbacks = [keep]
     if run.show_progress and run.distributed.rank == 0:
@@ -157,18 +164,25 @@ def _fit(run, keep, checkpoint):
     try:
         run.learn.fit_recipe(callbacks, distributed=run.distributed, resume=checkpoint, limit=run.limit,
                              max_nonfinite_steps=run.max_nonfinite_steps)
+    except RestoreError as error:
+        raise IncompatibleRunError(f"{str(keep.resumed_from)!r} is damaged ({error}). Delete the run folder, "
+                                   "or let it be overwritten (--overwrite)") from error
     finally:
         bar.close()
         rows.close()
 
 # %% ../../nbs/35_training.runs.ipynb #667908ae
-def _begin(out, recipe, config):
-    "Write the recipe and what identifies the run. Returns the run's name for dashboards."
+def _begin(run):
+    "Write the recipe and what the next start has to know. Returns the run's identity for dashboards."
+    out, recipe = run.out, run.learn.recipe
     write_atomically(out / "recipe.toml", lambda file: file.write(recipe.toml().encode()))
     path = out / "run.json"
     run_id = read_json(path, {"id": str})["id"] if path.exists() else uuid.uuid4().hex[:12]
-    places = {name: config.get(name) for name in ("data", "labels")}
-    known = {"id": run_id, "effective_batch": recipe.effective_batch, **places}
+    column = best_column([metric.name for metric in run.learn.metrics], recipe)
+    known = {"id": run_id, "effective_batch": recipe.effective_batch,
+             "best_metric": column.removeprefix("valid_"),
+             "classes": [str(name) for name in run.learn.dls.vocab],
+             **{name: run.config.get(name) for name in ("data", "labels")}}
     write_atomically(path, lambda file: file.write(json.dumps(known).encode()))
     return run_id
 
@@ -200,6 +214,8 @@ def _evaluate_run(run, keep):
     shown, measured = task_of(learn).evaluate(learn, **options)
     seconds = round(sum(row["seconds"] for row in learn.reached.history), 1)
     result = {"seconds": seconds, **measured}
+    if ended := early_end(learn.reached.history, learn.recipe):
+        result["ended_early"] = ended
     if run.distributed.sum(stop())[0]:
         raise StopRequestedError("stopped after the last step, while the network was evaluated; "
                                  "the same command evaluates it again")
@@ -214,6 +230,9 @@ def _evaluate_run(run, keep):
 def _finish(run, identity, shown, result):
     "Write what a complete run leaves; settings.json last."
     learn, out = run.learn, run.out
+    if not out.exists():
+        warnings.warn(f"run folder {str(out)!r} was deleted; it will hold the result only", stacklevel=2)
+        out.mkdir(parents=True)
     export_weights(learn.model.state_dict(), run.config, out)
     figure = task_of(learn).draw(learn, shown)
     write_atomically(out / "predictions.png", lambda file: _save_figure(figure, file))
@@ -281,7 +300,8 @@ def _clear(out, overwrite):
             shutil.rmtree(out / name, ignore_errors=True)
 
 # %% ../../nbs/35_training.runs.ipynb #9908dc26
-_where_from = ("data", "labels", "corrupt", "classes")  # keys of `config` that do not describe the network
+# keys of `config` that do not describe the network
+_where_from = ("data", "labels", "corrupt", "classes", "held_out")
 
 def _fingerprint_of(weights):
     "Return a hash of a file of weights; a name stands for itself, and a file that is gone for nothing."
@@ -311,44 +331,136 @@ def _identity_of(run):
     }
 
 # %% ../../nbs/35_training.runs.ipynb #83a0c935
-def _find_checkpoint(out, identity, is_rank_zero):
+def _find_checkpoint(run, identity):
     """Return the newest checkpoint and its path, or None twice.
 
-    Raises `IncompatibleRunError` where it is of another run."""
-    found = load_run_checkpoint(out)
+    Raises `IncompatibleRunError` where it is of another run, or cannot be extended."""
+    found = load_run_checkpoint(run.out)
     if found is None:
+        if run.extend:
+            raise IncompatibleRunError(f"run folder {str(run.out)!r} holds no run that could be extended")
         return None, None
-    different = differences(found[0]["identity"], identity)
+    saved, adds = found[0]["identity"], _adds_epochs(run, found[0])
+    different = differences(_with_epochs(saved, run.learn.recipe) if adds else saved, identity)
     if different:
-        raise IncompatibleRunError(f"run folder {str(out)!r} holds another run: {'; '.join(different)}. "
-                                   "Give another folder (--out), or let it be overwritten (--overwrite)")
-    rewritten = files_rewritten(found[0]["identity"], identity)
-    if rewritten and is_rank_zero:
-        warnings.warn(f"run folder {str(out)!r}: {rewritten}", stacklevel=2)
+        only = len(different) == 1 and different[0].startswith("recipe epochs")
+        hint = "--extend adds epochs to a complete run. Else give" if only else "Give"
+        raise IncompatibleRunError(f"run folder {str(run.out)!r} holds another run: {'; '.join(different)}. "
+                                   f"{hint} another folder (--out), or let it be overwritten (--overwrite)")
+    if adds:
+        _check_extension(run, found[0])
+    elif run.extend is not False:
+        _check_peak(run, saved["recipe"])
+    rewritten = files_rewritten(saved, identity)
+    if rewritten and run.distributed.rank == 0:
+        warnings.warn(f"run folder {str(run.out)!r}: {rewritten}", stacklevel=2)
     return found
+
+def _adds_epochs(run, checkpoint):
+    "Return whether epochs are to be added now; a run that has been extended to these epochs resumes."
+    saved = checkpoint["identity"]["recipe"]
+    return bool(run.extend and (saved.get("epochs") != run.learn.recipe.epochs or not saved.get("restarts")))
+
+def _with_epochs(identity, recipe):
+    "Return what a run is, as if it had the epochs of a recipe."
+    return {**identity, "recipe": {**identity["recipe"], "epochs": recipe.epochs, "restarts": recipe.restarts,
+                                   "restart_lrs": recipe.restart_lrs}}
 
 # %% ../../nbs/35_training.runs.ipynb #03b58ed1
 def _is_complete(out, checkpoint, recipe):
-    "Return whether the run has nothing left to do."
-    return (out / "settings.json").exists() and checkpoint["progress"]["epoch"] == recipe.epochs
+    "Return whether the run has nothing left to do. While it is extended, its settings are those before."
+    path = out / "settings.json"
+    if not path.exists() or not _is_trained(checkpoint["progress"], recipe):
+        return False
+    written = read_json(path).get("recipe")
+    return not isinstance(written, dict) or written.get("epochs") == recipe.epochs
+
+def _is_trained(progress, recipe):
+    "Return whether a recipe's training has ended, after its last epoch or early."
+    return progress["epoch"] == recipe.epochs or _stopped(progress, recipe)
+
+def _stopped(progress, recipe):
+    "Return whether a training has ended early, between two epochs."
+    return progress["step"] == 0 and has_ended_early(progress["history"], recipe)
 
 def _load_result(run, checkpoint):
     "Load the weights of a complete run, and return its result."
     ema = checkpoint["ema"]
-    run.learn.model.load_state_dict(ema["weights"] if ema else checkpoint["model"])
-    return read_json(run.out / "settings.json", {"result": dict})["result"] | {"complete": True}
+    path, numbers = run.out / "settings.json", ["seconds", "loss"]
+    if isinstance(task_of(run.learn), Classification):
+        numbers += ["accuracy", "top5"]
+    result = read_json(path, {"result": dict.fromkeys(numbers, (int, float))})["result"]
+    for name, value in result.items():
+        fits = isinstance(value, (int, float, dict, type(None)))
+        require_intact(path, fits, f"{name} of the result is of type {type(value).__name__}")
+    try:
+        run.learn.model.load_state_dict(ema["weights"] if ema else checkpoint["model"])
+    except Exception as error:  # torch raises many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise IncompatibleRunError(f"the checkpoint in {str(run.out)!r} is damaged ({reason})") from error
+    return result | {"complete": True}
 
 # %% ../../nbs/35_training.runs.ipynb #f457a118
-def _with_effective_batch(run, checkpoint):
-    "Return the learner's recipe with the number of images in a step."
+def _recipe_of_run(run, checkpoint):
+    "Return the learner's recipe with what the run has decided: images in a step, and restarts."
     recipe = run.learn.recipe
-    if checkpoint:
-        wanted = checkpoint["identity"]["recipe"]["effective_batch"]
-    else:
+    if not checkpoint:
         wanted = recipe.effective_batch or run.learn.dls.train.bs * run.distributed.world
-    return dataclasses.replace(recipe, effective_batch=wanted)
+        return dataclasses.replace(recipe, effective_batch=wanted)
+    saved = checkpoint["identity"]["recipe"]
+    kept = {name: saved.get(name) for name in ("effective_batch", "restarts", "restart_lrs")}
+    if _adds_epochs(run, checkpoint):
+        kept |= _extension(run, checkpoint)
+    return dataclasses.replace(recipe, **kept)
+
+# %% ../../nbs/35_training.runs.ipynb #d725652a
+def _check_extension(run, checkpoint):
+    "Raise `IncompatibleRunError` unless the run is complete and gets more epochs."
+    progress, saved, recipe = checkpoint["progress"], checkpoint["identity"]["recipe"], run.learn.recipe
+    where, reached = f"run folder {str(run.out)!r}", progress["epoch"]
+    if recipe.schedule == "steps":
+        raise IncompatibleRunError(f'{where} holds a run with schedule "steps", whose drops have no place in '
+                                   "an extension: start another run from its weights (--weights)")
+    if reached != saved["epochs"] and not _stopped(progress, recipe):
+        raise IncompatibleRunError(f"{where} holds a run that is not complete (epoch {reached} of "
+                                   f"{saved['epochs']}): without --extend and with these epochs it resumes")
+    if recipe.epochs <= reached or recipe.epochs == saved["epochs"]:
+        other = "" if reached == saved["epochs"] else f", and others than the {saved['epochs']} of the run"
+        raise IncompatibleRunError(f"{where} holds a run of {reached} epochs: an extension needs more"
+                                   f"{other}, got --epochs {recipe.epochs}")
+
+def _check_peak(run, saved):
+    "Raise `IncompatibleRunError` if an extension that resumes is asked for another peak than it has."
+    peak = saved["restart_lrs"][-1]
+    if run.extend is not True and run.extend != peak:
+        raise IncompatibleRunError(f"run folder {str(run.out)!r} holds a run that was extended with learning "
+                                   f"rate {peak:g}, got --extend {run.extend:g}")
+
+def _extension(run, checkpoint):
+    "Return the restarts of an extended run, and their peaks."
+    saved, recipe = checkpoint["identity"]["recipe"], run.learn.recipe
+    restarts = (*(saved.get("restarts") or ()), checkpoint["progress"]["epoch"])
+    peak = recipe.lr if run.extend is True else float(run.extend)
+    before = saved.get("restart_lrs") or (recipe.lr,) * (len(restarts) - 1)
+    return {"restarts": restarts, "restart_lrs": (*before, peak)}
 
 # %% ../../nbs/35_training.runs.ipynb #3b7988d3
+def saved_classes(
+    folder: str | Path,  # of a run
+) -> list[str] | None:  # None where there is no checkpoint
+    """Return the classes of the run that would resume in `folder`, in their order.
+
+    Raises `IncompatibleRunError` where its files are damaged."""
+    folder = Path(folder)
+    if not checkpoint_files(folder):
+        return None
+    path = folder / "run.json"
+    known = read_json(path) if path.exists() else {}
+    if "classes" not in known:  # of an older version
+        return load_run_checkpoint(folder)[0]["identity"]["classes"]
+    check_fields(path, known, {"classes": list})
+    return known["classes"]
+
 def saved_effective_batch(
     folder: str | Path,  # of a run
 ) -> int | None:  # None where there is no checkpoint
@@ -479,15 +591,15 @@ def write_tables(self: CheckpointCallback):
 # %% ../../nbs/35_training.runs.ipynb #4c92ae57
 score_names = {  # column of the history -> how it is called
     "accuracy": "accuracy", "box_ap": "box AP", "mask_ap": "mask AP", "miou": "mIoU",
+    "top5": "top-5 accuracy", "macro_f1": "macro F1", "balanced_accuracy": "balanced accuracy",
 }
 
 # %% ../../nbs/35_training.runs.ipynb #35c0b1e7
 @patch
 def is_best(self: CheckpointCallback):
-    "Whether the epoch that ended last has the best score: its accuracy, box AP or mIoU, or else its loss."
+    "Whether the epoch that ended last is the best one, by the metric of the recipe."
     history = self.follow_recipe.reached.history
-    scores = [next((row[name] for name in score_names if name in row), -row["valid_loss"]) for row in history]
-    return all(scores[-1] > earlier for earlier in scores[:-1])
+    return best_epoch(history, self.follow_recipe.choices) == len(history) - 1
 
 @patch
 def complete(self: CheckpointCallback):
@@ -511,10 +623,22 @@ def guard(self: CheckpointCallback, action):
     try:
         return action()
     except OSError as error:
+        if not self.folder.exists():
+            self.rescue()
         problem = (f"{error.strerror}: the run folder cannot be written, training ends; "
                    "earlier checkpoints are untouched")
         self.follow_recipe.problem = OSError(error.errno, problem, str(self.folder))
         raise CancelFitException from error
+
+@patch
+def rescue(self: CheckpointCallback):
+    "Write a checkpoint into a run folder that somebody has deleted, and end the training: its lock is gone."
+    self.folder.mkdir(parents=True)
+    self.guard(lambda: self.write(best=False))
+    problem = ("the run folder was deleted, training ends; a checkpoint of this moment lies in it again, and "
+               "the same command resumes")
+    self.follow_recipe.problem = FileNotFoundError(errno.ENOENT, problem, str(self.folder))
+    raise CancelFitException
 
 @patch
 def stop(self: CheckpointCallback):
@@ -782,17 +906,21 @@ def plot_predictions(
     result: Evaluation,  # of that loader
     classes,  # their names
     *,
-    rows: int = 5,
-    columns: int = 8,
+    rows: int = 5,  # at most
+    columns: int = 8,  # at most
     figure: Figure | None = None,
 ) -> Figure:
     "Draw the misclassified images first, in red, then the correct ones with the lowest probability."
     correct = result.predictions[:, 0] == result.targets
     order = torch.argsort(torch.where(correct, result.probabilities[:, 0], -result.losses))
+    columns = max(min(columns, len(correct)), 1)
+    rows = max(min(rows, -(-len(correct) // columns)), 1)
     if figure is None:
-        figure = Figure(figsize=(1.25 * columns, 1.5 * rows), layout="constrained")
-    figure.suptitle(f"{int((~correct).sum())} of {len(correct)} misclassified; "
-                    "shown: the top losses (red), then the lowest probabilities")
+        size = max(1.25 * columns, 4.5), max(1.5 * rows, 2.4)
+        figure = Figure(figsize=size, layout="constrained")
+    space = " " if columns > 6 else "\n"
+    figure.suptitle(f"{int((~correct).sum())} of {len(correct)} misclassified;{space}"
+                    f"shown: the top losses (red),{space}then the lowest probabilities", fontsize=11)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
@@ -824,6 +952,52 @@ def _save_figure(figure, file):
         warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)
         figure.savefig(file, dpi=110)
 
+# %% ../../nbs/35_training.runs.ipynb #870be739
+def _confusion(result, classes):
+    "Return how many images of each class (row) were taken for each (column), (classes, classes)."
+    from sklearn.metrics import confusion_matrix  # takes a while, and only this needs it
+    return confusion_matrix(result.targets, result.predictions[:, 0], labels=range(classes))
+
+def _pair_rows(result, names):
+    "Yield class, prediction and number of images of all pairs that occur, class by class."
+    counts = _confusion(result, len(names))
+    for row, column in zip(*counts.nonzero(), strict=True):
+        yield [names[row], names[column], counts[row, column]]
+
+# %% ../../nbs/35_training.runs.ipynb #404933c4
+def plot_confusion(
+    result: Evaluation,
+    classes,  # their names
+    *,
+    most: int = 25,  # classes of a matrix; of more, the pairs that were confused most often are drawn
+    figure: Figure | None = None,
+) -> Figure:
+    "Draw the confusion matrix, or the most frequent confusions where there are too many classes."
+    counts, names = _confusion(result, len(classes)), [_short(name).replace("$", r"\$") for name in classes]
+    small = len(names) <= most
+    side = 2.5 + 0.4 * len(names) if small else 6
+    figure = Figure(figsize=(side, side if small else 5), layout="constrained") if figure is None else figure
+    (_draw_matrix if small else _draw_pairs)(figure.subplots(), counts, names)
+    return figure
+
+def _draw_matrix(axis, counts, names):
+    "Draw the matrix, with a number in each field."
+    from sklearn.metrics import ConfusionMatrixDisplay
+    display = ConfusionMatrixDisplay(counts, display_labels=names)
+    display.plot(ax=axis, cmap="Blues", colorbar=False, xticks_rotation="vertical", text_kw={"fontsize": 8})
+    axis.set(xlabel="prediction", ylabel="class", title=f"{counts.sum()} images")
+
+def _draw_pairs(axis, counts, names, most=20):
+    "Draw the most frequent pairs of a class and a wrong prediction."
+    wrong = counts * (1 - np.eye(len(counts), dtype=int))
+    order = [k for k in wrong.ravel().argsort(kind="stable")[::-1][:most] if wrong.flat[k]]
+    pairs = [f"{names[k // len(names)]} → {names[k % len(names)]}" for k in order]
+    axis.barh(range(len(order)), wrong.ravel()[order], color="#c02020")
+    axis.set_yticks(range(len(order)), pairs)
+    axis.invert_yaxis()
+    axis.set(xlabel="images", title=f"{wrong.sum()} misclassified: most frequent pairs")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
 # %% ../../nbs/35_training.runs.ipynb #78b0c0a3
 def write_evaluation(
     folder: str | Path,
@@ -831,14 +1005,19 @@ def write_evaluation(
     loader,  # that was evaluated
     classes,  # their names
 ):
-    "Write `predictions.csv` (a row per image), `classes.csv` (a row per class) and `top_losses.png`."
+    """Write tables and figures of an evaluation.
+
+    `predictions.csv` has a row per image, `classes.csv` one per class, `confusion.csv` one per class and
+    prediction that came together; `top_losses.png` and `confusion.png` are drawn of them."""
     folder, names = Path(folder), [table_cell(c) for c in classes]
     folder.mkdir(parents=True, exist_ok=True)
     head = ["image", "class", *prediction_columns(result.predictions.shape[1]), "loss"]
     _write_table(folder / "predictions.csv", head, _image_rows(result, loader.items, names))
     head = ["class", "images", "correct", "accuracy"]
     _write_table(folder / "classes.csv", head, _class_rows(result, names))
+    _write_table(folder / "confusion.csv", ["class", "prediction", "images"], _pair_rows(result, names))
     _save_figure(plot_predictions(loader, result, classes), folder / "top_losses.png")
+    _save_figure(plot_confusion(result, classes), folder / "confusion.png")
 
 # %% ../../nbs/35_training.runs.ipynb #9e2751d1
 def _write_table(path, head, rows):

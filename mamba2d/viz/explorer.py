@@ -27,15 +27,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..scan.checks import check_integer
-from .plots import computed_until, even_colors, influence_norm, influence_ticks, signed_colors
+from mamba2d.viz.plots import (
+    computed_until,
+    even_colors,
+    influence_norm,
+    influence_ticks,
+    other_scan,
+    signed_colors,
+)
 from mamba2d.viz.states import (
     check_index,
     check_states,
+    evaluation_mode,
     hidden_states,
     impulse_map,
     influence_map,
     readouts,
     require_scanning_mixers,
+    scan_count,
     scanning_mixers,
 )
 
@@ -43,7 +52,7 @@ from mamba2d.viz.states import (
 def load_image(
     image,  # path, bytes of a file, PIL image, or array (H, W[, C]) of integers to 255 or floats to 1
     channels: int = 3,  # of the model: 1 or 3
-    size: int | None = None,  # pixels: resize the shorter side and crop the middle; None: as it is
+    size: int | tuple | None = None,  # pixels, or height and width: the middle, resized; None: as it is
     mean: float | tuple = (0.485, 0.456, 0.406),  # of each channel, of values between 0 and 1; ImageNet's
     std: float | tuple = (0.229, 0.224, 0.225),
 ) -> tuple[Tensor, np.ndarray]:  # (C, H, W) normalised; (H, W) or (H, W, 3) between 0 and 1
@@ -53,29 +62,42 @@ def load_image(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None:
-        check_integer("size", size, 1)
+        height, width = size if isinstance(size, tuple) else (size, size)
+        check_integer("size", height, 1)
+        check_integer("size", width, 1)
     centre, spread = _normalisation(mean, std, channels)
     opened = _open(image, "L" if channels == 1 else "RGB")
     if size is not None:
-        opened = _resized(opened, size)
+        opened = _resized(opened, height, width)
     values = np.asarray(opened, dtype=np.float32) / 255
     tensor = torch.from_numpy(values.copy()).view(*values.shape[:2], channels).permute(2, 0, 1)
     return (tensor - centre) / spread, values
 
 # %% ../../nbs/42_viz.explorer.ipynb #e8a787dc
-def _resized(image, size):
-    "The middle of an image, whose shorter side is resized to so many pixels."
-    scale = size / min(image.size)
-    sides = [max(size, round(side * scale)) for side in image.size]
-    left, top = [(side - size) // 2 for side in sides]
-    return image.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+def _resized(image, height, width):
+    "The middle of an image, resized to just cover so many pixels."
+    image = _without_far_ends(image, height, width)
+    scale = max(width / image.width, height / image.height)
+    sides = [max(least, round(side * scale)) for least, side in zip((width, height), image.size, strict=True)]
+    left, top = (sides[0] - width) // 2, (sides[1] - height) // 2
+    return image.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+
+def _without_far_ends(image, height, width):
+    "The middle of a strip, which would be huge if all of it were enlarged; other images as they are."
+    longest = [4 * max(1, round(a)) for a in (width * image.height / height, height * image.width / width)]
+    sides = [min(pair) for pair in zip(image.size, longest, strict=True)]
+    left, top = [(side - kept) // 2 for side, kept in zip(image.size, sides, strict=True)]
+    return image.crop((left, top, left + sides[0], top + sides[1]))
 
 # %% ../../nbs/42_viz.explorer.ipynb #a10c3a26
 def _normalisation(mean, std, channels):
     "Mean and standard deviation as tensors (1 or C, 1, 1)."
     found = {}
     for name, value in (("mean", mean), ("std", std)):
-        found[name] = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1)
+        try:
+            found[name] = torch.as_tensor(value, dtype=torch.float32).view(-1, 1, 1)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{name} must be one number or one for each channel, got {value!r}") from None
         given = len(found[name])
         if given not in (1, channels):
             raise ValueError(f"{name} must be one number or one for each of {channels} channels, "
@@ -101,8 +123,10 @@ def _as_image(image):
         image = Image.open(image)
     elif isinstance(image, (bytes, memoryview)):
         image = Image.open(io.BytesIO(bytes(image)))
-    with suppress(Exception):  # it is an array, or has garbage where the camera's note should be
-        image = ImageOps.exif_transpose(image)
+    if isinstance(image, Image.Image):
+        image.load()  # before Pillow looks for the camera's note, where it hides what is wrong with a PNG
+        with suppress(Exception):  # garbage where the note should be
+            image = ImageOps.exif_transpose(image)
     if not isinstance(image, Image.Image) or image.mode in ("I", "F"):
         return _from_array(image)
     if image.mode.startswith("I;16"):  # Pillow would cut off at 255
@@ -137,11 +161,13 @@ class _Choice:
     of: str = "state"  # or "output"
     pixel: tuple[int, int] = (0, 0)  # row and column in the map
     step: int | None = None  # anti-diagonals to show; None: all
+    zoom: int = 1  # how many times the maps are enlarged, around the pixel
+    scan: int = 0  # which of the mixer's scans, where there are several
 
     @property
-    def scan(self):
+    def source(self):
         "What the states depend on."
-        return self.stage, self.block, self.corner
+        return self.stage, self.block, self.corner, self.scan
 
     @property
     def question(self):
@@ -151,17 +177,26 @@ class _Choice:
 
 # %% ../../nbs/42_viz.explorer.ipynb #e7bb8765
 _choices = tuple(field.name for field in dataclasses.fields(_Choice))
+_zooms = (1, 2, 4, 8)
 _corners = {"its own": None, "top-left": False, "bottom-right": True}  # -> reverse
 
 # %% ../../nbs/42_viz.explorer.ipynb #af3a9945
-_questions = {  # name of the map: its title, and the options of `influence_map`
-    "detached gates": ("what feeds the ring\ndetached gates", {}),
-    "full derivative": (
-        "what feeds the ring\nfull derivative: Δ, B, C too", dict(meaning="full derivative")),
-    "rows": ("what feeds the ring, 1D\nrow by row, not trained so", dict(order="rows")),
-}
-_titles = {name: title for name, (title, _) in _questions.items()}
-_titles["impulse"] = "where its input goes\ndetached gates"
+_maps = ("detached gates", "full derivative", "rows", "impulse")  # of the lower row
+
+def _questions(states):
+    "For each map of what feeds the ring: its title, and the options of `influence_map`."
+    other, options = other_scan(states)
+    feeds = "what feeds the ring"
+    return {
+        "detached gates": (f"{feeds}\ndetached gates", {}),
+        "full derivative": (f"{feeds}\nfull derivative: Δ, B, C too", dict(meaning="full derivative")),
+        "rows": (f"{feeds}, not trained so\n{other}", options),
+    }
+
+def _titles(states):
+    "The titles of the lower row."
+    titles = {name: title for name, (title, _) in _questions(states).items()}
+    return titles | {"impulse": "where its input goes\ndetached gates"}
 
 # %% ../../nbs/42_viz.explorer.ipynb #a7e13eba
 class _Answers(NamedTuple):
@@ -172,7 +207,7 @@ class _Answers(NamedTuple):
 def _answer(states, choice):
     "Ask all questions about the pixel that is chosen."
     fed = {name: influence_map(states, **choice.question, **options)
-           for name, (_, options) in _questions.items()}
+           for name, (_, options) in _questions(states).items()}
     maps = {name: influence.signed for name, influence in fed.items()}
     maps["impulse"] = impulse_map(states, **choice.question)
     return _Answers(maps, fed["detached gates"].value)
@@ -180,8 +215,9 @@ def _answer(states, choice):
 # %% ../../nbs/42_viz.explorer.ipynb #ae71d292
 class _Exploration:
     "A model, an image and a choice, with the states and answers that belong to them. It draws nothing."
-    def __init__(self, model, **options):
+    def __init__(self, model, classes, **options):
         self.choice = _Choice(*require_scanning_mixers(model)[0])
+        self.classes = classes
         self.model, self.options = model, dict(channels=model.in_channels, **options)
 
     def __getattr__(self, name):
@@ -190,35 +226,64 @@ class _Exploration:
         return getattr(self.choice, name)
 
     def open(self, image):
-        "Look at another image. Raises `ValueError` if it cannot be read, and leaves everything as it was."
+        """Look at another image, resized to the first one's size.
+
+        Raises `ValueError` if it cannot be read, and leaves everything as it was."""
         image, shown = load_image(image, **self.options)
         self.model.check_images(image[None])
         states = _states_of(self.model, image, self.choice)
+        self.prediction = _predicted(self.model, image, self.classes)
+        self.options["size"] = tuple(image.shape[1:])
         self.image, self.shown, self.place = image, shown, (0.6, 0.6)
         self._accept(_followed(self.choice, states, self.place), states)
 
     def choose(self, **choices):
-        """Change any of stage, block, corner, channel, state, of, pixel and step.
+        """Change any of stage, block, corner, channel, state, of, pixel, step, zoom and scan.
 
         Raises `ValueError` naming the choice that cannot be made, and leaves everything as it was."""
         for name in choices:
             if name not in _choices:
                 raise ValueError(f"there is no choice {name!r}, only {', '.join(_choices)}")
         choice, states = dataclasses.replace(self.choice, **choices), self.states
-        if choice.scan != self.choice.scan:
+        if choice.source != self.choice.source:
             states = _states_of(self.model, self.image, choice)
             choice = _followed(choice, states, self.place, given=choices)
-        self._accept(choice, states, self.answers if choices.keys() == {"step"} else None)
+        self._accept(choice, states, self.answers if choices.keys() <= {"step", "zoom"} else None)
         if "pixel" in choices:
             self.place = _place_of(choice.pixel, states.map_size)
+
+    def describe(self) -> str:
+        "Say what is shown, in words."
+        return f"{_described(self.choice, self.states, self.answers.value)}; {self.prediction}"
 
     def _accept(self, choice, states, answers=None):
         "Keep a choice, if it can be made; the answers are computed where they are not given."
         check_states(states, pixel=choice.pixel, channel=choice.channel, state=choice.state)
         if choice.step is not None:
             check_index("step", choice.step, sum(states.map_size))
+        if choice.zoom not in _zooms:
+            raise ValueError(f"zoom must be one of {', '.join(map(str, _zooms))}, got {choice.zoom!r}")
         answers = _answer(states, choice) if answers is None else answers
         self.choice, self.states, self.answers = choice, states, answers
+
+# %% ../../nbs/42_viz.explorer.ipynb #8465933d
+def _predicted(model, image, classes):
+    """The three most likely classes of an image and their probabilities, in words.
+
+    Raises `ValueError` for more or fewer names than the model has classes."""
+    if getattr(model, "num_classes", None) == 0:
+        return "a network without classes"
+    parameter = next(model.parameters())
+    with evaluation_mode(model):
+        probabilities = model(image[None].to(parameter)).float().softmax(-1)[0]
+    names = range(len(probabilities)) if classes is None else classes
+    if len(names) != len(probabilities):
+        count = len(probabilities)
+        raise ValueError(f"classes must name the model's {count} classes, got {len(names)} names")
+    best = probabilities.topk(min(3, len(names)))
+    named = [f"{names[k]} ({100 * value:.1f} %)"
+             for k, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return "predicted class: " + ", ".join(named)
 
 # %% ../../nbs/42_viz.explorer.ipynb #c1c02c48
 def _states_of(model, image, choice):
@@ -226,8 +291,8 @@ def _states_of(model, image, choice):
     if choice.corner not in _corners:
         accepted = ", ".join(map(repr, _corners))
         raise ValueError(f"corner must be one of {accepted}, got {choice.corner!r}")
-    return hidden_states(model, image, choice.stage, choice.block, reverse=_corners[choice.corner],
-                         keep=("h", "delta_t", "delta_l", "y"))
+    return hidden_states(model, image, choice.stage, choice.block, scan=choice.scan,
+                         reverse=_corners[choice.corner], keep=("h", "delta_t", "delta_l", "y"))
 
 # %% ../../nbs/42_viz.explorer.ipynb #d862e171
 def _place_of(pixel, map_size):
@@ -244,7 +309,7 @@ def _followed(choice, states, place, given=()):
 
 # %% ../../nbs/42_viz.explorer.ipynb #a307dac4
 _places = {"image": (0, 0), "state": (0, 1), "step": (0, 2), "vector": (0, 3)}  # row and column
-_places |= {name: (1, column) for column, name in enumerate(_titles)}
+_places |= {name: (1, column) for column, name in enumerate(_maps)}
 _left, _bottom, _width, _height = (0.055, 0.275, 0.515, 0.75), (0.575, 0.09), 0.183, 0.312
 
 def _add_axes(figure, name):
@@ -260,7 +325,7 @@ def _add_axes(figure, name):
         ax.set_ylabel("row (pixels)", fontsize=9)
     if row == 1:
         ax.set_xlabel("column (pixels)", fontsize=9)
-    ax.set_title(_titles.get(name, ""), fontsize=9, animated=row == 0)
+    ax.set_title("", fontsize=9, animated=row == 0)
     return ax
 
 # %% ../../nbs/42_viz.explorer.ipynb #afdc93ff
@@ -274,24 +339,41 @@ def _add_color_bar(figure, name, norm, *, colors, ticks):
 
 # %% ../../nbs/42_viz.explorer.ipynb #ce0107ae
 def _add_color_bars(figure):
-    "The three color bars: all maps are relative to their largest value."
+    "The three color bars: the titles say what their ends mean."
     _add_color_bar(figure, "state", Normalize(-1, 1), colors=signed_colors, ticks=(-1, 0, 1))
-    _add_color_bar(figure, "step", Normalize(0, 1), colors=even_colors, ticks=(0, 0.5, 1))
+    bar = _add_color_bar(figure, "step", Normalize(0, 1), colors=even_colors, ticks=(0, 1))
+    bar.set_ticklabels(["low", "high"])
     bar = _add_color_bar(figure, "impulse", influence_norm(), colors=signed_colors, ticks=influence_ticks)
     bar.set_label("relative to the largest", fontsize=8, labelpad=4)
 
+# %% ../../nbs/42_viz.explorer.ipynb #4acb1bec
+class _Zoomed:
+    "Panels of which the maps show a part of the image."
+    def _look_at(self, window):
+        "Let all maps show a part of the image. Returns whether it is another one than before."
+        if window == self.window:
+            return False
+        left, right, top, bottom = self.window = window
+        for name, ax in self.axes.items():
+            if name != "vector":
+                ax.set(xlim=(left, right), xticks=[left, (left + right) // 2, right])
+                ax.set(ylim=(bottom, top), yticks=[top, (top + bottom) // 2, bottom])
+        return True
+
 # %% ../../nbs/42_viz.explorer.ipynb #ee84fa63
-class _Panels:
+class _Panels(_Zoomed):
     "The panels of an explorer's figure, and the artists in them that a choice changes."
     def __init__(self, figure):
         self.figure, self.background = figure, None
         self.axes = {name: _add_axes(figure, name) for name in _places}
         _add_color_bars(figure)
         self.heads = {name: ax.title for name, ax in self.axes.items()}
-        self.maps, self.rings = {}, {}
+        self.maps, self.rings, self.window = {}, {}, None
+        image = self.axes["image"]
+        self.head = image.text(0, 1.29, "", fontsize=10, transform=image.transAxes, animated=True)
 
     def show_image(self, shown, states):
-        "Empty the panels and begin with another image, and with bars for so many states."
+        "Empty the panels and begin with another image and other states."
         self.background = None  # it shows the image before
         for ax in self.axes.values():
             for artist in [*ax.images, *ax.lines, *ax.patches]:
@@ -299,14 +381,17 @@ class _Panels:
         for name, ax in self.axes.items():
             if name != "vector":
                 self.maps[name], self.rings[name] = _new_map(ax, name, shown), _new_ring(ax)
-        self.bars = _new_bars(self.axes["vector"], states)
+        for name, title in _titles(states).items():
+            self.heads[name].set_text(title)
+        self.bars = _new_bars(self.axes["vector"], states.h.shape[3])
+        self.window = None
 
-    def show(self, choice, states, answers):
+    def show(self, choice, states, answers, head):
         "Put the arrays of a choice into the panels."
         arrays = _arrays(choice, states, answers)
         for name in arrays.keys() - {"vector"}:
             self.maps[name].set_data(arrays[name])
-            self.maps[name].set_norm(_scale(name, _largest(arrays[name])))
+            self.maps[name].set_norm(_scale(name, arrays[name]))
         heights = arrays["vector"] / _largest(arrays["vector"])
         for bar, height in zip(self.bars, heights.tolist(), strict=True):
             bar.set_height(height)
@@ -314,7 +399,11 @@ class _Panels:
             ring.set_data(*_middle(choice.pixel, states))
         for name, text in _heads(choice, states, arrays).items():
             self.heads[name].set_text(text)
-        self.redraw()
+        self.head.set_text(head)
+        if self._look_at(_window(choice, states)):
+            self.figure.canvas.draw()
+        else:
+            self.redraw()
 
     def redraw(self, event=None):
         "Draw what has changed; with `event`, after the whole figure was drawn, keep a new background."
@@ -327,7 +416,7 @@ class _Panels:
             return
         canvas.restore_region(self.background)
         for ax in self.axes.values():
-            for artist in [*ax.images, *ax.patches, *ax.lines, ax.title]:
+            for artist in [*ax.images, *ax.patches, *ax.lines, *ax.texts, ax.title]:
                 if artist.get_animated():
                     ax.draw_artist(artist)
         if event is None:
@@ -338,8 +427,6 @@ def _new_map(ax, name, shown):
     "An empty map in pixels of the image, over the image itself in the panel of the state."
     height, width = shown.shape[:2]
     extent = (0, width, height, 0)
-    ax.set(xlim=extent[:2], xticks=[0, width // 2, width])
-    ax.set(ylim=extent[2:], yticks=[0, height // 2, height])
     if name in ("image", "state"):
         background = ax.imshow(shown, cmap="gray", extent=extent, vmin=0, vmax=1)
     if name == "image":
@@ -387,17 +474,39 @@ def _largest(values):
     "The largest magnitude, masked or not."
     return max(float(np.abs(np.ma.getdata(values)).max()), 1e-30)
 
-def _scale(name, largest):
-    "The scale of a map whose values go as far as this."
+def _limit(values):
+    "What 99 % of the magnitudes stay below: a single pixel that is far out does not make the others pale."
+    limit = float(np.quantile(np.abs(np.ma.getdata(values)), 0.99))
+    return limit if limit > 0 else _largest(values)
+
+def _span(values):
+    "The range of 98 % of the values; a little wide, where they are all the same."
+    low, high = np.quantile(np.ma.getdata(values), (0.01, 0.99)).tolist()
+    return low, high if high > low else low + max(abs(low), 1e-6)
+
+def _scale(name, values):
+    "The scale of a map."
     if name == "step":
-        return Normalize(0, largest)
-    return Normalize(-largest, largest) if name == "state" else influence_norm(largest)
+        return Normalize(*_span(values))
+    if name == "state":
+        return Normalize(-_limit(values), _limit(values))
+    return influence_norm(_largest(values))
 
 def _middle(pixel, states):
     "Where the middle of a map pixel lies in the image, as x and y of a curve of one point."
     row, column = [(p + 0.5) * (pixels / side)
                    for p, pixels, side in zip(pixel, states.image_size, states.map_size, strict=True)]
     return [column], [row]
+
+def _window(choice, states):
+    "The part of the image that is shown: its left, right, top and bottom, in pixels, around the ring."
+    (column,), (row,) = _middle(choice.pixel, states)
+    edges = []
+    for place, side in zip((column, row), states.image_size[::-1], strict=True):
+        extent = max(1, round(side / choice.zoom))
+        start = min(max(round(place - extent / 2), 0), side - extent)
+        edges += [start, start + extent]
+    return tuple(edges)
 
 # %% ../../nbs/42_viz.explorer.ipynb #a622fc42
 def _heads(choice, states, arrays):
@@ -406,19 +515,39 @@ def _heads(choice, states, arrays):
     value = f"h, channel {channel}, state {choice.state}"
     if choice.of == "output":
         value = f"y, channel {channel}"
-    largest = {name: np.abs(np.ma.getdata(values)).max() for name, values in arrays.items()}
+    step = "Δ" if states.route else "Δ (mean of both)"
+    low, high = _span(arrays["step"])
+    at = "pixel {}, {} of {}×{}"
     return {
-        "image": f"stage {choice.stage}, block {choice.block}\npixel {row}, {column} of {height}×{width}",
-        "state": f"{value}\nfrom the {states.corner}, largest {largest['state']:.3g}",
-        "step": f"Δ (mean of both), channel {channel}\nlargest {largest['step']:.3g}",
-        "vector": f"states at the ring, channel {channel}\nrelative to {largest['vector']:.3g}",
+        "image": (f"image {at.format(*_image_pixel(choice, states), *states.image_size)}\n"
+                  f"map {at.format(row, column, height, width)}"),
+        "state": f"{value}\ncolors to ±{_limit(arrays['state']):.3g}",
+        "step": f"{step}, channel {channel}\nfrom {low:.3g} to {high:.3g}",
+        "vector": f"states at the ring, channel {channel}\nrelative to {_largest(arrays['vector']):.3g}",
     }
+
+def _image_pixel(choice, states):
+    "Row and column, in pixels of the image, of the middle of the pixel that is chosen."
+    (column,), (row,) = _middle(choice.pixel, states)
+    return int(row), int(column)
+
+def _scans(view):
+    "The numbers of the scans that the chosen mixer has."
+    return list(range(scan_count(view.model, view.stage, view.block)))
+
+def _place(choice, states, scans):
+    "Where the states come from, in words."
+    routes = {None: "2D scan", "rows": "1D scan, row by row", "columns": "1D scan, column by column"}
+    which = f", scan {choice.scan} of {len(scans)}" if len(scans) > 1 else ""
+    way = f"{routes[states.route]} from the {states.corner}"
+    return f"stage {choice.stage}, block {choice.block}{which}, {way}"
 
 # %% ../../nbs/42_viz.explorer.ipynb #51eb8a5d
 class ExplorerFigure(_Exploration):
     """The figure of a `StateExplorer`: what is chosen, and the maps that belong to it.
 
-    What is chosen can be read as attributes: stage, block, corner, channel, state, of, pixel, step.
+    What is chosen is in attributes: stage, block, corner, channel, state, of, pixel, step, zoom, scan.
+    `prediction` says what the network says of the image.
     `maps` holds the matplotlib images by name: "image", "state", "step", "detached gates",
     "full derivative", "rows", "impulse".
 
@@ -431,26 +560,34 @@ class ExplorerFigure(_Exploration):
         size: int | None = None,  # pixels of the image's sides; None: as it is
         mean: float | tuple = (0.485, 0.456, 0.406),  # normalisation that the model was trained with
         std: float | tuple = (0.229, 0.224, 0.225),
+        *,
+        classes: list[str] | None = None,  # names of the model's classes; None: their numbers
     ):
-        super().__init__(model, size=size, mean=mean, std=std)
+        super().__init__(model, classes, size=size, mean=mean, std=std)
         self.figure = Figure(figsize=(10.4, 6.1), dpi=90)
         self.panels = _Panels(self.figure)
         self.axes, self.maps, self.heads = self.panels.axes, self.panels.maps, self.panels.heads
         self.open(image)
 
     def open(self, image):
-        "Show another image. Raises `ValueError` if it cannot be read, and leaves everything as it was."
+        """Show another image, resized to the first one's size.
+
+        Raises `ValueError` if it cannot be read, and leaves everything as it was."""
         super().open(image)
-        self.panels.show_image(self.shown, self.states.h.shape[3])
-        self.panels.show(self.choice, self.states, self.answers)
+        self.panels.show_image(self.shown, self.states)
+        self._show()
         self.figure.canvas.draw()
 
     def choose(self, **choices):
-        """Change any of stage, block, corner, channel, state, of, pixel and step, and redraw.
+        """Change any of stage, block, corner, channel, state, of, pixel, step, zoom and scan, and redraw.
 
         Raises `ValueError` naming the choice that cannot be made, and leaves everything as it was."""
         super().choose(**choices)
-        self.panels.show(self.choice, self.states, self.answers)
+        self._show()
+
+    def _show(self):
+        head = f"{_place(self.choice, self.states, _scans(self))}; {self.prediction}"
+        self.panels.show(self.choice, self.states, self.answers, head)
 
     def click(self, event):
         "Choose the pixel at which a mouse button was pressed. Returns whether there was one."
@@ -459,10 +596,6 @@ class ExplorerFigure(_Exploration):
             return False
         self.choose(pixel=self.states.map_pixel(event.ydata, event.xdata))
         return True
-
-    def describe(self) -> str:
-        "Say what is shown, in words."
-        return _described(self.choice, self.states, self.answers.value)
 
     def png(self) -> bytes:
         "Return the figure as it is, as a PNG file."
@@ -479,7 +612,8 @@ def _described(choice, states, value):
     delta_l = states.delta_l[*choice.pixel, choice.channel]
     return (f"stage {choice.stage}, block {choice.block}, from the {states.corner}; "
             f"pixel ({choice.pixel[0]}, {choice.pixel[1]}): {what} = {value:.4g}, "
-            f"Δ_t = {delta_t:.4g}, Δ_l = {delta_l:.4g}")
+            f"Δ_t = {delta_t:.4g}, Δ_l = {delta_l:.4g}; "
+            f"pixel {_image_pixel(choice, states)} of the image")
 
 # %% ../../nbs/42_viz.explorer.ipynb #f9f927ad
 def _menu(name, options, value):
@@ -509,6 +643,8 @@ def _controls(view):
         "block": _menu("block", _blocks(view, view.stage), view.block),
         "corner": _menu("scan from", list(_corners), view.corner),
         "of": _menu("look at", list(readouts), view.of),
+        "zoom": _menu("zoom", list(_zooms), view.zoom),
+        "scan": _menu("scan", _scans(view), view.scan),
         "channel": _slider("channel", last["channel"], view.channel),
         "state": _slider("state", last["state"], view.state),
         "step": _slider("diagonals", last["step"], last["step"]),
@@ -529,7 +665,21 @@ def _arranged(rows, message, canvas):
     "The widgets below each other."
     from ipywidgets import Box, HBox, Layout, VBox
     lines = [HBox(row, layout=Layout(flex_flow="row wrap")) for row in rows]
-    return VBox([*lines, message, Box([canvas], layout=Layout(overflow="auto"))])
+    return VBox([*lines, message, Box(canvas, layout=Layout(overflow="auto"))])
+
+def _with_first_frame(canvas, png):
+    "A still image and the canvas, of which the image is seen until the canvas is alive."
+    from ipywidgets import Image as StillImage
+    from ipywidgets import Layout
+    width = "max-content"  # neither is squeezed in a narrow window
+    still = StillImage(value=png, format="png", layout=Layout(min_width=width, max_width="none"))
+    canvas.layout.display = "none"
+
+    def change_places(*message):
+        still.layout.display, canvas.layout.display = "none", ""
+
+    canvas.on_msg(change_places)
+    return [still, canvas]
 
 def _in_red(text):
     return f'<span style="color: #c02020">{html.escape(text)}</span>'
@@ -539,17 +689,19 @@ class _ExplorerWidgets:
     "The widgets around an `ExplorerFigure`, which is `view`."
     def _build(self):
         "Make the widgets."
-        from ipywidgets import HTML, Button, FileUpload, Play
+        from ipywidgets import HTML, Button, FileUpload, Layout, Play, Text
         self.controls, self._following = _controls(self.view), False
         last = self.controls["step"].max
         self.player = Play(min=0, max=last, step=1, interval=80, description="wavefront")
         self.open_button = FileUpload(accept="image/*", multiple=False, description="open an image")
         self.save_button = Button(description="save the figure", icon="save")
+        self.save_path = Text(placeholder="folder or file, such as ~/states.png", description="save to",
+                              layout=Layout(width="300px"))
         self.message = HTML(self.view.describe())
-        menus = [self.controls[name] for name in ("stage", "block", "corner", "of")]
+        menus = [self.controls[name] for name in ("stage", "block", "scan", "corner", "of", "zoom")]
         sliders = [self.controls["channel"], self.controls["state"], self.open_button]
-        wavefront = [self.player, self.controls["step"], self.save_button]
-        canvas = _clickable(self.view.figure)
+        wavefront = [self.player, self.controls["step"], self.save_path, self.save_button]
+        canvas = _with_first_frame(_clickable(self.view.figure), self.view.png())
         self.widget = _arranged((menus, sliders, wavefront), self.message, canvas)
 
     def _guarded(self, action, *arguments):
@@ -565,6 +717,7 @@ class _ExplorerWidgets:
         "Make the controls say what is chosen, without answering to that."
         self._following, last = True, _lasts(self.view)
         self.controls["block"].options = _blocks(self.view, self.view.stage)
+        self.controls["scan"].options = _scans(self.view)
         self.controls["channel"].max = last["channel"]
         self.controls["step"].max = self.player.max = last["step"]
         for name, control in self.controls.items():
@@ -577,6 +730,8 @@ class _ExplorerWidgets:
         if self._following or value is None:
             return
         choices = {name: value}
+        if name in ("stage", "block"):
+            choices["scan"] = 0
         if name == "stage":
             choices["block"] = _blocks(self.view, value)[0]
         self._guarded(lambda: self.view.choose(**choices))
@@ -594,10 +749,27 @@ def _connect(explorer):
         control.observe(lambda change, name=name: explorer._changed(name, change["new"]), "value")
     explorer.player.observe(lambda change: setattr(controls["step"], "value", change["new"]), "value")
     explorer.open_button.observe(lambda change: guarded(explorer._open, change["new"]), "value")
-    explorer.save_button.on_click(lambda button: guarded(explorer.save))
+    explorer.save_button.on_click(lambda button: guarded(explorer.save, explorer.save_path.value))
     canvas = explorer.figure.canvas
     canvas.mpl_connect("draw_event", explorer.view.panels.redraw)
     canvas.mpl_connect("button_press_event", lambda event: guarded(explorer.view.click, event))
+
+# %% ../../nbs/42_viz.explorer.ipynb #db7db590
+def _free_path(path):
+    """The path of a new PNG: the one that is given, or a new name in the folder that is given.
+
+    Raises `ValueError` for an empty path and another suffix, `FileExistsError` for a file that there is."""
+    if not str(path).strip():
+        raise ValueError('give a path in "save to": a folder, or a file such as ~/states.png')
+    path = Path(path).expanduser()
+    if path.is_dir():
+        names = itertools.chain(["states.png"], (f"states-{k}.png" for k in itertools.count(2)))
+        return next(path / name for name in names if not (path / name).exists())
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the figure is saved as a PNG: path must end with .png, got {str(path)!r}")
+    if path.exists():
+        raise FileExistsError(f"there is a file {str(path)!r} already: give another name")
+    return path
 
 # %% ../../nbs/42_viz.explorer.ipynb #a8b77ed9
 class StateExplorer(_ExplorerWidgets):
@@ -610,12 +782,14 @@ class StateExplorer(_ExplorerWidgets):
         self,
         model: nn.Module,  # a `Mamba2D`
         image,  # anything that `load_image` takes: a path, an array, a tensor, a PIL image
-        size: int | None = None,  # pixels of the image's sides; None: as it is
+        size: int | None = None,  # pixels of the image's sides; None: as it is; those opened later alike
         mean: float | tuple = (0.485, 0.456, 0.406),  # normalisation of the training; ImageNet's
         std: float | tuple = (0.229, 0.224, 0.225),
-        **choices,  # what to show first: stage, block, corner, channel, state, of, pixel, step
+        *,
+        classes: list[str] | None = None,  # names of the model's classes; None: their numbers
+        **choices,  # what to show first: stage, block, corner, channel, state, of, pixel, step, zoom
     ):
-        self.view = ExplorerFigure(model, image, size, mean, std)
+        self.view = ExplorerFigure(model, image, size, mean, std, classes=classes)
         self.figure = self.view.figure
         if choices:
             self.view.choose(**choices)
@@ -624,12 +798,14 @@ class StateExplorer(_ExplorerWidgets):
             self._build()
             _connect(self)
 
-    def save(self) -> str:
-        "Write the figure as a PNG into the current folder, under a name that is free, and say which."
-        names = itertools.chain(["states.png"], (f"states-{k}.png" for k in itertools.count(2)))
-        name = next(name for name in names if not Path(name).exists())
-        Path(name).write_bytes(self.view.png())
-        return f"saved as {name}"
+    def save(self,
+        path: str | Path,  # a PNG file, which is made; or a folder, which gets one under a name that is free
+    ) -> str:  # where it was saved, in words
+        "Write the figure as a PNG. Raises `ValueError` without a path, `OSError` where it cannot be made."
+        path = _free_path(path)
+        with open(path, "xb") as file:
+            file.write(self.view.png())
+        return f"saved as {path}"
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = {} if self.missing else self.widget._repr_mimebundle_(**kwargs)

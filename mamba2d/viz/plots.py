@@ -29,6 +29,7 @@ from mamba2d.viz.states import (
     check_model,
     check_question,
     check_states,
+    check_values,
     decay_curves,
     decay_length,
     field_radius,
@@ -123,6 +124,7 @@ def image_to_rgb(
     image: Tensor,  # (C, H, W) with one or three channels, in any range
 ) -> np.ndarray:  # (H, W) or (H, W, 3), between 0 and 1
     "Stretch an image to the range from 0 to 1. Raises `ValueError` for another number of channels."
+    check_values("image", image)
     if image.dim() != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"image must have shape (1, H, W) or (3, H, W), got {tuple(image.shape)}")
     image = image.detach().float().cpu()
@@ -143,13 +145,15 @@ def plot_states(
 
     Raises `ValueError` naming the argument that does not fit."""
     check_states(states, "h")
+    if image is not None and np.ndim(image) not in (2, 3):
+        raise ValueError(f"image must be an array (H, W) or (H, W, 3), got {type(image).__name__}")
     channels = varied_channels(states.h) if channels is None else channels
     there = [n for n in which if n < states.h.shape[3]]
     _check_numbers("channels", channels, channels, states.h.shape[2])
     _check_numbers("which", which, there, states.h.shape[3])
     rows, columns = len(channels), len(there) + (image is not None)
     if axes is None:
-        axes = _new_axes(2.15 * columns, 2 * rows + 0.3, rows, columns, squeeze=False)
+        axes = _new_axes(2.3 * columns, 2.15 * rows + 0.4, rows, columns, squeeze=False)
     axes = np.asarray(axes, dtype=object).reshape(rows, columns)
     for row, channel in zip(axes, channels, strict=True):
         for ax, state in zip(row[columns - len(there):], there, strict=True):
@@ -157,6 +161,7 @@ def plot_states(
     for ax in axes.flat:
         ax.set(xticks=[0, states.image_size[1]], yticks=[0, states.image_size[0]])
         ax.tick_params(labelsize=8)
+        ax.label_outer()  # room for the maps
     if image is not None:
         _show_image(axes[0, 0], image, states.image_size, fontsize=9)
         for ax in axes[1:, 0]:
@@ -197,6 +202,8 @@ def varied_channels(
     """Choose the channels whose states vary most over the map, each state relative to its own size.
 
     Raises `ValueError` for another shape, of several images for example."""
+    check_values("h", h)
+    check_integer("count", count, 1)
     if h.dim() != 4:
         raise ValueError(f"h must be of one image, (H, W, E, N), got {tuple(h.shape)}")
     flat = h.flatten(0, 1)
@@ -330,11 +337,12 @@ def plot_influence(
 
     The maps are signed above, and magnitudes below. Raises `ValueError` for an argument that does not fit."""
     check_question(states, pixel, channel=channel, state=state, of=of)
-    axes = _new_axes(11.5, 5.6, 2, 4) if axes is None else axes
+    axes = _new_axes(11.5, 5.8, 2, 4) if axes is None else axes
     question = dict(pixel=pixel, channel=channel, state=state, of=of)
     for column, (name, options) in zip(axes.T[:3], _influences(states).items(), strict=True):
         fed = influence_map(states, **question, **options)
-        _draw_pair(column, states, pixel, fed.signed, fed.magnitude)
+        label = "fraction of the largest" if channel is None and column[0] is axes[0, 2] else ""
+        _draw_pair(column, states, pixel, fed.signed, fed.magnitude, label=label)
         column[0].set_title(f"what feeds the ring\n{name}", fontsize=10)
     if channel is None:
         for ax in axes[:, 3]:
@@ -343,8 +351,10 @@ def plot_influence(
         sent = impulse_map(states, **question)
         if sent.dim() == 3:  # all states of the channel
             sent = sent.norm(dim=-1)
-        _draw_pair(axes[:, 3], states, pixel, sent, sent.abs())
+        _draw_pair(axes[:, 3], states, pixel, sent, sent.abs(), label="fraction of the largest")
         axes[0, 3].set_title("where its own input goes\ndetached gates", fontsize=10)
+    for ax in axes.flat:
+        ax.label_outer()
     axes[0, 0].figure.suptitle(f"{_value_name(channel, state, of)}, at map pixel {tuple(pixel)}, "
                                f"scan from the {states.corner} (axes: pixels)", fontsize=11)
     return axes[0, 0].figure
@@ -371,15 +381,15 @@ def _value_name(channel, state, of):
     return of + which + ("" if state is None else f", state {state}")
 
 # %% ../../nbs/41_viz.plots.ipynb #78f67f98
-def _draw_pair(axes, states, pixel, signed, magnitude):
+def _draw_pair(axes, states, pixel, signed, magnitude, *, label):
     "One answer, signed on the upper axis and as magnitude on the lower one."
-    _draw_signed(signed, axes[0], states, pixel)
+    _draw_signed(signed, axes[0], states, pixel, label)
     relative = magnitude / magnitude.max().clamp_min(1e-30)
-    draw_map(relative, axes[1], states.image_size, "magnitude", "fraction of the largest", log=True)
+    draw_map(relative, axes[1], states.image_size, "magnitude", label, log=True)
     mark_pixel(axes[1], pixel, states)
 
 # %% ../../nbs/41_viz.plots.ipynb #b426e2be
-def _draw_signed(values, ax, states, pixel):
+def _draw_signed(values, ax, states, pixel, label):
     "A signed map (H, W) relative to its largest magnitude."
     values = values.detach().float().cpu()
     largest = max(values.abs().max().item(), 1e-30)
@@ -387,7 +397,8 @@ def _draw_signed(values, ax, states, pixel):
                       extent=_extent(states.image_size), interpolation="nearest")
     mark_pixel(ax, pixel, states)
     ax.tick_params(labelsize=8)
-    _add_color_bar(shown, ax, "fraction of the largest", ticks=influence_ticks, format="%g")
+    _label_axes(ax)
+    _add_color_bar(shown, ax, label, ticks=influence_ticks, format="%g")
 
 # %% ../../nbs/41_viz.plots.ipynb #4f4ecf8a
 def plot_receptive_fields(
@@ -510,7 +521,7 @@ def draw_architecture(
     Raises `TypeError` for a model that is no `Mamba2D`, and `ValueError` for a size that is none."""
     check_model(model)
     size = _height_and_width(image_size)
-    ax = _new_axes(11, 3.6) if ax is None else ax
+    given, ax = ax, _new_axes(11, 3.6) if ax is None else ax
     ax.text(0, 0, f"image\n{size[0]}×{size[1]}", ha="center", va="center", fontsize=9)
     x = 0.9
     for k, stage in enumerate(model.stages):
@@ -523,6 +534,8 @@ def draw_architecture(
     _add_legend(ax, model)
     ax.set(xlim=(-0.6, x + 1.3), ylim=(-1.7, 1.7))
     ax.axis("off")
+    if given is None:
+        ax.figure.set_size_inches(min(1.25 * (x + 1.9), 11), 3.6)  # a small network is narrow
     return ax.figure
 
 # %% ../../nbs/41_viz.plots.ipynb #a244140e

@@ -11,8 +11,9 @@ __all__ = ['HiddenStates', 'hidden_states', 'scanning_mixers', 'Influence', 'inf
 import math
 import operator
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -208,10 +209,10 @@ def require_scanning_mixers(model) -> list[tuple[int, int]]:
 # %% ../../nbs/40_viz.states.ipynb #50c40197
 def check_index(name, value, size):
     "Raise a `ValueError` that names the argument unless it is an integer from 0 to size - 1."
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = value
+    number = value
+    if not isinstance(value, bool):  # `True` has an index, too
+        with suppress(TypeError):
+            number = operator.index(value)
     check_integer(name, number, 0, size - 1)
 
 # %% ../../nbs/40_viz.states.ipynb #0ae2211f
@@ -224,6 +225,11 @@ def _check_pixel(pixel, map_size):
     check_index("pixel's row", row, map_size[0])
     check_index("pixel's column", column, map_size[1])
 
+# %% ../../nbs/40_viz.states.ipynb #af2bf96c
+def scan_count(model, stage: int, block: int) -> int:
+    "How many scans the mixer of a block has, which must be one that scans."
+    return len(_scanning_mixer(model.stages[stage].blocks[block]).scans)
+
 # %% ../../nbs/40_viz.states.ipynb #b6fd9113
 def _check_mixer(model, stage, block, scan):
     "Raise an error unless the model has a scan at this place."
@@ -231,7 +237,18 @@ def _check_mixer(model, stage, block, scan):
     if (stage, block) not in mixers:
         raise ValueError(f"stage and block must be one of the scanning mixers {mixers}, "
                          f"got {(stage, block)}")
-    check_index("scan", scan, len(_scanning_mixer(model.stages[stage].blocks[block]).scans))
+    check_index("scan", scan, scan_count(model, stage, block))
+
+# %% ../../nbs/40_viz.states.ipynb #371176a9
+def check_values(name, value):
+    "Raise a `TypeError` that names what is no tensor of real numbers, one after the other in memory."
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    kinds = {"a nested": value.is_nested, "a meta": value.is_meta, "a complex": value.is_complex(),
+             "a sparse or mkldnn": value.layout is not torch.strided}
+    wrong = [kind for kind, is_one in kinds.items() if is_one]
+    if wrong:
+        raise TypeError(f"{name} must be a dense tensor of real numbers, got {wrong[0]} one")
 
 # %% ../../nbs/40_viz.states.ipynb #ba0ab4ac
 def _check_options(image, reverse, keep):
@@ -243,6 +260,7 @@ def _check_options(image, reverse, keep):
         raise ValueError(f"reverse must be True, False or None, got {reverse!r}")
     if not isinstance(image, Tensor) or image.dim() not in (3, 4):
         raise ValueError(f"image must be a tensor (C, H, W) or (B, C, H, W), got {_shape_of(image)}")
+    check_values("image", image)
 
 def _shape_of(value):
     "The type of a value and its shape, if it has one, for messages."
@@ -550,6 +568,7 @@ def decay_curves(
     """Measure how a response falls with the distance, as far as whole anti-diagonals lie on the map.
 
     Raises `ValueError` for a pixel outside the map."""
+    check_values("response", response)
     _check_pixel(pixel, response.shape[:2])
     row, column = pixel
     if reverse:
@@ -566,6 +585,8 @@ def decay_length(
     curve: Tensor,  # (K, ...), falling from 1 at distance 0
 ) -> Tensor:  # (...), in map pixels; infinite where the curve ends above 1/e
     "Find where a curve has fallen to 1/e for the first time, interpolated on a logarithmic scale."
+    check_values("curve", curve)
+
     def log_at(k):
         return curve.gather(0, k[None])[0].clamp_min(1e-30).log()
 
@@ -581,6 +602,8 @@ def local_decay_length(
     gate_l: Tensor,  # the same
 ) -> Tensor:  # (..., E, N), in map pixels
     "Compute the decay length for gates as they are at this pixel: -1 / ln of the mean of both."
+    check_values("gate_t", gate_t)
+    check_values("gate_l", gate_l)
     return -1 / ((gate_t + gate_l) / 2).log()
 
 # %% ../../nbs/40_viz.states.ipynb #7172d0b8
@@ -592,7 +615,8 @@ def state_composite(
 
     A map of fewer than four pixels has fewer components than three: the others are zero. Raises `ValueError`
     naming the argument that does not fit."""
-    if not 0 <= clip < 0.5:
+    check_values("h", h)
+    if not isinstance(clip, Real) or not 0 <= clip < 0.5:
         raise ValueError(f"clip must be at least 0 and below 0.5, got {clip}")
     if h.dim() not in (3, 4):
         raise ValueError(f"h must be of one image, (H, W, E, N) or (H, W, E), got {tuple(h.shape)}")
@@ -629,6 +653,7 @@ def effective_receptive_field(
 
     Raises `TypeError` for a model that is no `Mamba2D`, `ValueError` for an argument that does not fit."""
     _check_field(model, images, stage, blocks, probes)
+    check_integer("seed", seed)
     images = _for_model(model, images.detach())
     with evaluation_mode(model), torch.enable_grad():
         source = images.clone().requires_grad_()
@@ -657,6 +682,7 @@ def _check_field(model, images, stage, blocks, probes):
     if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
         raise ValueError("images must be a tensor (B, C, H, W) of at least one image, "
                          f"got {_shape_of(images)}")
+    check_values("images", images)
     stages = len(model.stages)
     check_integer("stage", stage, -stages, stages - 1)
     if blocks is not None:
@@ -670,8 +696,13 @@ def field_radius(
     centre: tuple[float, float] | None = None,  # row and column in pixels of the image; None: its middle
 ) -> float:  # pixels
     "Find the radius of the disc around the centre that holds a fraction of the field's sum."
-    if not 0 < fraction < 1:
+    check_values("field", field)
+    if field.dim() != 2:
+        raise ValueError(f"field must have shape (H, W), got {tuple(field.shape)}")
+    if not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
+    if centre is not None and (len(centre) != 2 or not all(isinstance(part, Real) for part in centre)):
+        raise ValueError(f"centre must be a row and a column in pixels, got {centre!r}")
     axes = [torch.arange(side, dtype=torch.float64) for side in field.shape]
     rows, columns = torch.meshgrid(*axes, indexing="ij")
     row, column = [side / 2 for side in field.shape] if centre is None else centre

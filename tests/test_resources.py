@@ -1,0 +1,115 @@
+"""What the machine takes away while a command runs: its run folder, a worker, open files, an encoding."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mamba2d.data import make_image_tree
+from mamba2d.training import load_checkpoint
+
+tests = Path(__file__).parent
+program = """
+import os, resource, signal, sys
+from functools import partial
+from unittest import mock
+import torch
+from small_training import some_digits, without_plots
+from mamba2d.cli import predict, prediction, train, training, validate, validation
+from mamba2d.models import Mamba2D
+
+def tiny(size, weights=None, num_classes=10, **kwargs):
+    torch.manual_seed(0)
+    return Mamba2D(depths=(1,), dims=(8,), mixers=("m2d",), num_classes=num_classes)
+
+with some_digits(120), without_plots(), mock.patch.object(training, "build_model", tiny):
+    {body}
+"""
+
+
+def start(body, *arguments, **environment):
+    "Start a process that runs a command with these arguments; `body` calls it."
+    argv = [sys.executable, "-W", "ignore", "-c", program.format(body=body), *map(str, arguments)]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path]), "OMP_NUM_THREADS": "1",
+                 **environment}
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables,
+                            errors="replace")
+
+
+def run(body, *arguments, **environment):
+    "Run such a process to its end; returns exit code, standard output and standard error."
+    process = start(body, *arguments, **environment)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def last_line(err):
+    "The only line that tells of an error."
+    assert "Traceback" not in err, err
+    return err.splitlines()[-1]
+
+
+on_digits = ["--epochs", 4, "--batch-size", 32, "--device", "cpu"]
+on_images = ["--image-size", 32, "--recipe", "digits", "--batch-size", 8, "--device", "cpu"]
+
+
+def test_run_folder_is_deleted(tmp_path):
+    "The parent deletes the folder after the first epoch: the next checkpoint is written all the same."
+    out = tmp_path / "run"
+    process = start("train(sys.argv[1:])", *on_digits, "--out", out)
+    for line in process.stdout:
+        if line.startswith("epoch   1/4"):
+            break
+    shutil.rmtree(out)
+    _, err = process.communicate()
+    assert process.returncode == 1, err
+    assert "the run folder was deleted, training ends; a checkpoint of this moment" in last_line(err)
+    progress = load_checkpoint(out)[0]["progress"]
+    assert len(progress["history"]) == progress["epoch"] >= 1
+    code, printed, err = run("train(sys.argv[1:])", *on_digits, "--out", out)
+    assert code == 0 and "resumes from the checkpoint" in printed, err
+    assert (out / "history.csv").read_text().count("\n") == 5
+
+
+def test_worker_is_killed(tmp_path):
+    "A worker gets SIGKILL, as from a system without memory."
+    tree = make_image_tree(tmp_path / "images", classes=["ant", "bee"], per_class=16, valid_per_class=4)
+    body = ("with mock.patch('mamba2d.data.imagefolder.open_image', lambda *a: os.kill(os.getpid(), 9)): "
+            "train(sys.argv[1:])")
+    code, _, err = run(body, "--data", tree, "--workers", 1, *on_images, "--out", tmp_path / "run")
+    assert code == 1 and "a process that loads images was killed, often for lack of memory" in last_line(err)
+
+
+@pytest.mark.parametrize("arguments", [["--skip-corrupt"], []])
+def test_too_few_open_files(tmp_path, arguments):
+    "No image is called corrupt because the process may open no further file."
+    tree = make_image_tree(tmp_path / "images", classes=["ant", "bee"], per_class=16, valid_per_class=4)
+    body = ("limit = len(os.listdir('/proc/self/fd')) + 4; kept = []; "
+            "resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)); train(sys.argv[1:])")
+    given = ["--data", tree, "--workers", 2, *on_images, *arguments]
+    code, out, err = run(body, *given, "--out", tmp_path / "run")
+    assert code == 1 and "too many open files; give fewer --workers, or raise the limit" in last_line(err)
+    assert "cannot be read" not in out + err
+
+
+@pytest.mark.parametrize("encoding", ["ascii:strict", "utf-8:strict"])
+def test_odd_file_names(tmp_path, encoding):
+    "Names that no encoding has: training, validation and prediction print and write them spelled out."
+    tree = make_image_tree(tmp_path / "images", classes=["ämeise", "bee"], per_class=8, valid_per_class=4)
+    for folder in (tree / "val/bee", tree / "train/bee"):
+        image = sorted(folder.iterdir())[0]
+        os.rename(image, os.path.join(os.fsencode(folder), b"\xff\xe4 odd.png"))
+    odd, out, quiet = tree / "val/bee", tmp_path / "run", dict(PYTHONIOENCODING=encoding, LC_ALL="C")
+    code, printed, err = run("train(sys.argv[1:])", "--data", tree, *on_images, "--workers", 0, "--out", out,
+                             "--epochs", 1, **quiet)
+    assert code == 0, err
+    body = "with mock.patch.object({0}, 'build_model', partial(tiny, num_classes=2)): {1}(sys.argv[1:])"
+    for name, command, given in (("validation", "validate", []), ("prediction", "predict", [odd])):
+        for extra in ([], ["--out", tmp_path / name]):
+            code, printed, err = run(body.format(name, command), out / "weights.pth", *given, *extra,
+                                     "--device", "cpu", "--workers", 0, **quiet)
+            assert code == 0, err
+    assert r"\udcff" in (tmp_path / "prediction").read_text(encoding="utf-8")
+    assert r"\udcff" in (tmp_path / "validation/predictions.csv").read_text(encoding="utf-8")
