@@ -50,7 +50,9 @@ left_out = {
         load_published read_weights open_image load_checkpoint plot_curves
     """,
     "it takes what another library returns, and tests/integrations tries it": "count_scans",
-    "it draws what another function has checked": "mark_pixel draw_architecture plot_composite plot_confusion",
+    "it draws what another function has checked": """
+        mark_pixel draw_architecture plot_composite plot_confusion
+    """,
 }
 
 # Arguments that are refused, but by an error of Python or PyTorch that does not name them. `make fuzz` fails
