@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..models.weights import why_compressed
+from ..scan.checks import check_type
 
 try:
     import fcntl
@@ -465,10 +466,17 @@ def export_weights(
     config: dict,  # what is needed to build the network again, as plain values
     folder: str | Path,
 ):
-    "Write `weights.pth` (torch) and `weights.safetensors`, both with the configuration."
+    """Write `weights.pth` (torch) and `weights.safetensors`, both with the configuration.
+
+    Raises `TypeError` for a configuration that JSON cannot hold, before anything is written."""
+    check_type("tensors", tensors, dict, "a state dict")
+    try:
+        metadata = {"config": json.dumps(config)}
+    except TypeError as error:
+        raise TypeError(f"config must hold plain values: {error}") from error
     folder = Path(folder)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     content = {"model": tensors, "config": config}
     write_atomically(folder / "weights.pth", lambda file: torch.save(content, file))
-    safe = safetensors.torch.save(tensors, metadata={"config": json.dumps(config)})
+    safe = safetensors.torch.save(tensors, metadata=metadata)
     write_atomically(folder / "weights.safetensors", lambda file: file.write(safe))

@@ -50,7 +50,9 @@ left_out = {
         load_published read_weights open_image load_checkpoint plot_curves
     """,
     "it takes what another library returns, and tests/integrations tries it": "count_scans",
-    "it draws what another function has checked": "mark_pixel draw_architecture plot_composite",
+    "it draws what another function has checked": """
+        mark_pixel draw_architecture plot_composite plot_confusion
+    """,
 }
 
 # Arguments that are refused, but by an error of Python or PyTorch that does not name them. `make fuzz` fails
@@ -77,7 +79,7 @@ known = {
     "effective_receptive_field": "seed",
     "evaluation_transforms": "size",
     "example_about": "mixer task",
-    "export_weights": "config folder tensors",
+    "export_weights": "folder",
     "features": "out_indices",
     "field_radius": "centre field fraction",
     "find_images": "path valid_pct",
@@ -105,6 +107,7 @@ known = {
     "recipe_schedule": "recipe",
     "reshape_transform": "features",
     "scan_flops": "backward shape skip states",
+    "scan_step": scan_arguments,
     "segmentation_transforms": "side",
     "selective_scan_2d": scan_arguments,
     "selective_scan_2d_naive": scan_arguments,
@@ -163,6 +166,12 @@ def problem(things):
     return random_problem((2, 4, 3, 2, 2), dtype=torch.float32, requires_grad=False)
 
 
+def pixel_call(things):
+    "Arguments of the scan of one pixel."
+    pixel = {name: value[:, 0, 0] if value.ndim == 4 else value for name, value in problem(things).items()}
+    return {**pixel, "delta_softplus": True}
+
+
 def scan_call(things):
     return {**problem(things), "delta_softplus": True, "reverse": False, "return_states": False}
 
@@ -180,6 +189,7 @@ def of_scan(things):
         ),
         "scan_backend": lambda t: dict(name="reference"),
         "scan_flops": lambda t: dict(shape=(1, 4, 4, 2), states=2, skip=True, backward=False),
+        "scan_step": pixel_call,
         "selective_scan_2d": scan_call,
         "selective_scan_2d_naive": scan_call,
         "selective_scan_2d_ref": scan_call,

@@ -274,4 +274,4 @@ def cases(things, long):
     return range(len(things.calls) * (75 if long else 5))
 
 
-kind = Kind("api", prepare, run, cases, seconds=60.0, overlooked=known_no_more)
+kind = Kind("api", prepare, run, cases, seconds=120.0, overlooked=known_no_more)

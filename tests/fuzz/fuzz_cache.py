@@ -193,4 +193,4 @@ def check_victims(cache, what):
             raise Finding(f"{what}: others can write {path.name}")
 
 
-kind = Kind("cache", Cache, run, lambda cache, long: range(400 if long else 60), seconds=60.0)
+kind = Kind("cache", Cache, run, lambda cache, long: range(400 if long else 60), seconds=120.0)

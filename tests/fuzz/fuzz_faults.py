@@ -110,4 +110,4 @@ def described(name, path):
     return f"{name} {Path(path).name}"
 
 
-kind = Kind("faults", TinyRun, run, cases, seconds=120.0)
+kind = Kind("faults", TinyRun, run, cases, seconds=300.0)

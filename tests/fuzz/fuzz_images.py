@@ -137,5 +137,5 @@ def run(folder, seed):
 
 
 kind = Kind(
-    "images", lambda folder: folder, run, lambda folder, long: range(3000 if long else 200), seconds=20.0
+    "images", lambda folder: folder, run, lambda folder, long: range(3000 if long else 200), seconds=120.0
 )

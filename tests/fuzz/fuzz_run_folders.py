@@ -115,4 +115,4 @@ def run(tiny, seed):
     return word
 
 
-kind = Kind("run_folders", TinyRun, run, lambda tiny, long: range(400 if long else 24), seconds=120.0)
+kind = Kind("run_folders", TinyRun, run, lambda tiny, long: range(400 if long else 24), seconds=300.0)

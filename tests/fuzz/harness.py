@@ -6,6 +6,7 @@ Where it hangs, dies or meets its limit of memory, that case is a finding, and a
 
 import faulthandler
 import importlib
+import math
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 kind_names = ("api", "images", "weights", "run_folders", "cache", "faults", "kills")
-preloaded = ["small_training", "mamba2d.cli", "mamba2d.models.weights", "mamba2d.viz"]
+preloaded = [  # installed modules: the server does not look into this folder
+    "mamba2d.cli",
+    "mamba2d.data",
+    "mamba2d.models.weights",
+    "mamba2d.training.dense",
+    "mamba2d.training.runs",
+    "mamba2d.viz",
+]
 here = Path(__file__).resolve().parent
 root = here.parents[1]
 
@@ -126,40 +134,40 @@ def limit_memory(mebibytes):
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def work(name, seeds, long, connection, stack):
+def work(name, seeds, long, connection, folder):
     """Run cases, those of the kind where none are given, and report each through the connection.
 
-    `stack` is the file for the stack of one that hangs."""
+    The folder is theirs, and gets the stack of one that hangs."""
     import torch
 
     torch.set_num_threads(1)
     kind = kind_of(name)
-    log = open(stack, "w")
+    log = open(folder / "stack", "w")
     faulthandler.enable(log)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.dup2(log.fileno(), 2)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        state = kind.prepare(Path(folder))
-        limit_memory(kind.mebibytes)
-        if seeds is None:
-            seeds = list(kind.cases(state, long))
-            connection.send(("takes", seeds, None))
-        for seed in seeds:
-            connection.send(("begins", seed, None))
-            faulthandler.dump_traceback_later(kind.seconds, exit=True, file=log)
-            found = outcome_of(kind, state, seed)
-            faulthandler.cancel_dump_traceback_later()
-            connection.send(("ends", *found))
+    (folder / "cases").mkdir()
+    state = kind.prepare(folder / "cases")
+    limit_memory(kind.mebibytes)
+    if seeds is None:
+        seeds = list(kind.cases(state, long))
+        connection.send(("takes", seeds, None))
+    for seed in seeds:
+        connection.send(("begins", seed, None))
+        faulthandler.dump_traceback_later(kind.seconds, exit=True, file=log)
+        found = outcome_of(kind, state, seed)
+        faulthandler.cancel_dump_traceback_later()
+        connection.send(("ends", *found))
 
 
 # In the process that waits
 
 
-def how_it_ended(process, stack):
+def how_it_ended(process, folder):
     "What the end of a process in the middle of a case means, in words."
     process.join()
-    lines = [line.strip() for line in Path(stack).read_text().splitlines()]
+    lines = [line.strip() for line in (folder / "stack").read_text().splitlines()]
     frames = [line for line in lines if line.startswith("File") and "/fuzz/" not in line]
     where = f", in {frames[0]}" if frames else ""
     if any(line.startswith("Timeout") for line in lines):
@@ -169,15 +177,15 @@ def how_it_ended(process, stack):
     return f"ends the process with exit code {process.exitcode}{where}"
 
 
-def run_until_end(context, report, seeds, long, *, stack, deadline):
+def run_until_end(context, report, seeds, long, *, folder, deadline):
     "Start a process for these cases, None for those of the kind; returns those that it did not come to."
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(report.name, seeds, long, sender, stack))
+    process = context.Process(target=work, args=(report.name, seeds, long, sender, folder))
     process.start()
     sender.close()
     begun, done, ended = None, 0, ""
     try:
-        while receiver.poll(None if deadline is None else max(0, deadline - time.monotonic())):
+        while time.monotonic() < deadline and receiver.poll(min(deadline - time.monotonic(), 10**6)):
             what, first, text = receiver.recv()
             if what == "takes":
                 seeds = first
@@ -187,7 +195,7 @@ def run_until_end(context, report, seeds, long, *, stack, deadline):
                 report.add(begun, first, text)
                 begun, done = None, done + 1
     except EOFError:
-        ended = how_it_ended(process, stack)
+        ended = how_it_ended(process, folder)
     finally:
         process.kill()
         process.join()
@@ -199,7 +207,7 @@ def run_until_end(context, report, seeds, long, *, stack, deadline):
         report.add(begun, True, ended)
         done += 1
     elif seeds is None or done < len(seeds):
-        said = Path(stack).read_text()[-3000:]
+        said = (folder / "stack").read_text()[-3000:]
         raise RuntimeError(f"the process of the {report.name} fuzzer {ended} between two cases:\n{said}")
     return seeds[done:]
 
@@ -219,11 +227,12 @@ def fuzz(name, long=False, seeds=None, minutes=None):
     context, report = start_context(), Report(name)
     begun = time.monotonic()
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", MPLBACKEND="agg")
-    with tempfile.NamedTemporaryFile() as stack:
-        options = dict(stack=stack.name, deadline=None if minutes is None else begun + 60 * minutes)
-        left = run_until_end(context, report, seeds, long, **options)
-        while left:
-            left = run_until_end(context, report, left, long, **options)
+    deadline = math.inf if minutes is None else begun + 60 * minutes
+    left, is_first = seeds, True
+    while left or is_first:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            left = run_until_end(context, report, left, long, folder=Path(folder), deadline=deadline)
+        is_first = False
     if long and seeds is None and not report.untried:
         report.missing = list(kind_of(name).overlooked(report.outcomes))
     report.seconds = time.monotonic() - begun
