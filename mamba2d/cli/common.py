@@ -442,12 +442,12 @@ def load_data(
     seed = recipe.seed if recipe else 0
     options = dict(size=size, batch_size=batch_size, device=distributed.device, seed=seed)
     held_out = recipe.held_out if recipe else getattr(args, "held_out", None)
-    if held_out is not None and not evaluate:
-        _check_held_out(data, args.labels)
-        options["valid_pct"] = held_out
     if args.workers is not None:
         options["num_workers"] = args.workers
     try:
+        if held_out is not None and not evaluate:
+            _check_held_out(data, args.labels)
+            options["valid_pct"] = held_out
         if data != "digits":
             return imagenet_dls(data, labels=args.labels, corrupt=corrupt or {}, evaluate=evaluate,
                                 augment=_augmentation(recipe), vocab=getattr(args, "classes", None),

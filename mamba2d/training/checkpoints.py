@@ -393,6 +393,7 @@ def differences(
     lines = _different_settings("network", saved, given) + _different_settings("recipe", saved, given)
     if saved["classes"] != given["classes"]:
         only = different_classes(saved["classes"], given["classes"], "in the run", "now")
+        only = only or f"; in another order ({', '.join(saved['classes'][:5])} in the run)"
         lines.append(f"classes: {len(saved['classes'])} in the run, {len(given['classes'])} now{only}")
     elif saved["images"] != given["images"]:
         lines.append(f"images: {_described_images(saved)} in the run, {_described_images(given)} now")

@@ -215,11 +215,15 @@ def best_epoch(
 
 # %% ../../nbs/32_training.learner.ipynb #c6afd8db
 def _freeze(model, recipe):
-    "Let no gradient be computed for the parameters that the recipe freezes."
+    "Freeze the parameters that the recipe freezes; those that an earlier recipe froze are free again."
     frozen = frozen_parameters(model, recipe.freeze)
     for name, parameter in model.named_parameters():
-        if name in frozen:
+        if name in frozen and parameter.requires_grad:
             parameter.requires_grad_(False)
+            parameter.frozen_by_recipe = True
+        elif name not in frozen and getattr(parameter, "frozen_by_recipe", False):
+            parameter.requires_grad_(True)
+            parameter.frozen_by_recipe = False
 
 def _frozen_modules(model, recipe):
     "Return the modules all of whose parameters are frozen."
@@ -358,6 +362,8 @@ def _restoring(follow, part):
     "Context manager: an error inside it ends the fit with one that names the part."
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # of the machine: the checkpoint is intact
     except Exception as error:  # torch, NumPy and Python raise many kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         follow.problem = RestoreError(f"its {part} cannot be restored: {reason}")

@@ -123,7 +123,8 @@ _pipeline = _Rule('"1x", "3x" or "ade20k"', lambda v: v in ("1x", "3x", "ade20k"
 _pixels = _Rule('"all" or "valid"', lambda v: v in ("all", "valid"))
 _epochs = _Rule("a list of rising integers of at least 1", lambda v: _is_rising(v))
 _rates = _Rule("a list of positive numbers", lambda v: _are_positive(v))
-_weights = _Rule('"balanced" or a list of positive numbers', lambda v: v == "balanced" or _are_positive(v))
+_weights = _Rule('"balanced" or a list of positive numbers',
+                 lambda v: isinstance(v, str) and v == "balanced" or _are_positive(v))
 _stages = _Rule('"backbone" or an integer of at least 1', lambda v: v == "backbone" or is_integer(v, 1))
 _open_fraction = _Rule("above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1)
 _metric = _Rule(", ".join(best_metrics), lambda v: isinstance(v, str) and v in best_metrics)

@@ -93,7 +93,10 @@ def train_run(
 
     Raises `RunLockedError`, `StopRequestedError` after a signal, `IncompatibleRunError` naming what differs
     where the run in `out` is another one, or what batch size makes its steps, `FloatingPointError` for a loss
-    that is not finite, `OSError` where the folder cannot be written."""
+    that is not finite, `OSError` where the folder cannot be written, `ValueError` for `extend` with
+    `overwrite`."""
+    if extend and overwrite:
+        raise ValueError("extend adds epochs to a run that is there, overwrite starts over: give one of them")
     out, distributed = Path(out), Distributed() if distributed is None else distributed
     with preserve_shards(learn.dls):
         shard_loaders(learn.dls, learn.recipe, distributed)  # raises before anything is made
@@ -349,7 +352,7 @@ def _find_checkpoint(run, identity):
                                    f"{hint} another folder (--out), or let it be overwritten (--overwrite)")
     if adds:
         _check_extension(run, found[0])
-    elif run.extend is not False:
+    elif run.extend:
         _check_peak(run, saved["recipe"])
     rewritten = files_rewritten(saved, identity)
     if rewritten and run.distributed.rank == 0:
@@ -396,6 +399,8 @@ def _load_result(run, checkpoint):
         require_intact(path, fits, f"{name} of the result is of type {type(value).__name__}")
     try:
         run.learn.model.load_state_dict(ema["weights"] if ema else checkpoint["model"])
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # of the machine: the checkpoint is intact
     except Exception as error:  # torch raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise IncompatibleRunError(f"the checkpoint in {str(run.out)!r} is damaged ({reason})") from error
@@ -422,7 +427,9 @@ def _check_extension(run, checkpoint):
     if recipe.schedule == "steps":
         raise IncompatibleRunError(f'{where} holds a run with schedule "steps", whose drops have no place in '
                                    "an extension: start another run from its weights (--weights)")
-    if reached != saved["epochs"] and not _stopped(progress, recipe):
+    names = ("epochs", "restarts", "restart_lrs")
+    before = dataclasses.replace(recipe, **{name: saved.get(name) for name in names})
+    if reached != saved["epochs"] and not _stopped(progress, before):
         raise IncompatibleRunError(f"{where} holds a run that is not complete (epoch {reached} of "
                                    f"{saved['epochs']}): without --extend and with these epochs it resumes")
     if recipe.epochs <= reached or recipe.epochs == saved["epochs"]:
@@ -432,7 +439,7 @@ def _check_extension(run, checkpoint):
 
 def _check_peak(run, saved):
     "Raise `IncompatibleRunError` if an extension that resumes is asked for another peak than it has."
-    peak = saved["restart_lrs"][-1]
+    peak = (saved.get("restart_lrs") or [saved["lr"]])[-1]
     if run.extend is not True and run.extend != peak:
         raise IncompatibleRunError(f"run folder {str(run.out)!r} holds a run that was extended with learning "
                                    f"rate {peak:g}, got --extend {run.extend:g}")
@@ -460,6 +467,8 @@ def saved_classes(
     if "classes" not in known:  # of an older version
         return load_run_checkpoint(folder)[0]["identity"]["classes"]
     check_fields(path, known, {"classes": list})
+    texts = all(isinstance(name, str) for name in known["classes"])
+    require_intact(path, texts, "a name in classes is no text")
     return known["classes"]
 
 def saved_effective_batch(
