@@ -279,29 +279,6 @@ def _in_head(name, has_backbone):
         return "backbone" not in parts or "fpn" in parts
     return "head" in parts[:-1]
 
-# %% ../../nbs/30_training.recipe.ipynb #18c6e1cb
-def layer_groups(
-    model: nn.Module,
-    weight_decay: float = 0.05,
-    freeze: int | str | None = None,  # as in a recipe: what is frozen gets into no group
-) -> list[dict]:  # parameter groups for AdamW, with keys `layer` and `decay` besides its own
-    """Return backbone (layer 0) and head (layer 1), each split by whether weight decay applies.
-
-    Raises `ValueError` as `frozen_parameters` does."""
-    groups, frozen = {}, frozen_parameters(model, freeze)
-    has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            continue
-        layer = int(_in_head(name, has_backbone))
-        groups.setdefault((layer, is_decayed(name, parameter)), []).append(parameter)
-    first = min(layer for layer, _ in groups)
-    made = []
-    for layer, decay in sorted(groups, key=lambda key: (key[0], not key[1])):  # the decayed ones first
-        made.append(dict(params=groups[layer, decay], layer=layer - first, decay=decay,
-                         weight_decay=weight_decay if decay else 0.))
-    return made
-
 # %% ../../nbs/30_training.recipe.ipynb #5e7d5912
 def frozen_parameters(
     model: nn.Module,
@@ -328,6 +305,29 @@ def _in_first_stages(names, count):
     if count > stages:
         raise ValueError(f"freeze must be at most {stages}, the stages of the network, got {count}")
     return {name for name, match in found.items() if match and int(match[1]) < count}
+
+# %% ../../nbs/30_training.recipe.ipynb #18c6e1cb
+def layer_groups(
+    model: nn.Module,
+    weight_decay: float = 0.05,
+    freeze: int | str | None = None,  # as in a recipe: what is frozen gets into no group
+) -> list[dict]:  # parameter groups for AdamW, with keys `layer` and `decay` besides its own
+    """Return backbone (layer 0) and head (layer 1), each split by whether weight decay applies.
+
+    Raises `ValueError` as `frozen_parameters` does."""
+    groups, frozen = {}, frozen_parameters(model, freeze)
+    has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            continue
+        layer = int(_in_head(name, has_backbone))
+        groups.setdefault((layer, is_decayed(name, parameter)), []).append(parameter)
+    first = min(layer for layer, _ in groups)
+    made = []
+    for layer, decay in sorted(groups, key=lambda key: (key[0], not key[1])):  # the decayed ones first
+        made.append(dict(params=groups[layer, decay], layer=layer - first, decay=decay,
+                         weight_decay=weight_decay if decay else 0.))
+    return made
 
 # %% ../../nbs/30_training.recipe.ipynb #7c383eb5
 class LayerGroupAdamW(OptimWrapper):

@@ -406,7 +406,8 @@ def _load_result(run, checkpoint):
         numbers += ["accuracy", "top5"]
     result = read_json(path, {"result": dict.fromkeys(numbers, (int, float))})["result"]
     for name, value in result.items():
-        fits = isinstance(value, (int, float, dict, type(None)))
+        kinds = (str,) if name == "ended_early" else (int, float, dict, type(None))
+        fits = isinstance(value, kinds)
         require_intact(path, fits, f"{name} of the result is of type {type(value).__name__}")
     try:
         run.learn.model.load_state_dict(ema["weights"] if ema else checkpoint["model"])

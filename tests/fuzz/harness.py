@@ -4,6 +4,7 @@ A case is a number: from it alone a kind of fuzzer makes its input. A process ta
 Where it hangs, dies or meets its limit of memory, that case is a finding, and another process takes the rest.
 """
 
+import contextlib
 import faulthandler
 import importlib
 import math
@@ -149,6 +150,7 @@ def work(name, seeds, long, connection, folder):
     os.dup2(log.fileno(), 2)
     (folder / "cases").mkdir()
     state = kind.prepare(folder / "cases")
+    os.chdir(folder / "cases")  # an odd path, such as an empty one, means a place in the current folder
     limit_memory(kind.mebibytes)
     if seeds is None:
         seeds = list(kind.cases(state, long))
@@ -243,4 +245,6 @@ def fuzz_here(name, seed):
     "Run one case in this process, with its traceback and its output."
     kind = kind_of(name)
     with tempfile.TemporaryDirectory() as folder:
-        return kind.run(kind.prepare(Path(folder)), seed)
+        state = kind.prepare(Path(folder))
+        with contextlib.chdir(folder):
+            return kind.run(state, seed)
