@@ -338,7 +338,7 @@ def test_a_class_may_have_the_name_of_a_part(trees, names):
 @pytest.mark.parametrize("names", [["train", "val"], ["train", "test1"]])
 def test_a_part_without_class_folders_is_no_class(trees, names):
     root = trees.classes(names, per_class=3, valid_per_class=1)
-    with pytest.raises(ValueError, match="train' has images of 0 classes"):
+    with pytest.raises(ValueError, match="the images lie directly in '.*train': put them into one folder per class"):
         find_images(root)
 
 
@@ -367,7 +367,7 @@ def wrong_trees(trees, class_folders):
     imagenet, parts = trees.imagenet, trees.in_folders()
     train_image = "train/n00000001/n00000001_3.JPEG"
     return [
-        (trees.folder / "nothing", "there is no folder '.*nothing'; expected train/ and val/"),
+        (trees.folder / "nothing", "^data: there is no folder '.*nothing'$"),
         (imagenet / "labels.txt", "there is no folder '.*labels.txt'"),
         (
             trees.copy(imagenet, remove("labels.txt")),
@@ -415,6 +415,7 @@ def wrong_trees(trees, class_folders):
             "has images of 1 classes, at least 2 are needed; expected train/ and val/",
         ),
         (trees.copy(class_folders, remove("a", "b")), "has images of 1 classes"),
+        (class_folders / "b", "^data: the images lie directly in '.*b': put them into one folder per class$"),
         (
             trees.classes(2, per_class=1, valid_per_class=0),
             "class 'n00000000' has only the image '.*': at least 2 are needed",

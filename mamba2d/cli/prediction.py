@@ -6,8 +6,10 @@
 __all__ = ['predict']
 
 # %% ../../nbs/54_cli.prediction.ipynb #47e11f7e
+import contextlib
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from .arguments import predict_parser
@@ -38,13 +40,23 @@ from mamba2d.cli.examples import (
 )
 
 # %% ../../nbs/54_cli.prediction.ipynb #2a4b2944
-def _find_files(args):
-    "Return the image files that the arguments name, with --skip-corrupt only the readable ones."
-    from mamba2d.data.imagefolder import check_images, list_images
+def _list_files(paths):
+    "Return the image files below some paths, and print on standard error what a folder holds beside them."
+    from mamba2d.data.imagefolder import list_images
     try:
-        files = list_images(args.images)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            files = list_images(paths)
     except (FileNotFoundError, ValueError) as error:
         raise UsageError(f"argument IMAGE: {error}") from error
+    for warning in caught:
+        print(escaped(str(warning.message)), file=sys.stderr)
+    return files
+
+def _find_files(args):
+    "Return the image files that the arguments name, with --skip-corrupt only the readable ones."
+    from mamba2d.data.imagefolder import check_images
+    files = _list_files(args.images)
     if not args.skip_corrupt:
         return files
     corrupt = check_images(files, args.workers, progress=len(files) > 100)
@@ -68,15 +80,20 @@ def _load_files(args, files, config, device):
                      after_batch=after_batch)
 
 # %% ../../nbs/54_cli.prediction.ipynb #ce526ff7
-def _predict_files(args, model, loader, distributed):
-    "Return for each image the numbers of the most likely classes, and their probabilities."
+@contextlib.contextmanager
+def _ends_at_corrupt_image(distributed):
+    "End the command with one line and exit code 1 if the block opens an image that cannot be read."
     from mamba2d.data.images import CorruptImageError
-    from mamba2d.training.evaluation import predict
     try:
-        predictions, probabilities = predict(model, loader, args.top, precision=args.precision)
+        yield
     except CorruptImageError as error:
         message = f"mamba2d-predict: error: {error}; --skip-corrupt leaves such images out"
         end_process(distributed, 1, message, alone=True)
+
+def _predict_files(args, model, loader):
+    "Return for each image the numbers of the most likely classes, and their probabilities."
+    from mamba2d.training.evaluation import predict
+    predictions, probabilities = predict(model, loader, args.top, precision=args.precision)
     undefined = int(probabilities.isnan().any(1).sum())
     if undefined:
         raise UsageError(f"weights: {args.weights!r} give no probabilities (nan) for {undefined} of "
@@ -135,10 +152,10 @@ def _predict_example(args):
     network = load_command_example(args.weights)
     distributed = init_distributed(args.device)
     _check_writable(args.out)
-    names, loader = _example_images(args, network, distributed.device)
     network.model.to(distributed.device)
-    with network.running():
-        rows = _predict_files(args, network.model, loader, distributed)
+    with network.running(), _ends_at_corrupt_image(distributed):
+        names, loader = _example_images(args, network, distributed.device)
+        rows = _predict_files(args, network.model, loader)
     print(network.describe())
     _give_out(args, names, rows, network.images.classes)
 
@@ -181,9 +198,10 @@ def _predict(args):
     if len(classes) != model.num_classes:
         raise UsageError(f"weights: {args.weights!r} name {len(classes)} classes, "
                          f"and are for {model.num_classes}")
-    loader = _load_files(args, files, config, distributed.device)
-    model.to(loader.device)
-    _give_out(args, files, _predict_files(args, model, loader, distributed), classes)
+    with _ends_at_corrupt_image(distributed):
+        loader = _load_files(args, files, config, distributed.device)
+        rows = _predict_files(args, model.to(loader.device), loader)
+    _give_out(args, files, rows, classes)
 
 # %% ../../nbs/54_cli.prediction.ipynb #a7a440f9
 def predict(argv: list[str] | None = None):

@@ -106,7 +106,7 @@ def _train(args):
     name, recipe = _resolve_recipe(args, data, size)
     class_weights = _read_class_weights(args.class_weights)
     if args.print_recipe:
-        print(f"# {name}\n{recipe.toml()}", end="")
+        _print_recipe(args, data, size)
         return
     check_forced_backend()
     dashboards = _resolve_dashboards(args)
@@ -267,6 +267,39 @@ def _resolve_recipe(args, data, size):
     except ValueError as error:
         raise UsageError(f"recipe: {error}") from error
 
+# %% ../../nbs/52_cli.training.ipynb #f86ebeaf
+def _needs_more_images(args, name, images):
+    "Tell whether a step of a published recipe, which nobody asked for, takes more than so many images."
+    from mamba2d.training.recipe import recipes
+    asked = args.recipe or args.task in dense_tasks or "effective_batch" in _recipe_fields(args)
+    return not asked and (recipes[name].effective_batch or 0) > images
+
+def _smaller_recipe_note(published, images):
+    "Say in one line why the recipe is not the published one."
+    return (f"{images} training images are fewer than a step of the published recipe {published} "
+            "takes: recipe finetune is used (--recipe chooses another, --weights FILE helps most)")
+
+# %% ../../nbs/52_cli.training.ipynb #8ca68fd2
+def _count_training_images(args, recipe):
+    "Return how many training images --data has. Raises `UsageError` if it holds no images in any layout."
+    from mamba2d.data.imagefolder import find_images
+    try:
+        return len(find_images(args.data, recipe.held_out or 0.2, labels=args.labels).train)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+def _print_recipe(args, data, size):
+    "Print the recipe as TOML, with its name and why it is not the published one as comments."
+    name, recipe = _resolve_recipe(args, data, size)
+    note = ""
+    if _needs_more_images(args, name, 0) and Path(data).is_dir():
+        images = _count_training_images(args, recipe)
+        if _needs_more_images(args, name, images):
+            note = f"# {_smaller_recipe_note(name, images)}\n"
+            args.recipe = "finetune"
+            name, recipe = _resolve_recipe(args, data, size)
+    print(f"# {name}\n{note}{recipe.toml()}", end="")
+
 # %% ../../nbs/52_cli.training.ipynb #3dd69ca0
 def _resolve_dashboards(args):
     "Return the dashboards that the options ask for. Raises `UsageError` if one cannot be used."
@@ -410,18 +443,13 @@ def _choose_smaller_recipe(training, images):
     """Choose the recipe for few images where nobody chose one and the published one needs more for a step.
 
     Returns whether it did; the training then has the recipe, its batches, and a note that says so."""
-    from mamba2d.training.recipe import recipes
     args, published = training.args, training.recipe_name
-    given = args.recipe or "effective_batch" in _recipe_fields(args)
-    if given or training.task in dense_tasks or not training.published:
-        return False
-    if recipes[published].effective_batch <= images:
+    if not _needs_more_images(args, published, images):
         return False
     args.recipe = "finetune"
     training.recipe_name, training.recipe = _resolve_recipe(args, training.data, training.size)
     _resolve_resume(training)
-    training.note = (f"{images} training images are fewer than a step of the published recipe {published} "
-                     "takes: recipe finetune is used (--recipe chooses another, --weights FILE helps most)")
+    training.note = _smaller_recipe_note(published, images)
     return True
 
 def _build_loaders(training):
@@ -479,19 +507,25 @@ def _shard(training, dls):
         raise UsageError(message) from error
 
 # %% ../../nbs/52_cli.training.ipynb #b9e70270
-def _origin(training, classes):
+def _origin(training, learn):
     "Say in words where the weights come from."
     name = training.args.weights
     if training.resumes:
         ignored = f", so {name} is not read again" if name else ""
-        return f"; resumes from the checkpoint{ignored}"
+        return f"; resumes from the checkpoint{ignored} ({_reached(learn)})"
     if not training.weights:
         return "; without --weights what is frozen stays random" if training.recipe.freeze else ""
     known = config_of(training.weights).get("classes")
     if not known:
         return f"; starts from {name}"
-    head = "head included" if known == classes else "with a new head for other classes"
-    return f"; starts from {name}, {head}"
+    same = known == [str(c) for c in learn.dls.vocab]
+    return f"; starts from {name}, {'head included' if same else 'with a new head for other classes'}"
+
+def _reached(learn):
+    "Say how far a run has come."
+    reached = learn.reached
+    steps = f" and {counted(reached.step, 'step')}" if reached.step else ""
+    return f"after epoch {reached.epoch} of {learn.recipe.epochs}{steps}"
 
 # %% ../../nbs/52_cli.training.ipynb #9032f078
 def _summary(training, learn):
@@ -501,13 +535,27 @@ def _summary(training, learn):
     trained = sum(p.numel() for p in learn.model.parameters() if p.requires_grad)
     frozen = f", {trained:,} of them trained" if trained < parameters else ""
     processes = f" in {world} processes" if world > 1 else ""
-    origin = _origin(training, [str(c) for c in dls.vocab])
+    origin = _origin(training, learn)
     kind = {"detect": "mask_rcnn_m2d", "segment": "upernet_m2d"}.get(training.task, "mamba2d")
     return (f"training {kind}_{training.size} ({parameters:,} parameters{frozen}) "
             f"on {training.data} ({dls.layout}): {len(dls.train_ds)} training "
             f"and {len(dls.valid_ds)} validation images, {dls.c} classes; "
             f"recipe {training.recipe_name}, {counted(epochs, 'epoch')}, "
             f"batch size {training.batch_size} on {dls.device}{processes}{origin}")
+
+# %% ../../nbs/52_cli.training.ipynb #b5fe4983
+def _few_steps_note(training, learn):
+    "Say in one line that a training from random weights has few steps; empty where it has enough."
+    args, recipe = training.args, learn.recipe
+    embedded = training.data in ("digits", "digit-scenes")
+    if embedded or training.weights or training.resumes or args.fast_dev_run:
+        return ""
+    steps = min(learn.dls.train.n // recipe.effective_batch, recipe.epoch_steps or learn.dls.train.n)
+    total = steps * recipe.epochs
+    if total >= 100:
+        return ""
+    return (f"{counted(steps, 'step')} per epoch, {total} in all: few for random weights; "
+            "give more --epochs, a smaller --batch-size, or --weights FILE")
 
 # %% ../../nbs/52_cli.training.ipynb #6ab1f0d3
 def _build_dense_network(training, dls):
@@ -559,7 +607,7 @@ def _say(training, learn):
     "Print on rank zero what is trained, once it is clear that it can be."
     if training.distributed.rank == 0:
         lines = (training.note, _summary(training, learn), _weights_note(training, learn),
-                 _extension_note(learn.recipe))
+                 _extension_note(learn.recipe), _few_steps_note(training, learn))
         print(escaped("\n".join(filter(None, lines))), flush=True)
 
 def _fit(training, learn):
@@ -593,6 +641,19 @@ def _fit(training, learn):
             extend=args.extend,
         )
 
+# %% ../../nbs/52_cli.training.ipynb #026d74a1
+def _best_rows(learn):
+    "Return a row on the epochs of weights.pth and of best.pth; none where both are of the last epoch."
+    from mamba2d.training.learner import best_column, best_epoch
+    history, recipe = learn.reached.history, learn.recipe
+    best = best_epoch(history, recipe)
+    if best == len(history) - 1:
+        return []
+    column = best_column(history[best], recipe)
+    value, name = history[best][column], column.removeprefix("valid_").replace("_", " ")
+    score = f"{value:.3f}" if name == "loss" else f"{100 * value:.2f} %"
+    return [("weights.pth", f"epoch {len(history)}; checkpoints/best.pth: epoch {best + 1}, {name} {score}")]
+
 # %% ../../nbs/52_cli.training.ipynb #aa3ee23e
 def _run(training, learn):
     "Train, and print the result or why there is none. An error ends the process."
@@ -622,6 +683,7 @@ def _run(training, learn):
         print_table([
             *(dense_rows(result) if training.task in dense_tasks else result_rows(result, learn.dls.c)),
             *([("ended early", result["ended_early"])] if "ended_early" in result else []),
+            *_best_rows(learn),
             ("training time", f"{result['seconds']:.0f} s"),
             ("run folder", f"{out}: {', '.join(files)}"),
         ])

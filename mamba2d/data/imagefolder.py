@@ -163,7 +163,8 @@ def _flat_images(folder):
 # %% ../../nbs/24_data.imagefolder.ipynb #d2efcc95
 def _list_classes(folder, walk, least=2):
     "Images of each class folder: {class: paths}."
-    _flat_images(folder)  # raises where images lie beside the class folders
+    if _flat_images(folder):  # raises where images lie beside the class folders
+        raise ValueError(f"data: the images lie directly in {str(folder)!r}: put them into one folder per class")
     walk.reserve(folder)
     classes = {name: walk.images_below(path) for name, path in _folders(folder).items()}
     empty = [name for name, files in classes.items() if not files]
@@ -537,7 +538,7 @@ def find_images(
         raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
     classes = _given_classes(evaluate)
     if not path.is_dir():
-        raise FileNotFoundError(f"data: there is no folder {str(path)!r}; {_EXPECTED}")
+        raise FileNotFoundError(f"data: there is no folder {str(path)!r}")
     tree = _recognise(path, bool(evaluate))
     if not evaluate:
         tree = _without_unlabelled(tree, labels)

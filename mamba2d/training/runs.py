@@ -65,7 +65,14 @@ from mamba2d.training.evaluation import (
     printable,
     table_cell,
 )
-from .learner import RestoreError, best_column, best_epoch, early_end, has_ended_early
+from mamba2d.training.learner import (
+    Progress,
+    RestoreError,
+    best_column,
+    best_epoch,
+    early_end,
+    has_ended_early,
+)
 
 # %% ../../nbs/35_training.runs.ipynb #0fb2a0bd
 def train_run(
@@ -140,6 +147,7 @@ def _train(run):
     if checkpoint and not complete:
         _check_batches(run, recipe)
     run.learn.recipe = recipe
+    run.learn.reached = Progress(**checkpoint["progress"]) if checkpoint else Progress()
     run.started()
     if complete:
         return _load_result(run, checkpoint)
@@ -346,10 +354,9 @@ def _find_checkpoint(run, identity):
     saved, adds = found[0]["identity"], _adds_epochs(run, found[0])
     different = differences(_with_epochs(saved, run.learn.recipe) if adds else saved, identity)
     if different:
-        only = len(different) == 1 and different[0].startswith("recipe epochs")
-        hint = "--extend adds epochs to a complete run. Else give" if only else "Give"
         raise IncompatibleRunError(f"run folder {str(run.out)!r} holds another run: {'; '.join(different)}. "
-                                   f"{hint} another folder (--out), or let it be overwritten (--overwrite)")
+                                   f"{_remedy(different, adds)} another folder (--out), or let it be "
+                                   "overwritten (--overwrite)")
     if adds:
         _check_extension(run, found[0])
     elif run.extend:
@@ -358,6 +365,14 @@ def _find_checkpoint(run, identity):
     if rewritten and run.distributed.rank == 0:
         warnings.warn(f"run folder {str(run.out)!r}: {rewritten}", stacklevel=2)
     return found
+
+def _remedy(different, adds):
+    "Return the beginning of a sentence on what to do about differences; it ends with a folder to give."
+    if adds:
+        return ("An extension keeps the recipe of the run, but for --epochs and the learning rate of --extend: "
+                "leave out what differs, or give")
+    only = len(different) == 1 and different[0].startswith("recipe epochs")
+    return "--extend adds epochs to a complete run. Else give" if only else "Give"
 
 def _adds_epochs(run, checkpoint):
     "Return whether epochs are to be added now; a run that has been extended to these epochs resumes."
@@ -928,9 +943,10 @@ def plot_predictions(
     if figure is None:
         size = max(1.25 * columns, 4.5), max(1.5 * rows, 2.4)
         figure = Figure(figsize=size, layout="constrained")
-    space = " " if columns > 6 else "\n"
-    figure.suptitle(f"{int((~correct).sum())} of {len(correct)} misclassified;{space}"
-                    f"shown: the top losses (red),{space}then the lowest probabilities", fontsize=11)
+    space, wrong = " " if columns > 6 else "\n", int((~correct).sum())
+    top_losses = f"the top losses (red),{space}then " if wrong else ""
+    figure.suptitle(f"{wrong} of {len(correct)} misclassified;{space}"
+                    f"shown: {top_losses}the lowest probabilities", fontsize=11)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
