@@ -310,12 +310,48 @@ def _followed(choice, states, place, given=()):
 # %% ../../nbs/42_viz.explorer.ipynb #a307dac4
 _places = {"image": (0, 0), "state": (0, 1), "step": (0, 2), "vector": (0, 3)}  # row and column
 _places |= {name: (1, column) for column, name in enumerate(_maps)}
-_left, _bottom, _width, _height = (0.055, 0.275, 0.515, 0.75), (0.575, 0.09), 0.183, 0.312
+_figure_width, _square = 10.4, 1.9032  # inches; the second: the sides of a square image's panel
+_left = (0.572, 2.86, 5.356, 7.8)  # inches, of the columns
+_below, _between, _above = 0.549, 1.0553, 0.6893  # inches, of the rows
 
+# %% ../../nbs/42_viz.explorer.ipynb #b5203bbe
+class _Layout:
+    "Where the panels of an image with so many rows and columns stand."
+    def __init__(self, height, width):
+        ratio = min(max(width / height, 1 / 4), 4)  # a longer strip lies in the middle of its panel
+        self.panel_height = min(_square / ratio, 1.3 * _square)
+        self.panel_width = min(self.panel_height * ratio, _square)
+        self.size = _figure_width, _below + _between + _above + 2 * self.panel_height
+
+    def panel(self, name):
+        "The place of a panel: left, bottom, width and height. The bar chart is as wide as a square's panel."
+        row, column = _places[name]
+        width = _square if name == "vector" else self.panel_width
+        left = _left[column] + (_square - width) / 2
+        bottom = _below if row == 1 else _below + self.panel_height + _between
+        return self._fractions(left, bottom, width, self.panel_height)
+
+    def color_bar(self, name):
+        "The place of the color bar to the right of a panel."
+        left, bottom, width, height = self.panel(name)
+        return left + width + 0.006, bottom, 0.009, height
+
+    def head(self):
+        "The left end of the heading."
+        return self._fractions(_left[0], self.size[1] - _above + 0.552, 1, 1)[:2]
+
+    def influence_ticks(self):
+        "The ticks of the color bar of the influence that have room."
+        return influence_ticks if self.panel_height > 0.9 else (-1, 0, 1)
+
+    def _fractions(self, left, bottom, width, height):
+        return left / self.size[0], bottom / self.size[1], width / self.size[0], height / self.size[1]
+
+# %% ../../nbs/42_viz.explorer.ipynb #c0047119
 def _add_axes(figure, name):
     "An empty panel with its labels and its title."
     row, column = _places[name]
-    ax = figure.add_axes([_left[column], _bottom[row], _width, _height])
+    ax = figure.add_axes([0, 0, 1, 1], label=name)
     ax.tick_params(labelsize=8)
     if name == "vector":
         ax.tick_params(labelleft=False, left=False, labelright=True, right=True)
@@ -329,26 +365,38 @@ def _add_axes(figure, name):
     return ax
 
 # %% ../../nbs/42_viz.explorer.ipynb #afdc93ff
-def _add_color_bar(figure, name, norm, *, colors, ticks):
-    "A color bar to the right of a panel."
-    row, column = _places[name]
-    place = figure.add_axes([_left[column] + _width + 0.006, _bottom[row], 0.009, _height])
+def _add_color_bar(figure, norm, *, colors, ticks):
+    "A color bar, not yet at its place."
+    place = figure.add_axes([0, 0, 1, 1])
     bar = figure.colorbar(ScalarMappable(norm, colors), cax=place, ticks=ticks, format="%g")
     bar.ax.tick_params(labelsize=8, pad=1, length=2)
     return bar
 
 # %% ../../nbs/42_viz.explorer.ipynb #ce0107ae
 def _add_color_bars(figure):
-    "The three color bars: the titles say what their ends mean."
-    _add_color_bar(figure, "state", Normalize(-1, 1), colors=signed_colors, ticks=(-1, 0, 1))
-    bar = _add_color_bar(figure, "step", Normalize(0, 1), colors=even_colors, ticks=(0, 1))
-    bar.set_ticklabels(["low", "high"])
-    bar = _add_color_bar(figure, "impulse", influence_norm(), colors=signed_colors, ticks=influence_ticks)
-    bar.set_label("relative to the largest", fontsize=8, labelpad=4)
+    "The three color bars by the names of their panels: the titles say what their ends mean."
+    bars = {
+        "state": _add_color_bar(figure, Normalize(-1, 1), colors=signed_colors, ticks=(-1, 0, 1)),
+        "step": _add_color_bar(figure, Normalize(0, 1), colors=even_colors, ticks=(0, 1)),
+        "impulse": _add_color_bar(figure, influence_norm(), colors=signed_colors, ticks=influence_ticks),
+    }
+    bars["step"].set_ticklabels(["low", "high"])
+    bars["impulse"].set_label("relative to the largest", fontsize=8, labelpad=4)
+    return bars
 
 # %% ../../nbs/42_viz.explorer.ipynb #4acb1bec
-class _Zoomed:
-    "Panels of which the maps show a part of the image."
+class _PlacedPanels:
+    "Panels that stand where there is room for them, and whose maps show a part of the image."
+    def _lay_out(self, layout):
+        "Put panels, color bars and heading to their places."
+        self.figure.set_size_inches(layout.size)
+        for name, ax in self.axes.items():
+            ax.set_position(layout.panel(name))
+        for name, bar in self.color_bars.items():
+            bar.ax.set_position(layout.color_bar(name))
+        self.color_bars["impulse"].set_ticks(layout.influence_ticks())
+        self.head.set_position(layout.head())
+
     def _look_at(self, window):
         "Let all maps show a part of the image. Returns whether it is another one than before."
         if window == self.window:
@@ -361,20 +409,20 @@ class _Zoomed:
         return True
 
 # %% ../../nbs/42_viz.explorer.ipynb #ee84fa63
-class _Panels(_Zoomed):
+class _Panels(_PlacedPanels):
     "The panels of an explorer's figure, and the artists in them that a choice changes."
     def __init__(self, figure):
         self.figure, self.background = figure, None
         self.axes = {name: _add_axes(figure, name) for name in _places}
-        _add_color_bars(figure)
+        self.color_bars = _add_color_bars(figure)
         self.heads = {name: ax.title for name, ax in self.axes.items()}
         self.maps, self.rings, self.window = {}, {}, None
-        image = self.axes["image"]
-        self.head = image.text(0, 1.29, "", fontsize=10, transform=image.transAxes, animated=True)
+        self.head = self.axes["image"].text(0, 0, "", transform=figure.transFigure, animated=True)
 
     def show_image(self, shown, states):
         "Empty the panels and begin with another image and other states."
         self.background = None  # it shows the image before
+        self._lay_out(_Layout(*shown.shape[:2]))
         for ax in self.axes.values():
             for artist in [*ax.images, *ax.lines, *ax.patches]:
                 artist.remove()
@@ -399,7 +447,7 @@ class _Panels(_Zoomed):
             ring.set_data(*_middle(choice.pixel, states))
         for name, text in _heads(choice, states, arrays).items():
             self.heads[name].set_text(text)
-        self.head.set_text(head)
+        self.head.set(text=head, fontsize=min(10, 1300 / len(head)))  # a long one stays in the figure
         if self._look_at(_window(choice, states)):
             self.figure.canvas.draw()
         else:
@@ -564,7 +612,7 @@ class ExplorerFigure(_Exploration):
         classes: list[str] | None = None,  # names of the model's classes; None: their numbers
     ):
         super().__init__(model, classes, size=size, mean=mean, std=std)
-        self.figure = Figure(figsize=(10.4, 6.1), dpi=90)
+        self.figure = Figure(dpi=90)
         self.panels = _Panels(self.figure)
         self.axes, self.maps, self.heads = self.panels.axes, self.panels.maps, self.panels.heads
         self.open(image)
@@ -695,7 +743,7 @@ class _ExplorerWidgets:
         self.player = Play(min=0, max=last, step=1, interval=80, description="wavefront")
         self.open_button = FileUpload(accept="image/*", multiple=False, description="open an image")
         self.save_button = Button(description="save the figure", icon="save")
-        self.save_path = Text(placeholder="folder or file, such as ~/states.png", description="save to",
+        self.save_path = Text(placeholder="such as ~/states.png", description="save to",
                               layout=Layout(width="300px"))
         self.message = HTML(self.view.describe())
         menus = [self.controls[name] for name in ("stage", "block", "scan", "corner", "of", "zoom")]
@@ -774,6 +822,9 @@ def _free_path(path):
 # %% ../../nbs/42_viz.explorer.ipynb #a8b77ed9
 class StateExplorer(_ExplorerWidgets):
     """An image to click on, with menus, sliders and a player: an `ExplorerFigure` in widgets.
+
+    With `classes` it says the names of what the model predicts, and their numbers without. The weights that
+    `mamba2d-train` writes hold them: `read_weights(path)["config"]["classes"]`.
 
     `figure` is the matplotlib figure, `view` the `ExplorerFigure`. Without `ipywidgets` and `ipympl` it
     shows the figure as it is, and says what to install. Raises `TypeError` and `ValueError` as
