@@ -122,3 +122,7 @@ def test_zarr_folders(tmp_path):
     with pytest.raises(ValueError, match=r"tile must be a multiple of the pieces of target, \(4, 4\)"):
         other = create_map(tmp_path / "other.zarr", image.shape, tile=(4, 4))
         scan_in_tiles(scan, image, other, tile=(5, 6), devices=["cpu"] * 2)
+    # one tile along the rows: the pieces are as high as the map, lower than the tile
+    made = scan_in_tiles(scan, image, tmp_path / "wide.zarr", tile=(20, 6), devices=["cpu"] * 2)
+    assert made.chunks[:2] == (17, 6)
+    assert np.array_equal(made[:], scan_in_tiles(scan, image, tile=(20, 6)))

@@ -74,13 +74,29 @@ def _check_space(path, shape, dtype):
         given = f"the map {tuple(shape)} needs {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free"
         raise OSError(errno.ENOSPC, given, str(path))
 
+def _reserve(path):
+    "Give a file all its blocks, if the system can; raise an `OSError` where too few are left."
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # it keeps its holes
+                raise
+
 # %% ../../nbs/45_large.arrays.ipynb #73539e59
 def _create_file(path, shape, dtype):
     "A new `.npy` file, mapped into memory."
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npy")
     temporary.unlink(missing_ok=True)
-    made = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
-    os.replace(temporary, path)
+    try:
+        made = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        _reserve(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return made
 
 # %% ../../nbs/45_large.arrays.ipynb #e09f385e

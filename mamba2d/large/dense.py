@@ -163,7 +163,8 @@ def segment_in_tiles(
             attention_window=attention_window, prepare=prepare, devices=devices, progress=progress)
         write_journal(folder, identity)
         run = TiledRun(tile, devices, folder, progress)
+        maps = [features.maps[k] for k in model.backbone.out_indices]
         target = run.map("classes", shape, "uint8" if model.num_classes <= 256 else "int32")
         if not run.is_complete("classes"):
-            run.sweep("classes", _head_step(model, features.maps, target, devices), target)
+            run.sweep("classes", _head_step(model, maps, target, devices), target)
     return target, all(features.exact)

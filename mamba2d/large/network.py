@@ -27,6 +27,7 @@ from mamba2d.large.tiles import (
     mixer_tile,
     read_as,
     replicas,
+    sampled_pixels,
     separable_tile,
     write_journal,
 )
@@ -237,13 +238,16 @@ def features_in_tiles(
     Stages of scans are exact; those with attention are so unless `attention_window` is given. Maps are
     float32. Gradients are not computed. Raises `ValueError` or `TypeError` for what does not fit, `OSError`
     where the disk is too small, and `IncompatibleRunError` or `RunLockedError` for a folder of another
-    computation."""
+    computation. Another image of the same size, or another `prepare`, is noticed by a sample of rows."""
     source, tile = open_map(source), as_tile(tile)
     _check_network(model, source, prepare)
     if attention_window is not None:
         check_integer("attention_window", attention_window, 1)
     devices, folder = as_devices(devices, model), None if folder is None else Path(folder)
-    identity = dict(model=fingerprint(model), source=str(tuple(source.shape)), tile=str(tile),
+    read = _reader(source, prepare, next(model.parameters()).dtype)
+    pixels = "" if folder is None else sampled_pixels(
+        lambda window: read(window, devices[0]), source.shape[:2])
+    identity = dict(model=fingerprint(model), source=str(tuple(source.shape)), pixels=pixels, tile=str(tile),
                     attention_window=str(attention_window))
     with locked_folder(folder, identity):
         write_journal(folder, identity)

@@ -126,7 +126,7 @@ class BorderFiles:
         "A border of a tile, None where there is no such tile."
         if min(row, col) < 0:
             return None
-        return torch.load(self.path(row, col), weights_only=True)[border]
+        return torch.load(self.path(row, col), map_location="cpu", weights_only=True)[border]
 
     def above(self, tile: Tile) -> Tensor | None:  # (1, w, E, N); None at the edge of the image
         return self.read(tile.row - 1, tile.col, "bottom")
@@ -277,7 +277,7 @@ class TiledRun:
             grid = tile_grid(target.shape[:2], self.tile, reverse)
             sweep(step, grid, borders, self.devices, name if self.progress else "")
 
-# %% ../../nbs/46_large.tiles.ipynb #0d8e52ba
+# %% ../../nbs/46_large.tiles.ipynb #3f6ce812
 def fingerprint(module: nn.Module) -> str:
     "A checksum of a module's structure and parameters."
     digest = hashlib.sha256(repr(module).encode())
@@ -286,6 +286,21 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/46_large.tiles.ipynb #d7405b1e
+def sampled_pixels(
+    read: Callable[[Window], Tensor],  # gives the pixels (1, h, w, C) of a window, prepared
+    size: tuple[int, int],  # of the image: height and width, pixels
+    rows: int = 64,  # how many are read, evenly spaced, the first and the last among them; 2 or more
+) -> str:
+    "A checksum of some rows of an image, as the network is given them. Other rows may change unnoticed."
+    height, width = size
+    digest = hashlib.sha256()
+    for row in sorted({k * (height - 1) // (rows - 1) for k in range(rows)}):
+        values = read(Window(row, row + 1, 0, width)).detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+# %% ../../nbs/46_large.tiles.ipynb #0d8e52ba
 def write_journal(folder: Path | None, identity: dict[str, str]):
     "Write what is computed in a folder, if there is one."
     if folder is not None:
@@ -389,6 +404,7 @@ def first_scan(
 def _mix(run, mixers, source, target):
     "The sweeps of a mixer."
     if run.is_complete("output"):
+        run.forget("first_scan")  # what a kill between two steps has left
         return
 
     def read(tile, halo, device):
@@ -440,7 +456,9 @@ def _check_target(source, target, tile, devices):
     if source is target or all(part is not None for part in memory) and np.may_share_memory(*memory):
         raise ValueError("target must not share its memory with source")
     pieces = (getattr(target, "chunks", None) or ())[:2]
-    if len(devices) > 1 and any(side % piece for side, piece in zip(tile, pieces, strict=False)):
+    sides = [(side, piece) for side, piece, length in zip(tile, pieces, target.shape, strict=False)
+             if side < length]  # where there are several tiles
+    if len(devices) > 1 and any(side % piece for side, piece in sides):
         raise ValueError(f"tile must be a multiple of the pieces of target, {tuple(pieces)}, for several "
                          f"devices, got {tile}")
 
@@ -459,14 +477,17 @@ def scan_in_tiles(
 
     It equals the layer's output up to rounding, for any tiles. Gradients are not computed. Raises
     `ValueError` or `TypeError` for what does not fit, `FileExistsError` for a target that is there before the
-    run, and `IncompatibleRunError` or `RunLockedError` for a folder of another computation."""
+    run, and `IncompatibleRunError` or `RunLockedError` for a folder of another computation. Another image of
+    the same size is noticed by a sample of its rows; a change between these rows is not."""
     source, tile = open_map(source), as_tile(tile)
     _check_layer(layer, source)
     folder = None if folder is None else Path(folder)
     if folder is not None and not isinstance(target, (str, Path)):
         raise ValueError(f"with a folder, target must be a path, got {type(target).__name__}")
     devices = as_devices(devices, layer)
-    identity = dict(layer=fingerprint(layer), source=str(tuple(source.shape)), tile=str(tile),
+    pixels = "" if folder is None else sampled_pixels(
+        lambda window: read_window(source, window).x, source.shape[:2])
+    identity = dict(layer=fingerprint(layer), source=str(tuple(source.shape)), pixels=pixels, tile=str(tile),
                     target=str(Path(target).absolute() if folder is not None else None))
     with locked_folder(folder, identity) as resumes:
         target = _open_target(target, source.shape, tile, resumes)
