@@ -338,7 +338,7 @@ def test_a_class_may_have_the_name_of_a_part(trees, names):
 @pytest.mark.parametrize("names", [["train", "val"], ["train", "test1"]])
 def test_a_part_without_class_folders_is_no_class(trees, names):
     root = trees.classes(names, per_class=3, valid_per_class=1)
-    with pytest.raises(ValueError, match="the images lie directly in '.*train': put them into one folder per class"):
+    with pytest.raises(ValueError, match="directly in '.*train': put them into one folder per class"):
         find_images(root)
 
 

@@ -164,7 +164,8 @@ def _flat_images(folder):
 def _list_classes(folder, walk, least=2):
     "Images of each class folder: {class: paths}."
     if _flat_images(folder):  # raises where images lie beside the class folders
-        raise ValueError(f"data: the images lie directly in {str(folder)!r}: put them into one folder per class")
+        raise ValueError(f"data: the images lie directly in {str(folder)!r}: "
+                         "put them into one folder per class")
     walk.reserve(folder)
     classes = {name: walk.images_below(path) for name, path in _folders(folder).items()}
     empty = [name for name, files in classes.items() if not files]

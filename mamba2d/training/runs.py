@@ -369,8 +369,8 @@ def _find_checkpoint(run, identity):
 def _remedy(different, adds):
     "Return the beginning of a sentence on what to do about differences; it ends with a folder to give."
     if adds:
-        return ("An extension keeps the recipe of the run, but for --epochs and the learning rate of --extend: "
-                "leave out what differs, or give")
+        return ("An extension keeps the recipe of the run, but for --epochs and the learning rate of "
+                "--extend: leave out what differs, or give")
     only = len(different) == 1 and different[0].startswith("recipe epochs")
     return "--extend adds epochs to a complete run. Else give" if only else "Give"
 
