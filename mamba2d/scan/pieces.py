@@ -9,15 +9,17 @@ __all__ = ['scan_step']
 from torch import Tensor
 
 from .operator import selective_scan_2d
-from .reference import ScanTensors
+from .reference import ScanTensors, check_kind
 
 # %% ../../nbs/05_scan.pieces.ipynb #9bc1c766
 def _check_pixel(pixel, states):
     "Raise a `TypeError` or `ValueError` naming the first tensor of a pixel that does not fit x and A_t."
-    given = {name: value for name, value in (pixel._asdict() | states).items() if value is not None}
+    given = pixel._asdict() | states
+    for name in ("D", "delta_bias_t", "delta_bias_l", *states):
+        if given[name] is None:
+            del given[name]
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_kind(name, value, pixel.x)
     for name, meaning in (("x", "(B, E)"), ("A_t", "(E, N)")):
         if given[name].dim() != 2:
             raise ValueError(f"{name} must have shape {meaning}, got {tuple(given[name].shape)}")

@@ -179,10 +179,8 @@ def _arguments_fit(tensors):
                  and bias_l.device == device and bias_l.layout is dense)
             and wide[1] > 0 and wide[2] > 0 and wide[3] > 0 and matrix[1] > 0)
 
-# %% ../../nbs/00_scan.reference.ipynb #89d221b6
-_optional = ("D", "delta_bias_t", "delta_bias_l")  # may be None
-
-def _check_kind(name, value, x):
+# %% ../../nbs/00_scan.reference.ipynb #b3a91f60
+def check_kind(name, value, x):
     "Raise an error for a value that is no tensor of floats on the device of `x`."
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -192,11 +190,14 @@ def _check_kind(name, value, x):
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, but x is on {x.device}: all must be on one device")
 
+# %% ../../nbs/00_scan.reference.ipynb #89d221b6
+_optional = ("D", "delta_bias_t", "delta_bias_l")  # may be None
+
 def _check_kinds(tensors):
     "Raise an error for an argument that is no tensor of floats on the device of `x`."
     for name, value in tensors._asdict().items():
         if value is not None or name not in _optional:
-            _check_kind(name, value, tensors.x)
+            check_kind(name, value, tensors.x)
 
 # %% ../../nbs/00_scan.reference.ipynb #859dcd19
 def _check_sizes(x, A_t):
@@ -258,7 +259,7 @@ def check_borders(tensors: ScanTensors, before: ScanBorders):
                                          ("initial_left", "(B, H, E, N)", before.column, h)):
         if value is None:
             continue
-        _check_kind(name, value, x)
+        check_kind(name, value, x)
         shape = (b, length, *A_t.shape)
         if tuple(value.shape) != shape:
             raise ValueError(f"{name} must have shape {meaning} = {shape} for x {tuple(x.shape)} "
