@@ -850,9 +850,9 @@ class StateExplorer(_ExplorerWidgets):
             _connect(self)
 
     def save(self,
-        path: str | Path,  # a PNG file, which is made; or a folder, which gets one under a name that is free
+        path: str | Path = ".",  # a PNG file, which is made; or a folder, which gets one under a free name
     ) -> str:  # where it was saved, in words
-        "Write the figure as a PNG. Raises `ValueError` without a path, `OSError` where it cannot be made."
+        "Write the figure as a PNG. Raises `ValueError` for an empty path, `OSError` where it cannot be made."
         path = _free_path(path)
         with open(path, "xb") as file:
             file.write(self.view.png())
