@@ -167,6 +167,13 @@ class _SplitScan(torch.autograd.Function):
         return None, *grads
 
 # %% ../../nbs/48_large.processes.ipynb #185fb930
+def _refuse_to_compile(name):
+    """Raise a `RuntimeError` in a graph that is being compiled: `torch.compile` then leaves the call out.
+
+    Compiled graphs of torch 2.11 lose gradients that pass through an `autograd.Function`."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} exchanges states with other processes and cannot be compiled")
+
 def split_scan(
     scan: SelectiveScan,
     x: Tensor,  # (B, h, W, E), this process's rows of the image
@@ -178,6 +185,7 @@ def split_scan(
 
     Heights may differ, widths may not. Without `torch.distributed` it is the scan of x. Raises `ValueError`
     for a piece that is no integer of at least 1."""
+    _refuse_to_compile("split_scan")
     check_integer("piece", piece, 1)
     projected, biases = scan.project(x)
     split = _Split(True, scan.reverse, _columns(x.shape[2], piece, scan.reverse),
@@ -232,6 +240,7 @@ def split_mixer(
     """A mixer of an image whose rows are divided over processes: the output for this process's rows.
 
     As `split_scan`; the local path also exchanges a row with each neighbour."""
+    _refuse_to_compile("split_mixer")
     inner = F.gelu(mixer.in_proj(x))
     y = split_scan(mixer.scans[0], inner, piece=piece, group=group)
     if len(mixer.scans) == 2:

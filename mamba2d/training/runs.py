@@ -351,6 +351,7 @@ def _find_checkpoint(run, identity):
         if run.extend:
             raise IncompatibleRunError(f"run folder {str(run.out)!r} holds no run that could be extended")
         return None, None
+    _check_decided(run, found[0])
     saved, adds = found[0]["identity"], _adds_epochs(run, found[0])
     different = differences(_with_epochs(saved, run.learn.recipe) if adds else saved, identity)
     if different:
@@ -429,10 +430,21 @@ def _recipe_of_run(run, checkpoint):
         wanted = recipe.effective_batch or run.learn.dls.train.bs * run.distributed.world
         return dataclasses.replace(recipe, effective_batch=wanted)
     saved = checkpoint["identity"]["recipe"]
-    kept = {name: saved.get(name) for name in ("effective_batch", "restarts", "restart_lrs")}
+    kept = {name: saved.get(name) for name in _decided_by_run}
     if _adds_epochs(run, checkpoint):
         kept |= _extension(run, checkpoint)
     return dataclasses.replace(recipe, **kept)
+
+_decided_by_run = ("effective_batch", "restarts", "restart_lrs")
+
+def _check_decided(run, checkpoint):
+    "Raise `IncompatibleRunError` unless a recipe can hold what the run has decided."
+    saved = checkpoint["identity"]["recipe"]
+    fields = {name: saved.get(name) for name in ("epochs", *_decided_by_run)}
+    try:
+        dataclasses.replace(run.learn.recipe, **fields)
+    except (TypeError, ValueError) as error:
+        raise IncompatibleRunError(f"the checkpoint in {str(run.out)!r} is damaged ({error})") from error
 
 # %% ../../nbs/35_training.runs.ipynb #d725652a
 def _check_extension(run, checkpoint):
