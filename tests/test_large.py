@@ -18,15 +18,6 @@ from mamba2d.models.blocks import SelectiveScan
 in_child = {**os.environ, **one_thread}
 
 
-@pytest.fixture(autouse=True)
-def as_many_threads_as_in_a_child():
-    "Products of matrices have other last bits with another number of threads."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # The arguments: the folder, where to die ("write": the pixels are written and the borders are not; "put": the
 # borders are written and old ones not yet deleted; "never"), and at which tile.
 scanning = """
@@ -54,29 +45,37 @@ elif where == "put":
     written = tiles.write_atomically
     tiles.write_atomically = deadly(written)
 torch.manual_seed(0)
-scan = SelectiveScan(32, 2, reverse=True)
+scan, computed = SelectiveScan(32, 2, reverse=True), []
+scan.x_proj.register_forward_pre_hook(lambda *_: computed.append(1))
 scan_in_tiles(scan, f"{folder}/scene.npy", f"{folder}/output.npy", tile=(5, 6), folder=f"{folder}/run")
-print(count)
+print(len(computed))
 """
+
+
+def scan_in_child(folder, where="never", when=0):
+    """The number of tiles that a process computes of the scene in a folder; it may be killed.
+
+    Each is a process of its own: products of matrices have other last bits with another number of threads."""
+    command = [sys.executable, "-c", scanning, folder, where, str(when)]
+    done = subprocess.run(command, env=in_child, capture_output=True, text=True)
+    assert done.returncode == (0 if where == "never" else -signal.SIGKILL), done.stderr
+    return int(done.stdout or 0)
 
 
 @pytest.mark.parametrize(("where", "when"), [("write", 1), ("write", 7), ("put", 9)])
 def test_killed_and_resumed(tmp_path, where, when):
     "A run that is killed and called again gives what a run in one go gives, bit for bit."
-    torch.manual_seed(0)
-    scan, image = SelectiveScan(32, 2, reverse=True), torch.randn(17, 15, 32)
-    np.save(tmp_path / "scene.npy", image.numpy())
-    killed = subprocess.run([sys.executable, "-c", scanning, tmp_path, where, str(when)], env=in_child)
-    assert killed.returncode == -signal.SIGKILL
-    calls = []
-    hook = scan.x_proj.register_forward_pre_hook(lambda *_: calls.append(1))
-    resumed = scan_in_tiles(scan, tmp_path / "scene.npy", tmp_path / "output.npy", tile=(5, 6),
-                            folder=tmp_path / "run")
-    hook.remove()
+    image = np.random.default_rng(0).standard_normal((17, 15, 32), dtype=np.float32)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for folder in (killed, whole):
+        folder.mkdir()
+        np.save(folder / "scene.npy", image)
+    scan_in_child(killed, where, when)
     # of 12 tiles; "write": the last one counts as not done; "put": the journal was written before the tiles
-    assert len(calls) == 12 - (when - 1)
-    assert np.array_equal(resumed, scan_in_tiles(scan, image, tile=(5, 6)))
-    assert [path.name for path in (tmp_path / "run" / "output_borders").iterdir()] == ["complete"]
+    assert scan_in_child(killed) == 12 - (when - 1)
+    assert scan_in_child(whole) == 12
+    assert np.array_equal(np.load(killed / "output.npy"), np.load(whole / "output.npy"))
+    assert [path.name for path in (killed / "run" / "output_borders").iterdir()] == ["complete"]
 
 
 measuring = """
