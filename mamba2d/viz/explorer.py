@@ -387,8 +387,11 @@ def _add_color_bars(figure):
 # %% ../../nbs/42_viz.explorer.ipynb #4acb1bec
 class _PlacedPanels:
     "Panels that stand where there is room for them, and whose maps show a part of the image."
-    def _lay_out(self, layout):
-        "Put panels, color bars and heading to their places."
+    def _lay_out(self, shown):
+        "Put panels, color bars and heading to their places; an image that is opened later is as large."
+        if self.maps:
+            return
+        layout = _Layout(*shown.shape[:2])
         self.figure.set_size_inches(layout.size)
         for name, ax in self.axes.items():
             ax.set_position(layout.panel(name))
@@ -422,7 +425,7 @@ class _Panels(_PlacedPanels):
     def show_image(self, shown, states):
         "Empty the panels and begin with another image and other states."
         self.background = None  # it shows the image before
-        self._lay_out(_Layout(*shown.shape[:2]))
+        self._lay_out(shown)
         for ax in self.axes.values():
             for artist in [*ax.images, *ax.lines, *ax.patches]:
                 artist.remove()
