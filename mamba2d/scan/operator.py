@@ -335,17 +335,26 @@ def _projected_autograd(ctx, grad_y, grad_saved):
     return (*_wanted(grads, inputs, ctx.needs_input_grad), None, None, None, None)
 
 # %% ../../nbs/05_scan.operator.ipynb #a1b2c307
-for _name, _real, _fake in (
-    ("scan_projected_forward", _scan_projected_forward, _scan_projected_forward_fake),
-    ("scan_projected_backward", _scan_projected_backward, _scan_projected_backward_fake),
+def _register(
+    kind: str,  # names the pair: scan_KIND_forward, scan_KIND_backward
+    forward: tuple,  # what the operator does, and the same for tensors without values
+    backward: tuple,
+    *,
+    autograd,  # the gradients of the forward operator's arguments
+    setup_context,  # what is kept for these
 ):
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
+    "Give a pair of operators what it does. The backward one has no derivative."
+    names = [f"scan_{kind}_forward", f"scan_{kind}_backward"]
+    for name, (real, fake) in zip(names, (forward, backward), strict=True):
+        _library.impl(name, real, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_namespace}::{name}", fake, lib=_library)
+    options = dict(setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"{_namespace}::{names[0]}", autograd, **options)
+    torch.library.register_autograd(f"{_namespace}::{names[1]}", _no_second_derivative, lib=_library)
 
-torch.library.register_autograd(f"{_namespace}::scan_projected_forward", _projected_autograd,
-                                setup_context=_projected_setup, lib=_library)
-
-torch.library.register_autograd(f"{_namespace}::scan_projected_backward", _no_second_derivative, lib=_library)
+_register("projected", (_scan_projected_forward, _scan_projected_forward_fake),
+          (_scan_projected_backward, _scan_projected_backward_fake),
+          autograd=_projected_autograd, setup_context=_projected_setup)
 
 # %% ../../nbs/05_scan.operator.ipynb #a1b2c309
 def scan_projected(
@@ -478,17 +487,9 @@ def _borders_autograd(ctx, grad_y, grad_h, grad_bottom, grad_right, grad_saved):
     return (*_wanted(grads, inputs, ctx.needs_input_grad), None, None, None, None, None, None)
 
 # %% ../../nbs/05_scan.operator.ipynb #e4b76a5c
-for _name, _real, _fake in (
-    ("scan_borders_forward", _scan_borders_forward, _scan_borders_forward_fake),
-    ("scan_borders_backward", _scan_borders_backward, _scan_borders_backward_fake),
-):
-    _library.impl(_name, _real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
-
-torch.library.register_autograd(f"{_namespace}::scan_borders_forward", _borders_autograd,
-                                setup_context=_borders_setup, lib=_library)
-
-torch.library.register_autograd(f"{_namespace}::scan_borders_backward", _no_second_derivative, lib=_library)
+_register("borders", (_scan_borders_forward, _scan_borders_forward_fake),
+          (_scan_borders_backward, _scan_borders_backward_fake),
+          autograd=_borders_autograd, setup_context=_borders_setup)
 
 # %% ../../nbs/05_scan.operator.ipynb #becf9017
 def _differentiates_functions():
