@@ -227,12 +227,19 @@ def _are_rows(rows, columns):
     return all(isinstance(row, dict) and row.keys() >= columns
                and all(isinstance(value, _number) for value in row.values()) for row in rows)
 
+def check_classes(path, names):
+    "Raise `IncompatibleRunError` unless the names of a run's classes are texts."
+    texts = all(isinstance(name, str) for name in names)
+    require_intact(path, texts, "a name in classes is no text")
+
+def check_effective_batch(path, batch):
+    "Raise `IncompatibleRunError` unless a run's number of images in a step is None or positive."
+    require_intact(path, batch is None or batch >= 1, f"effective_batch is {batch}")
+
 def _check_identity(path, identity):
     "Raise `IncompatibleRunError` unless an identity can be compared with that of a run."
-    texts = all(isinstance(name, str) for name in identity["classes"])
-    require_intact(path, texts, "a name in classes is no text")
-    batch = identity["recipe"]["effective_batch"]
-    require_intact(path, batch is None or batch >= 1, f"effective_batch is {batch}")
+    check_classes(path, identity["classes"])
+    check_effective_batch(path, identity["recipe"]["effective_batch"])
     if "counts" in identity:
         counts = identity["counts"]
         require_intact(path, isinstance(counts, list) and len(counts) == 2, "counts are not two numbers")
@@ -253,9 +260,6 @@ def _check_progress(path, progress):
     require_intact(path, rows == epochs, f"history has {rows} rows after {epochs} epochs")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #f968e4d6
-def _damaged(path, problem):
-    return IncompatibleRunError(f"{str(path)!r} is damaged ({problem}): delete it")
-
 def _shapes(path, tensors):
     "Return the shape of each tensor by its name. Raises `IncompatibleRunError` where one is no tensor."
     check_fields(path, tensors, dict.fromkeys(tensors, Tensor))
@@ -268,9 +272,9 @@ def _check_networks(path, checkpoint):
         return
     check_fields(path, checkpoint["ema"], {"weights": dict, "updates": (int, Tensor)})
     averaged = _shapes(path, checkpoint["ema"]["weights"])
-    different = [name for name in shapes | averaged if shapes.get(name) != averaged.get(name)]
-    if different:
-        raise _damaged(path, f"its EMA weights have another {different[0]} than the trained ones")
+    for name in shapes | averaged:
+        fits = shapes.get(name) == averaged.get(name)
+        require_intact(path, fits, f"its EMA weights have another {name} than the trained ones")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #f968e4d7
 def _check_optimizer(path, optimizer):
@@ -279,12 +283,12 @@ def _check_optimizer(path, optimizer):
     for group in optimizer["param_groups"]:
         check_fields(path, group, {"params": list, "lr": (int, float), "betas": (tuple, list)})
         numbers += group["params"]
-    if numbers != list(range(len(numbers))):
-        raise _damaged(path, "its optimizer does not number the parameters")
+    counted = numbers == list(range(len(numbers)))
+    require_intact(path, counted, "its optimizer does not number the parameters")
     for number, kept in optimizer["state"].items():
         check_fields(path, kept, dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), Tensor))
-        if number not in numbers or kept["exp_avg"].shape != kept["exp_avg_sq"].shape:
-            raise _damaged(path, f"its optimizer has no state of parameter {number!r}")
+        fits = number in numbers and kept["exp_avg"].shape == kept["exp_avg_sq"].shape
+        require_intact(path, fits, f"its optimizer has no state of parameter {number!r}")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #f968e4d9
 def _check_generators(path, random):
@@ -293,8 +297,8 @@ def _check_generators(path, random):
         state = random[name]
         words = state[1] if len(state) == size and isinstance(state[1], list) else []
         known = [word for word in words if isinstance(word, int) and 0 <= word < 2**32]
-        if not len(known) == len(words) == count:
-            raise _damaged(path, f"random.{name} is no state of a generator")
+        fits = len(known) == len(words) == count
+        require_intact(path, fits, f"random.{name} is no state of a generator")
 
 # %% ../../nbs/34_training.checkpoints.ipynb #63ba3f2f
 def load_run_checkpoint(

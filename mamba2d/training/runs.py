@@ -43,6 +43,8 @@ from ..scan.operator import available_backends
 from mamba2d.training.checkpoints import (
     IncompatibleRunError,
     RunLock,
+    check_classes,
+    check_effective_batch,
     check_fields,
     checkpoint_files,
     checkpoint_format,
@@ -351,7 +353,7 @@ def _find_checkpoint(run, identity):
         if run.extend:
             raise IncompatibleRunError(f"run folder {str(run.out)!r} holds no run that could be extended")
         return None, None
-    _check_decided(run, found[0])
+    begun = _recipe_so_far(run, found[0])
     saved, adds = found[0]["identity"], _adds_epochs(run, found[0])
     different = differences(_with_epochs(saved, run.learn.recipe) if adds else saved, identity)
     if different:
@@ -359,7 +361,7 @@ def _find_checkpoint(run, identity):
                                    f"{_remedy(different, adds)} another folder (--out), or let it be "
                                    "overwritten (--overwrite)")
     if adds:
-        _check_extension(run, found[0])
+        _check_extension(run, found[0]["progress"], begun)
     elif run.extend:
         _check_peak(run, saved["recipe"])
     rewritten = files_rewritten(saved, identity)
@@ -437,30 +439,29 @@ def _recipe_of_run(run, checkpoint):
 
 _decided_by_run = ("effective_batch", "restarts", "restart_lrs")
 
-def _check_decided(run, checkpoint):
-    "Raise `IncompatibleRunError` unless a recipe can hold what the run has decided."
+def _recipe_so_far(run, checkpoint):
+    """Return the learner's recipe with the epochs of the saved run and what it has decided.
+
+    Raises `IncompatibleRunError` unless a recipe can hold these."""
     saved = checkpoint["identity"]["recipe"]
     fields = {name: saved.get(name) for name in ("epochs", *_decided_by_run)}
     try:
-        dataclasses.replace(run.learn.recipe, **fields)
+        return dataclasses.replace(run.learn.recipe, **fields)
     except (TypeError, ValueError) as error:
         raise IncompatibleRunError(f"the checkpoint in {str(run.out)!r} is damaged ({error})") from error
 
 # %% ../../nbs/35_training.runs.ipynb #d725652a
-def _check_extension(run, checkpoint):
-    "Raise `IncompatibleRunError` unless the run is complete and gets more epochs."
-    progress, saved, recipe = checkpoint["progress"], checkpoint["identity"]["recipe"], run.learn.recipe
-    where, reached = f"run folder {str(run.out)!r}", progress["epoch"]
+def _check_extension(run, progress, begun):
+    "Raise `IncompatibleRunError` unless the run, with its recipe so far, is complete and gets more epochs."
+    recipe, where, reached = run.learn.recipe, f"run folder {str(run.out)!r}", progress["epoch"]
     if recipe.schedule == "steps":
         raise IncompatibleRunError(f'{where} holds a run with schedule "steps", whose drops have no place in '
                                    "an extension: start another run from its weights (--weights)")
-    names = ("epochs", "restarts", "restart_lrs")
-    before = dataclasses.replace(recipe, **{name: saved.get(name) for name in names})
-    if reached != saved["epochs"] and not _stopped(progress, before):
+    if not _is_trained(progress, begun):
         raise IncompatibleRunError(f"{where} holds a run that is not complete (epoch {reached} of "
-                                   f"{saved['epochs']}): without --extend and with these epochs it resumes")
-    if recipe.epochs <= reached or recipe.epochs == saved["epochs"]:
-        other = "" if reached == saved["epochs"] else f", and others than the {saved['epochs']} of the run"
+                                   f"{begun.epochs}): without --extend and with these epochs it resumes")
+    if recipe.epochs <= reached or recipe.epochs == begun.epochs:
+        other = "" if reached == begun.epochs else f", and others than the {begun.epochs} of the run"
         raise IncompatibleRunError(f"{where} holds a run of {reached} epochs: an extension needs more"
                                    f"{other}, got --epochs {recipe.epochs}")
 
@@ -480,23 +481,27 @@ def _extension(run, checkpoint):
     return {"restarts": restarts, "restart_lrs": (*before, peak)}
 
 # %% ../../nbs/35_training.runs.ipynb #3b7988d3
+def _saved_field(folder, name, kind):
+    "Return a field of run.json; older versions have it in their checkpoints. None where there is none."
+    if not checkpoint_files(folder):
+        return None
+    path = folder / "run.json"
+    known = read_json(path) if path.exists() else {}
+    if name in known:
+        check_fields(path, known, {name: kind})
+        return known[name]
+    identity = load_run_checkpoint(folder)[0]["identity"]
+    return identity[name] if name in identity else identity["recipe"][name]
+
 def saved_classes(
     folder: str | Path,  # of a run
 ) -> list[str] | None:  # None where there is no checkpoint
     """Return the classes of the run that would resume in `folder`, in their order.
 
     Raises `IncompatibleRunError` where its files are damaged."""
-    folder = Path(folder)
-    if not checkpoint_files(folder):
-        return None
-    path = folder / "run.json"
-    known = read_json(path) if path.exists() else {}
-    if "classes" not in known:  # of an older version
-        return load_run_checkpoint(folder)[0]["identity"]["classes"]
-    check_fields(path, known, {"classes": list})
-    texts = all(isinstance(name, str) for name in known["classes"])
-    require_intact(path, texts, "a name in classes is no text")
-    return known["classes"]
+    names = _saved_field(Path(folder), "classes", list)
+    check_classes(Path(folder) / "run.json", names or ())
+    return names
 
 def saved_effective_batch(
     folder: str | Path,  # of a run
@@ -504,18 +509,9 @@ def saved_effective_batch(
     """Return the images per optimizer step, over all processes, of the run that would resume in `folder`.
 
     Raises `IncompatibleRunError` where its files are damaged."""
-    folder = Path(folder)
-    if not checkpoint_files(folder):
-        return None
-    path = folder / "run.json"
-    known = read_json(path) if path.exists() else {}
-    if "effective_batch" not in known:
-        return load_run_checkpoint(folder)[0]["identity"]["recipe"]["effective_batch"]
-    check_fields(path, known, {"effective_batch": int})
-    if known["effective_batch"] < 1:
-        given = known["effective_batch"]
-        raise IncompatibleRunError(f"{str(path)!r} is damaged (effective_batch is {given}): delete it")
-    return known["effective_batch"]
+    batch = _saved_field(Path(folder), "effective_batch", int)
+    check_effective_batch(Path(folder) / "run.json", batch)
+    return batch
 
 # %% ../../nbs/35_training.runs.ipynb #d64feb00
 def _check_batches(run, recipe):
