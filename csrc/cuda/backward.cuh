@@ -49,7 +49,7 @@ struct BackwardTensors {
   real* sums;     // (B, H, W, 3, N): gradients of B_t, B_l, C up to a channel group, where there are several
   int* flags;     // ticket; for every (image, channel group, strip) tiles that the strip above may take up;
 };                // the same, tiles times rows whose sums the next channel group may take up
-struct BackwardArguments : Inputs, BackwardTensors, Layout {
+struct BackwardArguments : Inputs, BackwardTensors, BorderArguments<ScanTraits::BORDERS>, Layout {
   Strides sg, se, sn;  // of the gradient of y; of the gradients with E and with N channels
 };
 

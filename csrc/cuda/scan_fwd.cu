@@ -9,6 +9,10 @@
 // An image with more rows than a strip has several blocks; they run at the same time, each following the
 // block above. The last row of a strip goes through a row of states in memory, the carry (one row for each
 // image and channel group, overwritten in place: a strip writes column j after it has read it).
+//
+// Where the image is a part of a larger one (HAS_TOP, HAS_LEFT), the first row of the first strip finds the
+// states above it as it would find the carry, and registers begin with the states to the left in place of
+// zeros. Both are kept for the backward pass, as the rows and columns before those that the image has itself.
 #include "memory.cuh"
 
 struct ForwardTraits : ScanTraits {
@@ -31,7 +35,7 @@ struct ForwardOutputs {
   real* carry;     // (B, W, E padded, NP)
   int* flags;      // ticket, then columns finished of every (image, channel group, strip)
 };
-struct ForwardArguments : Inputs, ForwardOutputs, Layout {
+struct ForwardArguments : Inputs, ForwardOutputs, BorderArguments<ScanTraits::BORDERS>, Layout {
   Strides sy, sh;
 };
 
@@ -98,7 +102,7 @@ template <class T> struct ForwardWarp {
   const int lane_states;  // this lane's first states in a padded pixel; those of channel c are c * EG * NP further
 
   real A_t[CH][NS], A_l[CH][NS], h[ROWS][CH][NS];
-  States waiting[CH];  // the strip above's states of the next column
+  States waiting[CH];  // the strip above's states of the next column, or those above the image
   int allowed;         // columns known to be finished above
 
   // What a lane has loaded of the next COLS columns, and the offsets of the next load, which walk along the
@@ -216,7 +220,7 @@ template <class T> struct ForwardWarp {
   }
   DEVICE_METHOD void stage_channels(int q, int j0) {
     const int r = wide.row() + wide.rows(q), col = wide.col() + wide.cols(q), ch = wide.element() + wide.elements(q);
-    const Coefficients of = border_coefficients(row0 + r > 0, j0 + col > 0);
+    const Coefficients of = border_coefficients(T::HAS_TOP || row0 + r > 0, T::HAS_LEFT || j0 + col > 0);
 #pragma unroll
     for (int v = 0; v < VECTOR; ++v) {
       Quad s;
@@ -256,12 +260,18 @@ template <class T> struct ForwardWarp {
 #pragma unroll
     for (int c = 0; c < CH; ++c) waiting[c] = load_states_l2(carry + j * pixel + (lane_states + c * EG * NP));
   }
-  DEVICE_METHOD States last_row(int c) const {
+  // What the first warp of a strip finds above column j, into `waiting`.
+  DEVICE_METHOD void load_waiting(int j) {
+    if (follows) load_carry(j);
+    else if (T::HAS_TOP && row0 == 0) load_top(j);
+  }
+  DEVICE_METHOD States states_of(int r, int c) const {
     States s;
 #pragma unroll
-    for (int k = 0; k < NS; ++k) s.v[k] = h[ROWS - 1][c][k];
+    for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
     return s;
   }
+  DEVICE_METHOD States last_row(int c) const { return states_of(ROWS - 1, c); }
   // Hand the warp's last row to the warp below, or to the strip below.
   DEVICE_METHOD void hand_down(int j, bool has_below) {
     if (has_below) {
@@ -283,9 +293,50 @@ template <class T> struct ForwardWarp {
     for (int c = 0; c < CH; ++c) {
       States s;
       if (warp > 0) s = all[warp - 1].handed[j & 1][c * 32 + lane];
-      else if (T::CHAINED) s = waiting[c];
+      else if (T::CHAINED || T::HAS_TOP) s = waiting[c];
 #pragma unroll
-      for (int k = 0; k < NS; ++k) top[c][k] = row0 > 0 ? s.v[k] : real(0);
+      for (int k = 0; k < NS; ++k) top[c][k] = T::HAS_TOP || row0 > 0 ? s.v[k] : real(0);
+    }
+  }
+
+  // ------------------------------------------------------------------------ what enters and leaves the image
+  DEVICE_METHOD int channel(int c) const { return e0 + c * EG + eg; }
+  // The states above the image in column j.
+  DEVICE_METHOD void load_top(int j) {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) waiting[c] = border_of(p, p.row_in, b, p.width).load(j, channel(c), ng * NS);
+  }
+  DEVICE_METHOD void keep_top(int j) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) store_saved(kept_row(0, j) + c * EG * NP, waiting[c]);
+  }
+  // The states to the left of the image, where those of column 0 find them.
+  DEVICE_METHOD void enter_from_left() {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (r >= rows) continue;
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        const States s = border_of(p, p.column_in, b, p.height).load(row0 + r, channel(c), ng * NS);
+#pragma unroll
+        for (int k = 0; k < NS; ++k) h[r][c][k] = s.v[k];
+        if (T::SAVE) store_saved(kept_column(0, row0 + r) + c * EG * NP, s);
+      }
+    }
+  }
+  // Of column j the state of the image's last row, and of the last column all states.
+  DEVICE_METHOD void leave_image(int j) const {
+    const bool is_last = j + 1 == p.width;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int i = row0 + r;
+      if (i >= p.height || !(is_last || i + 1 == p.height)) continue;
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        const States s = states_of(r, c);
+        if (i + 1 == p.height) border_of(p, p.row_out, b, p.width).store(j, channel(c), ng * NS, s);
+        if (is_last) border_of(p, p.column_out, b, p.height).store(i, channel(c), ng * NS, s);
+      }
     }
   }
 
@@ -294,10 +345,10 @@ template <class T> struct ForwardWarp {
   // the column within those that are staged. All rows without a branch between them, so that their chains
   // overlap; rows below the image have no inputs.
   DEVICE_METHOD void scan_column(int j, int turn, real (&top)[CH][NS]) {
-    const bool later = opaque(j) > 0;
+    const bool later = T::HAS_LEFT || opaque(j) > 0;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const real exponent = border_coefficients(r > 0 || row0 > 0, later).log2;
+      const real exponent = border_coefficients(T::HAS_TOP || r > 0 || row0 > 0, later).log2;
       const real* const matrices = own.matrices + (turn * ROWS + r) * 3 * NP + ng * NS;
       const States bt = load_states(matrices), bl = load_states(matrices + NP), cc = load_states(matrices + 2 * NP);
 #pragma unroll
@@ -319,14 +370,21 @@ template <class T> struct ForwardWarp {
     }
   }
 
+  // This lane's first states at a place of the rows, and of the columns, that are kept
+  DEVICE_METHOD saved_t* kept_row(int which, int col) const {
+    return p.saved + ((b * p.saved_rows + which) * p.width + col) * pixel + ((e0 + opaque(eg)) * NP + ng * NS);
+  }
+  DEVICE_METHOD saved_t* kept_column(int which, int row) const {
+    const i64 rows_before = i64(p.images) * p.saved_rows * p.width;
+    return p.saved + (rows_before + (b * p.saved_cols + which) * p.height + row) * pixel +
+           ((e0 + opaque(eg)) * NP + ng * NS);
+  }
   // The states of column j that the backward pass or the caller wants.
   DEVICE_METHOD void keep_states(int j) const {
     const bool keep_col = T::SAVE && j % T::SPAN == T::SPAN - 1 && j + 1 < p.width;
-    const int col = opaque(j), first = (e0 + opaque(eg)) * NP + ng * NS;
-    saved_t* const at_row = p.saved + ((b * p.saved_rows + row0 / T::STRIP) * p.width + col) * pixel + first;
-    const i64 saved_row_pixels = i64(p.images) * p.saved_rows * p.width;
-    const i64 col_pixel = saved_row_pixels + (b * p.saved_cols + col / T::SPAN) * p.height + row0;
-    saved_t* const at_col = p.saved + col_pixel * pixel + first;
+    const int col = opaque(j);
+    saved_t* const at_row = kept_row(row0 / T::STRIP + T::HAS_TOP, col);
+    saved_t* const at_col = kept_column(col / T::SPAN + T::HAS_LEFT, row0);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int i = row0 + r;
@@ -335,9 +393,7 @@ template <class T> struct ForwardWarp {
       if (!(keep_row || keep_col || T::WRITE_H) || r >= rows) continue;
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        States s;
-#pragma unroll
-        for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
+        const States s = states_of(r, c);
         if (keep_row) store_saved(at_row + c * EG * NP, s);
         if (keep_col) store_saved(at_col + r * pixel + c * EG * NP, s);
         if (T::WRITE_H) write_h(i, j, e0 + c * EG + eg, s);
@@ -394,10 +450,12 @@ template <class T> struct ForwardWarp {
     if (meets_above) named_barrier(warp);
     real top[CH][NS];
     take_above(j, top);
-    if (follows && j + 1 < p.width) load_carry(j + 1);
+    if (T::HAS_TOP && T::SAVE && row0 == 0) keep_top(j);
+    if (j + 1 < p.width) load_waiting(j + 1);
     scan_column(j, turn, top);
     hand_down(j, meets_below);
     if (T::SAVE || T::WRITE_H) keep_states(j);
+    if (T::RETURN_BORDERS) leave_image(j);
     if (turn == COLS - 1 || j == p.width - 1) {
       __syncwarp();
       write_y(j0);
@@ -406,7 +464,8 @@ template <class T> struct ForwardWarp {
 
   DEVICE_METHOD void run() {
     if (rows > 0) load_columns(0), walk();
-    if (follows) load_carry(0);
+    load_waiting(0);
+    if (T::HAS_LEFT) enter_from_left();
     const bool meets_above = warp > 0 && rows > 0, meets_below = warp + 1 < T::WARPS && row0 + ROWS < p.height;
     const int steps = T::LOCKSTEP ? p.width + T::WARPS - 1 : rows > 0 ? p.width : 0;
 #pragma unroll 1

@@ -1,0 +1,245 @@
+"""The CUDA kernels with borders equal the float64 loop, and tiles of an image equal one scan: without a GPU."""
+import shutil
+
+import pytest
+import torch
+from emulated_cuda import EmulatedDriver, load_kernel
+from torch.nn.functional import softplus as softplus_of
+
+from mamba2d.scan import cuda, random_problem
+from mamba2d.scan.reference import ScanTensors
+
+names = ScanTensors._fields
+bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+tolerances = {f64: 1e-11, f32: 1e-5, bf16: 1e-2, fp16: 1e-2}
+output_tolerances = {f64: 1e-11, f32: 1e-5, bf16: 5e-3, fp16: 5e-3}
+state_tolerances = {f64: 1e-11, f32: 1e-5, bf16: 1e-5, fp16: 1e-5}
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ to compile the kernels with")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulated")
+
+
+@pytest.fixture
+def emulated(folder, monkeypatch):
+    "Within a test the CUDA backend compiles for the CPU, for an H100, and its plans are made again."
+    driver = EmulatedDriver()
+    replaced = dict(
+        _load_kernel=load_kernel(folder), _card=lambda index: (90, 232448, 132), _stream=lambda index: 0,
+        cuda_driver=lambda: driver, _plans={},
+    )
+    for name, value in replaced.items():
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+
+
+def error(found, expected):
+    "The norm of the difference, relative to the norm of what was expected."
+    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+# -------------------------------------------------------------------------------- the loop, with borders
+
+def coefficients(has_above, has_left):
+    "(c_t, c_l) of a pixel that has a neighbour above and to the left."
+    if has_above and has_left:
+        return 0.5, 0.5
+    return (1, 0) if has_above else (0, 1)
+
+
+def loop_with_borders(tensors, top, left, *, softplus, reverse):
+    "y, all states, the last row of states and the last column, pixel by pixel."
+    def turned(tensor, *axes):
+        return tensor.flip(axes or (1, 2)) if reverse else tensor
+
+    x, matrices = turned(tensors.x), [turned(t) for t in (tensors.B_t, tensors.B_l, tensors.C)]
+    steps = []
+    for delta, bias in ((tensors.delta_t, tensors.delta_bias_t), (tensors.delta_l, tensors.delta_bias_l)):
+        step = turned(delta) if bias is None else turned(delta) + bias
+        steps.append(softplus_of(step) if softplus else step)
+    given = [None if border is None else turned(border, 1) for border in (top, left)]
+    states = states_of_pixels(x, steps, (tensors.A_t, tensors.A_l), matrices, *given)
+    y = (states * matrices[2].unsqueeze(3)).sum(-1)
+    if tensors.D is not None:
+        y = y + tensors.D * x
+    return turned(y), turned(states), turned(states[:, -1], 1), turned(states[:, :, -1], 1)
+
+
+def states_of_pixels(x, steps, rates, matrices, top, left):
+    "The states (B, H, W, E, N), in the order of the scan."
+    height, width = x.shape[1:3]
+    zero = x.new_zeros(())
+    rows = []
+    for i in range(height):
+        row = []
+        for j in range(width):
+            above = rows[i - 1][j] if i > 0 else zero if top is None else top[:, j]
+            beside = row[j - 1] if j > 0 else zero if left is None else left[:, i]
+            of = coefficients(i > 0 or top is not None, j > 0 or left is not None)
+            h = 0
+            for c, step, rate, matrix, neighbour in zip(of, steps, rates, matrices, (above, beside), strict=False):
+                delta = step[:, i, j].unsqueeze(-1)
+                injected = delta * matrix[:, i, j].unsqueeze(1) * x[:, i, j].unsqueeze(-1)
+                h = h + c * ((delta * rate).exp() * neighbour + injected)
+            row.append(h)
+        rows.append(row)
+    return torch.stack([torch.stack(row, 1) for row in rows], 1)
+
+
+def in_float64(tensors):
+    "Leaves in float64 with the same values."
+    return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+
+
+def draw_borders(problem, seed=3):
+    "Random states above and to the left of an image, or gradients of its last row and column."
+    b, h, w, e = problem["x"].shape
+    n = problem["A_t"].shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    dtype = f64 if problem["x"].dtype == f64 else f32
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in ((b, w, e, n), (b, h, e, n))]
+
+
+# ------------------------------------------------------------------------------------ against the loop
+
+def check_case(shape, dtype, *, has_top, has_left, returned, **options):
+    "The kernels' outputs and gradients against the loop; `returned`: gradients of the last row and column come in."
+    softplus, reverse = options.get("softplus", True), options.get("reverse", False)
+    states = options.get("states", False)
+    problem = random_problem(shape, dtype=dtype, strided=options.get("strided", False), delta_softplus=softplus,
+                             optional=options.get("optional", True), requires_grad=False)
+    arguments = [problem.get(name) for name in names]
+    top, left = draw_borders(problem)
+    given = top if has_top else None, left if has_left else None
+    incoming = draw_borders(problem, seed=4) if returned else (None, None)
+    grad_y = torch.randn(shape[:4], generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    y, h, saved, bottom, right = cuda.cuda_forward_with_borders(
+        *arguments, *given, softplus, reverse, states, True, returned)
+    grads = cuda.cuda_backward_with_borders(
+        grad_y, *arguments, *given, saved, *incoming, softplus, reverse)
+
+    leaves = in_float64(arguments + list(given))
+    expected = loop_with_borders(ScanTensors(*leaves[:11]), *leaves[11:], softplus=softplus, reverse=reverse)
+    assert error(y, expected[0]) < output_tolerances[dtype]
+    assert not states or error(h, expected[1]) < state_tolerances[dtype]
+    if returned:
+        assert error(bottom, expected[2]) < state_tolerances[dtype]
+        assert error(right, expected[3]) < state_tolerances[dtype]
+    loss = (expected[0] * grad_y.double()).sum()
+    for border, grad in zip(expected[2:], incoming, strict=True):
+        loss = loss if grad is None else loss + (border * grad.double()).sum()
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    expected_grads = iter(torch.autograd.grad(loss, wanted, materialize_grads=True))
+    for name, leaf, found in zip((*names, "initial_top", "initial_left"), leaves, grads, strict=True):
+        if leaf is None:
+            assert not found.numel(), name
+        else:
+            assert error(found, next(expected_grads)) < tolerances[dtype], name
+
+
+four_cases = [(True, True), (True, False), (False, True), (False, False)]  # initial_top and initial_left given
+
+
+@pytest.mark.parametrize("has_top, has_left", four_cases)
+@pytest.mark.parametrize("shape, dtype, options", [
+    # sums on the tensor cores, copies in the background, three tiles, three strips, two channel groups
+    ((1, 18, 17, 24, 16), bf16, dict(reverse=True)),
+    ((2, 9, 10, 20, 16), f32, dict(states=True)),
+])
+def test_borders_equal_the_loop(emulated, shape, dtype, options, has_top, has_left):
+    check_case(shape, dtype, has_top=has_top, has_left=has_left, returned=True, **options)
+
+
+@pytest.mark.parametrize("shape, dtype, options", [
+    ((1, 9, 12, 16, 16), bf16, dict(strided=True, optional=False)),
+    ((1, 67, 3, 5, 4), f32, dict(reverse=True)),  # strips that follow each other
+    ((1, 10, 9, 5, 3), f64, dict(softplus=False, reverse=True)),
+])
+def test_other_kernels_take_borders(emulated, shape, dtype, options):
+    check_case(shape, dtype, has_top=True, has_left=True, returned=True, **options)
+
+
+def test_given_states_without_returned_borders(emulated):
+    check_case((1, 9, 10, 24, 16), bf16, has_top=True, has_left=True, returned=False)
+
+
+slow_shapes = ((1, 1, 9, 6), (1, 9, 1, 6), (2, 8, 8, 17), (1, 16, 9, 5), (1, 35, 6, 9), (1, 1, 1, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [bf16, fp16, f32, f64])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 12, 16, 20, 64, 130, 256])
+def test_borders_for_all_numbers_of_states(emulated, n, dtype):
+    if dtype == f64 and n > 64:
+        pytest.skip("the shared memory of an H100 has room for fewer states in float64")
+    for k, shape in enumerate(slow_shapes if n in (3, 16) else slow_shapes[2:4]):
+        for m, (has_top, has_left) in enumerate(four_cases[:2] if n in (3, 16) else four_cases[:1]):
+            check_case((*shape, n), dtype, has_top=has_top, has_left=has_left, returned=True, reverse=(k + m) % 2 == 1)
+
+
+# ------------------------------------------------------------------------------------ tiles of one image
+
+def tile_arguments(arguments, rows, columns):
+    "The tensors of a part of an image; A, D and biases are those of the whole."
+    return [t[:, rows, columns] if t is not None and t.dim() == 4 else t for t in arguments]
+
+
+def slices_of(size, cuts):
+    edges = [0, *cuts, size]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+class Tiles:
+    "An image cut at rows and columns, scanned tile by tile in the order of the scan."
+
+    def __init__(self, arguments, cuts, reverse):
+        rows, columns = (slices_of(arguments[0].shape[k + 1], cuts[k]) for k in range(2))
+        self.arguments, self.reverse = arguments, reverse
+        self.rows, self.columns = (rows[::-1], columns[::-1]) if reverse else (rows, columns)
+        self.saved, self.given = {}, {}
+
+    def forward(self):
+        "y; a tile receives the borders of those before it."
+        bottoms, y = {}, torch.empty_like(self.arguments[0])
+        for i, rows in enumerate(self.rows):
+            right = None
+            for j, columns in enumerate(self.columns):
+                given = self.given[i, j] = bottoms.get(j), right
+                part, _, self.saved[i, j], bottoms[j], right = cuda.cuda_forward_with_borders(
+                    *tile_arguments(self.arguments, rows, columns), *given, True, self.reverse, False, True, True)
+                y[:, rows, columns] = part
+        return y
+
+    def backward(self, grad_y):
+        "The gradients of the eleven inputs; a tile receives the gradients of its borders from those behind it."
+        grads = [torch.zeros_like(t, dtype=f64) for t in self.arguments]
+        of_tops = {}
+        for i, rows in reversed(list(enumerate(self.rows))):
+            of_left = None
+            for j, columns in reversed(list(enumerate(self.columns))):
+                found = cuda.cuda_backward_with_borders(
+                    grad_y[:, rows, columns], *tile_arguments(self.arguments, rows, columns), *self.given[i, j],
+                    self.saved[i, j], of_tops.get(j), of_left, True, self.reverse)
+                for total, part in zip(tile_arguments(grads, rows, columns), found[:11], strict=True):
+                    total += part
+                of_tops[j], of_left = (grad if grad.numel() else None for grad in found[11:])
+        return grads
+
+
+@pytest.mark.parametrize("cuts", [((9,), (10,)), ((8,), ()), ((), (8, 9)), ((1, 12), (16,))])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_tiles_equal_one_scan(emulated, cuts, reverse):
+    problem = random_problem((2, 18, 17, 20, 16), dtype=f32, requires_grad=False)
+    arguments = [problem[name] for name in names]
+    grad_y = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(1))
+    expected, _, saved = cuda.cuda_forward(*arguments, True, reverse, False, True)
+    expected_grads = cuda.cuda_backward(grad_y, *arguments, saved, True, reverse)
+    tiles = Tiles(arguments, cuts, reverse)
+    y = tiles.forward()
+    assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
+    for name, found, wanted in zip(names, tiles.backward(grad_y), expected_grads, strict=True):
+        assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
