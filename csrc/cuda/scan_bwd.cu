@@ -70,7 +70,7 @@ template <class T> struct BackwardRow {
         strip(job.strip), e0(job.group * CG), row(strip * STRIP + r), rows(min(STRIP, p.height - strip * STRIP)),
         H(p.height), W(p.width), tiles((W + SPAN - 1) / SPAN), active(row < H), follows(job.group > 0 && !p.apart),
         last_group(job.group == p.groups - 1 && !p.apart), passes_on(!last_group && !p.apart),
-        from_below(strip + 1 < p.strips), meets_above(r > 0 || MMA && has_above()),
+        from_below(strip + 1 < p.strips), meets_above(r > 0 || MMA && (T::HAS_TOP || strip > 0)),
         meets_below(row + 1 < H && (r + 1 < STRIP || MMA)), b(job.image), pixel(p.pixel_states()),
         lane_states((e0 + eg * LANE_STEP) * NP + ng * NS), own(MMA ? eg * CH : lane), written(e0 + own),
         writes(own < CG && written < p.channels), row_e(OFFSET(row * p.se.h)), row_n(OFFSET(row * p.sn.h)),
@@ -104,9 +104,6 @@ template <class T> struct BackwardRow {
   DEVICE_METHOD const saved_t* above(int t) const {
     return p.saved + ((b * p.saved_rows + strip - !T::HAS_TOP) * W + t * SPAN) * pixel;
   }
-  // Whether there are states above the strip, and to the left of a tile.
-  DEVICE_METHOD bool has_above() const { return T::HAS_TOP || strip > 0; }
-  static DEVICE_METHOD bool has_left(int t) { return T::HAS_LEFT || t > 0; }
   DEVICE_METHOD real* sums_at(int col) const {
     return p.sums + (p.apart ? i64(job.group) * p.images + b : b) * H * W * (3 * STATES) +
            OFFSET(row * W + col) * (3 * STATES);
@@ -226,13 +223,13 @@ template <class T> struct BackwardRow {
     for (int c = 0; c < CH; ++c) {
       const bool there = has_channel(c);
       const int from = lane_states + c * CHANNEL_STEP * NP;
-      load_border(own_h + ROW - TILE + c * 32 * NS, left_of(tile, row) + from, has_left(tile) && there);
-      if (tile > 0 && has_left(tile - 1) && there) prefetch(left_of(tile - 1, row) + from);
+      load_border(own_h + ROW - TILE + c * 32 * NS, left_of(tile, row) + from, (T::HAS_LEFT || tile > 0) && there);
+      if (tile > !T::HAS_LEFT && there) prefetch(left_of(tile - 1, row) + from);
       if (r > 0) continue;
 #pragma unroll 1
       for (int j = 0; j < cols; ++j) {
-        load_border(own_h + j * TILE + c * 32 * NS, above(tile) + j * pixel + from, has_above() && there);
-        if (has_above() && tile > 0 && there) prefetch(above(tile - 1) + j * pixel + from);
+        load_border(own_h + j * TILE + c * 32 * NS, above(tile) + j * pixel + from, (T::HAS_TOP || strip > 0) && there);
+        if ((T::HAS_TOP || strip > 0) && tile > 0 && there) prefetch(above(tile - 1) + j * pixel + from);
       }
     }
   }
@@ -263,7 +260,7 @@ template <class T> struct BackwardRow {
   }
   // Of the states above, each row of the strip copies some columns; row 0 reads them.
   DEVICE_METHOD void copy_above(int t) const {
-    if (!has_above()) return;
+    if (!T::HAS_TOP && strip == 0) return;
 #pragma unroll 1
     for (int j = r; j < SPAN; j += rows)
 #pragma unroll
@@ -275,7 +272,7 @@ template <class T> struct BackwardRow {
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       saved_t* const to = left_place() + c * 32 * NS;
-      if (!has_left(t)) store_saved(to, no_states());
+      if (!T::HAS_LEFT && t == 0) store_saved(to, no_states());
       else if (has_channel(c)) copy_eight(to, left_of(t, opaque(row)) + (lane_states + c * CHANNEL_STEP * NP));
     }
   }
@@ -337,7 +334,7 @@ template <class T> struct BackwardRow {
     }
     finish_copies();
     __syncwarp();
-    if (MMA && has_above())
+    if (MMA && (T::HAS_TOP || strip > 0))
       for (int j = r; j < SPAN; j += rows) gate_arrive(&space.gates[j], 0, lane);
   }
 
@@ -842,7 +839,7 @@ template <class T> struct BackwardRow {
         clear_places();
         if constexpr (EARLY) copy_most(tiles - 1), copy_rest(tiles - 1);
       }
-      if (!has_above()) __syncthreads();  // row 0 reads the zeros above the image without waiting for them
+      if (!T::HAS_TOP && strip == 0) __syncthreads();  // row 0 reads the zeros above the image without waiting for them
     }
   }
   DEVICE_METHOD void pass_lockstep(int count) const {  // steps of other rows, for racecheck

@@ -260,18 +260,12 @@ template <class T> struct ForwardWarp {
 #pragma unroll
     for (int c = 0; c < CH; ++c) waiting[c] = load_states_l2(carry + j * pixel + (lane_states + c * EG * NP));
   }
-  // What the first warp of a strip finds above column j, into `waiting`.
-  DEVICE_METHOD void load_waiting(int j) {
-    if (follows) load_carry(j);
-    else if (T::HAS_TOP && row0 == 0) load_top(j);
-  }
-  DEVICE_METHOD States states_of(int r, int c) const {
+  DEVICE_METHOD States last_row(int c) const {
     States s;
 #pragma unroll
-    for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
+    for (int k = 0; k < NS; ++k) s.v[k] = h[ROWS - 1][c][k];
     return s;
   }
-  DEVICE_METHOD States last_row(int c) const { return states_of(ROWS - 1, c); }
   // Hand the warp's last row to the warp below, or to the strip below.
   DEVICE_METHOD void hand_down(int j, bool has_below) {
     if (has_below) {
@@ -301,6 +295,7 @@ template <class T> struct ForwardWarp {
 
   // ------------------------------------------------------------------------ what enters and leaves the image
   DEVICE_METHOD int channel(int c) const { return e0 + c * EG + eg; }
+  DEVICE_METHOD bool is_topmost() const { return T::HAS_TOP && row0 == 0; }
   // The states above the image in column j.
   DEVICE_METHOD void load_top(int j) {
 #pragma unroll
@@ -308,7 +303,10 @@ template <class T> struct ForwardWarp {
   }
   DEVICE_METHOD void keep_top(int j) const {
 #pragma unroll
-    for (int c = 0; c < CH; ++c) store_saved(kept_row(0, j) + c * EG * NP, waiting[c]);
+    for (int c = 0; c < CH; ++c) {
+      const i64 at = (b * p.saved_rows * p.width + j) * pixel;
+      store_saved(p.saved + at + (lane_states + c * EG * NP), waiting[c]);
+    }
   }
   // The states to the left of the image, where those of column 0 find them.
   DEVICE_METHOD void enter_from_left() {
@@ -320,7 +318,8 @@ template <class T> struct ForwardWarp {
         const States s = border_of(p, p.column_in, b, p.height).load(row0 + r, channel(c), ng * NS);
 #pragma unroll
         for (int k = 0; k < NS; ++k) h[r][c][k] = s.v[k];
-        if (T::SAVE) store_saved(kept_column(0, row0 + r) + c * EG * NP, s);
+        const i64 at = (i64(p.images) * p.saved_rows * p.width + b * p.saved_cols * p.height + row0 + r) * pixel;
+        if (T::SAVE) store_saved(p.saved + at + (lane_states + c * EG * NP), s);
       }
     }
   }
@@ -333,7 +332,9 @@ template <class T> struct ForwardWarp {
       if (i >= p.height || !(is_last || i + 1 == p.height)) continue;
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const States s = states_of(r, c);
+        States s;
+#pragma unroll
+        for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
         if (i + 1 == p.height) border_of(p, p.row_out, b, p.width).store(j, channel(c), ng * NS, s);
         if (is_last) border_of(p, p.column_out, b, p.height).store(i, channel(c), ng * NS, s);
       }
@@ -370,21 +371,15 @@ template <class T> struct ForwardWarp {
     }
   }
 
-  // This lane's first states at a place of the rows, and of the columns, that are kept
-  DEVICE_METHOD saved_t* kept_row(int which, int col) const {
-    return p.saved + ((b * p.saved_rows + which) * p.width + col) * pixel + ((e0 + opaque(eg)) * NP + ng * NS);
-  }
-  DEVICE_METHOD saved_t* kept_column(int which, int row) const {
-    const i64 rows_before = i64(p.images) * p.saved_rows * p.width;
-    return p.saved + (rows_before + (b * p.saved_cols + which) * p.height + row) * pixel +
-           ((e0 + opaque(eg)) * NP + ng * NS);
-  }
   // The states of column j that the backward pass or the caller wants.
   DEVICE_METHOD void keep_states(int j) const {
     const bool keep_col = T::SAVE && j % T::SPAN == T::SPAN - 1 && j + 1 < p.width;
-    const int col = opaque(j);
-    saved_t* const at_row = kept_row(row0 / T::STRIP + T::HAS_TOP, col);
-    saved_t* const at_col = kept_column(col / T::SPAN + T::HAS_LEFT, row0);
+    const int col = opaque(j), first = (e0 + opaque(eg)) * NP + ng * NS;
+    const int kept_row = row0 / T::STRIP + T::HAS_TOP, kept_col = col / T::SPAN + T::HAS_LEFT;
+    saved_t* const at_row = p.saved + ((b * p.saved_rows + kept_row) * p.width + col) * pixel + first;
+    const i64 saved_row_pixels = i64(p.images) * p.saved_rows * p.width;
+    const i64 col_pixel = saved_row_pixels + (b * p.saved_cols + kept_col) * p.height + row0;
+    saved_t* const at_col = p.saved + col_pixel * pixel + first;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int i = row0 + r;
@@ -393,7 +388,9 @@ template <class T> struct ForwardWarp {
       if (!(keep_row || keep_col || T::WRITE_H) || r >= rows) continue;
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
-        const States s = states_of(r, c);
+        States s;
+#pragma unroll
+        for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
         if (keep_row) store_saved(at_row + c * EG * NP, s);
         if (keep_col) store_saved(at_col + r * pixel + c * EG * NP, s);
         if (T::WRITE_H) write_h(i, j, e0 + c * EG + eg, s);
@@ -450,8 +447,9 @@ template <class T> struct ForwardWarp {
     if (meets_above) named_barrier(warp);
     real top[CH][NS];
     take_above(j, top);
-    if (T::HAS_TOP && T::SAVE && row0 == 0) keep_top(j);
-    if (j + 1 < p.width) load_waiting(j + 1);
+    if (T::SAVE && is_topmost()) keep_top(j);
+    if (follows && j + 1 < p.width) load_carry(j + 1);
+    if (is_topmost() && j + 1 < p.width) load_top(j + 1);
     scan_column(j, turn, top);
     hand_down(j, meets_below);
     if (T::SAVE || T::WRITE_H) keep_states(j);
@@ -464,7 +462,8 @@ template <class T> struct ForwardWarp {
 
   DEVICE_METHOD void run() {
     if (rows > 0) load_columns(0), walk();
-    load_waiting(0);
+    if (follows) load_carry(0);
+    if (is_topmost()) load_top(0);
     if (T::HAS_LEFT) enter_from_left();
     const bool meets_above = warp > 0 && rows > 0, meets_below = warp + 1 < T::WARPS && row0 + ROWS < p.height;
     const int steps = T::LOCKSTEP ? p.width + T::WARPS - 1 : rows > 0 ? p.width : 0;
