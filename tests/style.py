@@ -25,6 +25,7 @@ more_arguments = {
     "selective_scan_2d": interface,
     "selective_scan_2d_ref": interface,
     "selective_scan_2d_naive": interface,
+    "scan_step": interface,
     "_translate_scan": "the ONNX exporter reads the operator's arguments from it",
 }
 

@@ -1,8 +1,10 @@
 // Entry of the CPU kernel: takes the problem apart and spreads the work over torch's own thread pool.
 // Plain C interface and no torch header, so that one build serves every version of torch and takes seconds.
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <thread>
 #include <vector>
@@ -45,12 +47,24 @@ int64_t scan_cpu_vector_bytes();
 int64_t scan_cpu_group(int64_t states);
 
 // Scanning from the other corner is the same scan of an image whose rows and columns are counted backwards.
-static void count_backwards(ScanTensor& t, int64_t height, int64_t width) {
+static void count_backwards(ScanTensor& t, int axis, int64_t length) {
     if (!t.data) return;
     const int64_t bytes = t.type == scan_float64 ? 8 : t.type == scan_float32 ? 4 : 2;
-    t.data = (char*)t.data + ((height - 1) * t.stride[1] + (width - 1) * t.stride[2]) * bytes;
-    t.stride[1] = -t.stride[1];
-    t.stride[2] = -t.stride[2];
+    t.data = (char*)t.data + (length - 1) * t.stride[axis] * bytes;
+    t.stride[axis] = -t.stride[axis];
+}
+
+static void scan_from_other_corner(ScanProblem& p) {
+    for (ScanTensor* image :
+         {&p.x, &p.delta_t, &p.delta_l, &p.B_t, &p.B_l, &p.C, &p.y, &p.h, &p.grad_y, &p.grad_x,
+          &p.grad_delta_t, &p.grad_delta_l, &p.grad_B_t, &p.grad_B_l, &p.grad_C}) {
+        count_backwards(*image, 1, p.height);
+        count_backwards(*image, 2, p.width);
+    }
+    for (ScanTensor* row : {&p.initial_top, &p.bottom, &p.grad_bottom, &p.grad_top})
+        count_backwards(*row, 1, p.width);
+    for (ScanTensor* column : {&p.initial_left, &p.right, &p.grad_right, &p.grad_left})
+        count_backwards(*column, 1, p.height);
 }
 
 enum Status { ok = 0, out_of_memory = 1, wrong_layout = 2 };
@@ -70,15 +84,14 @@ void mamba2d_cpu_layout(int64_t states, int64_t* out) {
 }
 
 // Forward pass (`backward` is 0) or backward pass of one problem; `bytes` is the size of what the caller
-// filled.
+// filled, with or without the borders.
 int64_t mamba2d_cpu_scan(const ScanProblem* given, int64_t bytes, int64_t backward) {
-    if (bytes != (int64_t)sizeof(ScanProblem) || given->states > SCAN_MAX_STATES) return wrong_layout;
-    ScanProblem p = *given;
-    if (p.reverse)
-        for (ScanTensor* t :
-             {&p.x, &p.delta_t, &p.delta_l, &p.B_t, &p.B_l, &p.C, &p.y, &p.h, &p.grad_y, &p.grad_x,
-              &p.grad_delta_t, &p.grad_delta_l, &p.grad_B_t, &p.grad_B_l, &p.grad_C})
-            count_backwards(*t, p.height, p.width);
+    const int64_t with_borders = sizeof(ScanProblem), whole_image = offsetof(ScanProblem, initial_top);
+    if (bytes != with_borders && bytes != whole_image) return wrong_layout;
+    if (given->states > SCAN_MAX_STATES) return wrong_layout;
+    ScanProblem p = {};
+    memcpy(&p, given, bytes);
+    if (p.reverse) scan_from_other_corner(p);
     try {
         if (p.compute == scan_float64)
             backward ? scan_cpu_backward<double>(p) : scan_cpu_forward<double>(p);

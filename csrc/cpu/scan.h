@@ -31,4 +31,10 @@ struct ScanProblem {
     ScanTensor grad_y;  // (B, H, W, E): read by the backward pass; the rest is written by it
     ScanTensor grad_x, grad_delta_t, grad_delta_l, grad_A_t, grad_A_l, grad_B_t, grad_B_l, grad_C;
     ScanTensor grad_D, grad_bias_t, grad_bias_l;  // may be absent
+    // States at the sides of a piece of an image, (B, W, E, N) and (B, H, E, N), in the arithmetic's type.
+    // Each may be absent; a caller with a whole image leaves these fields out.
+    ScanTensor initial_top, initial_left;  // before the first row and column
+    ScanTensor bottom, right;              // the last row and column: written by the forward pass
+    ScanTensor grad_bottom, grad_right;    // read by the backward pass
+    ScanTensor grad_top, grad_left;        // of the states before: written by the backward pass
 };

@@ -37,6 +37,7 @@ struct Scan {
     const int64_t B, H, W, E, N, threads;
     const int64_t blocks, groups;                // channels in blocks of `lanes`, states in groups of G
     const int64_t tiles_h, tiles_w, rows, cols;  // tiles of at most (rows, cols)
+    const int64_t edge_row, edge_col;            // 0: no states are given before it, else -1 (no such row)
     int64_t splits;                              // the channels of an image are split over this many tasks
     bool whole_images;                           // a task is all tiles of an image, else one tile
     int64_t tasks, slots;
@@ -64,7 +65,9 @@ struct Scan {
           tiles_h(ceil_div(H, SCAN_TILE_ROWS)),
           tiles_w(ceil_div(W, SCAN_TILE_COLS)),
           rows(ceil_div(H, tiles_h)),
-          cols(ceil_div(W, tiles_w)) {
+          cols(ceil_div(W, tiles_w)),
+          edge_row(q.initial_top.data ? -1 : 0),
+          edge_col(q.initial_left.data ? -1 : 0) {
         const int64_t tiles = tiles_h * tiles_w;
         splits = std::min(blocks, ceil_div(32, std::max<int64_t>(1, B * tiles)));
         whole_images = tiles == 1 || B * splits >= 8 * threads;
@@ -234,7 +237,7 @@ struct Scan {
                 for (int64_t j = 0; j < c.count; j++, k++) {
                     V d = delta[k] + bias;
                     if (q.softplus) d = softplus<T>(d);
-                    const bool first_row = r.first + i == 0, first_col = c.first + j == 0;
+                    const bool first_row = r.first + i == edge_row, first_col = c.first + j == edge_col;
                     delta[k] = d;
                     inject[k] = d * p.x[k] *
                                 (side ? coefficient_l<T>(first_row, first_col)
@@ -264,13 +267,42 @@ struct Scan {
         return (T*)q.saved.data + ((rows_kept + (b * (tiles_w - 1) + c) * H) * units + unit * H) * G * lanes;
     }
 
-    // `count` times G saved vectors, or zeros where there are none, to places `step` vectors apart.
+    // `count` times G saved vectors to places `step` vectors apart.
     static void load_border(V* to, const T* from, int64_t count, int64_t step) {
         for (int64_t k = 0; k < count; k++, to += step)
-            if (from)
-                memcpy((void*)to, from + k * G * lanes, G * sizeof(V));
-            else
-                memset((void*)to, 0, G * sizeof(V));
+            memcpy((void*)to, from + k * G * lanes, G * sizeof(V));
+    }
+
+    // The states of one unit at a side of the image, or zeros where none are given, to places `step` apart.
+    void load_side(V* to, const ScanTensor& side, int64_t b, Range along, int64_t block, int64_t group,
+                   int64_t step) const {
+        const int64_t states = std::min<int64_t>(G, N - group * G);
+        for (int64_t k = 0; k < along.count; k++, to += step) {
+            memset((void*)to, 0, G * sizeof(V));
+            if (!side.data) continue;
+            const T* from = side_at(side, b, along.first + k, block, group);
+            for (int64_t n = 0; n < states; n++)
+                for (int64_t l = 0; l < channels_of(block); l++)
+                    to[n][l] = from[l * side.stride[2] + n * side.stride[3]];
+        }
+    }
+
+    // The states of one unit, G vectors after G vectors, to a side of the image, if it is asked for.
+    void store_side(const ScanTensor& side, const V* in, int64_t b, Range along, int64_t block,
+                    int64_t group) const {
+        const int64_t states = std::min<int64_t>(G, N - group * G);
+        if (!side.data) return;
+        for (int64_t k = 0; k < along.count; k++, in += G) {
+            T* to = side_at(side, b, along.first + k, block, group);
+            for (int64_t n = 0; n < states; n++)
+                for (int64_t l = 0; l < channels_of(block); l++)
+                    to[l * side.stride[2] + n * side.stride[3]] = in[n][l];
+        }
+    }
+
+    static T* side_at(const ScanTensor& side, int64_t b, int64_t place, int64_t block, int64_t group) {
+        return (T*)side.data + b * side.stride[0] + place * side.stride[1] + block * lanes * side.stride[2] +
+               group * G * side.stride[3];
     }
 
     // --- tiles
@@ -297,6 +329,9 @@ struct Scan {
 
     void tile(int64_t b, int64_t split, int64_t s, int64_t c, int64_t slot, V* memory) {
         const Range r = part(s, rows, H), k = part(c, cols, W);
+        const bool top_edge = s == 0 && edge_row == 0, left_edge = c == 0 && edge_col == 0;
+        const bool top_side = s == 0, bottom_side = s == tiles_h - 1;
+        const bool left_side = c == 0, right_side = c == tiles_w - 1;
         const int64_t pixels = r.count * k.count, step = (k.count + 1) * G;
         auto take = [&](int64_t vectors) {
             V* taken = memory;
@@ -330,28 +365,39 @@ struct Scan {
                 const V* a = A.data + global_unit * 2 * G;
                 const T* b_and_c = states + group * pixels * 3 * G;
                 wait_for_neighbours(b, split, s, c, unit);
-                if (s == (backward ? tiles_h - 1 : 0)) memset((void*)row, 0, k.count * G * sizeof(V));
-                if (c == (backward ? tiles_w - 1 : 0)) memset((void*)col, 0, r.count * G * sizeof(V));
+                if (backward ? bottom_side : top_side)
+                    load_side(row, backward ? q.grad_bottom : q.initial_top, b, k, block, group, G);
+                if (backward ? right_side : left_side)
+                    load_side(col, backward ? q.grad_right : q.initial_left, b, r, block, group, G);
                 if (backward) {
-                    load_border(h + G, s ? saved_row(b, s - 1, global_unit) + k.first * G * lanes : nullptr,
-                                k.count, G);
-                    load_border(h + step,
-                                c ? saved_col(b, c - 1, global_unit) + r.first * G * lanes : nullptr, r.count,
-                                step);
-                    scan_tile<T, G, false>(r.count, k.count, s == 0, c == 0, p, b_and_c, a, h + G,
+                    if (top_side)
+                        load_side(h + G, q.initial_top, b, k, block, group, G);
+                    else
+                        load_border(h + G, saved_row(b, s - 1, global_unit) + k.first * G * lanes, k.count,
+                                    G);
+                    if (left_side)
+                        load_side(h + step, q.initial_left, b, r, block, group, step);
+                    else
+                        load_border(h + step, saved_col(b, c - 1, global_unit) + r.first * G * lanes, r.count,
+                                    step);
+                    scan_tile<T, G, false>(r.count, k.count, top_edge, left_edge, p, b_and_c, a, h + G,
                                            h + step + G, step, h + step, step, false);
                     scan_tile_backward<T, G>(
-                        r.count, k.count, s == 0, c == 0, p, b_and_c, a, h, row, col, sums,
+                        r.count, k.count, top_edge, left_edge, p, b_and_c, a, h, row, col, sums,
                         grad_states + group * pixels * 3 * G,
                         part_A.data + (tile_index * blocks * groups + global_unit) * 2 * G);
+                    if (top_side) store_side(q.grad_top, row, b, k, block, group);
+                    if (left_side) store_side(q.grad_left, col, b, r, block, group);
                 } else if (q.h.data) {
-                    scan_tile<T, G, true>(r.count, k.count, s == 0, c == 0, p, b_and_c, a, row, h,
+                    scan_tile<T, G, true>(r.count, k.count, top_edge, left_edge, p, b_and_c, a, row, h,
                                           k.count * G, col, G, true);
                     memcpy((void*)row, h + (r.count - 1) * k.count * G, k.count * G * sizeof(V));
                     store_h(b, r, k, block, group, h, k.count * G);
                 } else
-                    scan_tile<T, G, true>(r.count, k.count, s == 0, c == 0, p, b_and_c, a, row, row, 0, col,
-                                          G, true);
+                    scan_tile<T, G, true>(r.count, k.count, top_edge, left_edge, p, b_and_c, a, row, row, 0,
+                                          col, G, true);
+                if (!backward && bottom_side) store_side(q.bottom, row, b, k, block, group);
+                if (!backward && right_side) store_side(q.right, col, b, r, block, group);
                 if (!backward && q.saved.data) {
                     if (s + 1 < tiles_h)
                         memcpy(saved_row(b, s, global_unit) + k.first * G * lanes, row,
@@ -388,7 +434,7 @@ struct Scan {
         for (int64_t i = 0, k = 0; i < r.count; i++) {
             V of_row = {};
             for (int64_t j = 0; j < c.count; j++, k++) {
-                const bool first_row = r.first + i == 0, first_col = c.first + j == 0;
+                const bool first_row = r.first + i == edge_row, first_col = c.first + j == edge_col;
                 const V inject_t = sums[k].inject_t * coefficient_t<T>(first_row, first_col);
                 const V inject_l = sums[k].inject_l * coefficient_l<T>(first_row, first_col);
                 p.inject_t[k] = sums[k].gate_t * ln_2<T> + inject_t * p.x[k];

@@ -28,7 +28,7 @@ from mamba2d.scan.build import (
     machine_identity,
     source_folder,
 )
-from .reference import ScanTensors, compute_dtype
+from .reference import ScanBorders, ScanTensors, compute_dtype
 
 try:
     import fcntl
@@ -189,12 +189,14 @@ def _tensor_words(tensor):
 # %% ../../nbs/02_scan.cpu.ipynb #668abd00
 _no_gradients = ScanTensors(*[None] * 11)
 
-def _launch(inputs, outputs, *, delta_softplus, reverse, backward):
-    "Run the kernel on the inputs; `outputs` are y, h, saved, grad_y and the eleven gradients."
+def _launch(inputs, outputs, borders=(), *, delta_softplus, reverse, backward):
+    """Run the kernel on the inputs; `outputs` are y, h, saved, grad_y and the eleven gradients.
+
+    `borders` are the last eight tensors of a `ScanProblem`; a whole image has none."""
     sizes = (*inputs.x.shape, inputs.A_t.shape[1])
-    real = _type_codes[compute_dtype(*inputs)]
+    real = _type_codes[compute_dtype(*inputs, *borders)]
     words = [*sizes, real, int(delta_softplus), int(reverse), torch.get_num_threads()]
-    for tensor in (*inputs, *outputs):
+    for tensor in (*inputs, *outputs, *borders):
         words.extend(_tensor_words(tensor))
     packed = (ctypes.c_int64 * len(words))(*words)
     status = _cpu_library().mamba2d_cpu_scan(packed, 8 * len(words), int(backward))
@@ -247,6 +249,53 @@ def cpu_backward(grad_y, *arguments):
     _launch(inputs, (None, None, saved, grad_y, *grads),
             delta_softplus=delta_softplus, reverse=reverse, backward=True)
     return grads
+
+# %% ../../nbs/02_scan.cpu.ipynb #41fcb39c
+def cpu_forward_with_borders(
+    tensors: ScanTensors,
+    before: ScanBorders,  # in the dtype of the arithmetic
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+    return_states: bool,
+    return_borders: bool,
+    for_backward: bool,
+) -> tuple[Tensor, ...]:  # y, h, bottom, right and saved; empty where they are not asked for
+    "The operator `mamba2d::scan_borders_forward` on the CPU."
+    x, A_t, dtype = tensors.x, tensors.A_t, compute_dtype(*tensors, *before)
+    b, h, w, _ = x.shape
+
+    def states(wanted, *sides):
+        return x.new_empty((*sides, *A_t.shape) if wanted else (0,), dtype=dtype)
+
+    y, h_all = x.new_empty(x.shape), states(return_states, b, h, w)
+    bottom, right = states(return_borders, b, w), states(return_borders, b, h)
+    saved = x.new_empty(cpu_saved_shape(x, A_t, dtype) if for_backward else (0,), dtype=torch.float32)
+    _launch(tensors, (y, h_all, saved, None, *_no_gradients), (*before, bottom, right, *[None] * 4),
+            delta_softplus=delta_softplus, reverse=reverse, backward=False)
+    return y, h_all, bottom, right, saved
+
+# %% ../../nbs/02_scan.cpu.ipynb #f289c262
+def cpu_backward_with_borders(
+    grad_y: Tensor,  # (B, H, W, E)
+    tensors: ScanTensors,
+    before: ScanBorders,  # in the dtype of the arithmetic
+    saved: Tensor,  # from the forward pass
+    *,
+    grad_borders: ScanBorders,  # of the last row and column of states, in the same dtype
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, ...]:  # of the eleven tensors and the two borders, empty for None
+    "The operator `mamba2d::scan_borders_backward` on the CPU."
+    options = dict(delta_softplus=delta_softplus, reverse=reverse)
+    dtype = compute_dtype(*tensors, *before)
+    if saved.numel() != cpu_saved_shape(tensors.x, tensors.A_t, dtype)[0]:
+        saved = cpu_forward_with_borders(tensors, before, **options, return_states=False,
+                                         return_borders=False, for_backward=True)[4]
+    grads = [tensors.x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (*tensors, *before)]
+    _launch(tensors, (None, None, saved, grad_y, *grads[:11]),
+            (*before, None, None, *grad_borders, *grads[11:]), **options, backward=True)
+    return tuple(grads)
 
 # %% ../../nbs/02_scan.cpu.ipynb #f09ad8e7
 largest_n = 256

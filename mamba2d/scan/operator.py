@@ -21,7 +21,9 @@ from torch.autograd import forward_ad
 
 from mamba2d.scan.cpu import (
     cpu_backward,
+    cpu_backward_with_borders,
     cpu_forward,
+    cpu_forward_with_borders,
     cpu_kernel_status,
     cpu_saved_shape,
     cpu_unsupported_reason,
@@ -35,11 +37,16 @@ from mamba2d.scan.cuda import (
     cuda_unsupported_reason,
 )
 from mamba2d.scan.reference import (
+    ScanBorders,
+    ScanResults,
     ScanTensors,
     backward_by_diagonals,
+    backward_with_borders,
     check_arguments,
+    check_borders,
     compute_dtype,
     forward_by_diagonals,
+    forward_with_borders,
     selective_scan_2d_ref,
 )
 
@@ -54,10 +61,16 @@ class ScanKernels(NamedTuple):
     status: Callable[[], tuple[bool, str]]  # whether it can run on this machine, and why not; may build it
     # called like `backward`; the gradients of all images in one tensor, then the others
     backward_joined: Callable[..., tuple[Tensor, ...]] | None = None
+    # (tensors, before, **options of `scan_borders_forward` but the backend) -> its outputs
+    forward_with_borders: Callable[..., tuple[Tensor, ...]] | None = None
+    # (grad_y, tensors, before, saved, *, grad_borders, delta_softplus, reverse) -> 13 gradients
+    backward_with_borders: Callable[..., tuple[Tensor, ...]] | None = None
 
 # %% ../../nbs/05_scan.operator.ipynb #3aa49c23
 _kernels: dict[str, ScanKernels] = {
-    "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status),
+    "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status,
+                       forward_with_borders=cpu_forward_with_borders,
+                       backward_with_borders=cpu_backward_with_borders),
     "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_unsupported_reason,
                         cuda_kernel_status, cuda_backward_joined),
 }
@@ -357,6 +370,126 @@ def scan_projected(
     for_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return scan_operators.scan_projected_forward(*tensors, True, reverse, for_backward, _forced_backend)[0]
 
+# %% ../../nbs/05_scan.operator.ipynb #f32d1a5d
+_bordered = f"{_inputs}, Tensor? initial_top, Tensor? initial_left"
+
+_library.define(f"scan_borders_forward({_bordered}, bool delta_softplus, bool reverse, bool return_states, "
+                "bool return_borders, bool for_backward, str backend)"
+                " -> (Tensor y, Tensor h, Tensor bottom, Tensor right, Tensor saved)")
+
+_library.define("scan_borders_backward(Tensor grad_y, Tensor? grad_bottom, Tensor? grad_right, "
+                f"{_bordered}, Tensor saved, bool delta_softplus, bool reverse, str backend)"
+                f" -> ({', '.join(['Tensor'] * 13)})")
+
+# %% ../../nbs/05_scan.operator.ipynb #4d596e4d
+_no_borders = "its kernels cannot begin with given states or return the last ones yet"
+
+@lru_cache(maxsize=None)
+def _warn_no_borders(name):
+    "Say once in a process that scans with borders run on the reference."
+    warnings.warn(f"a scan with borders runs on plain PyTorch on {name}, which is much slower and takes more "
+                  f"memory: {_no_borders}.", RuntimeWarning, stacklevel=4)
+
+def _kernels_with_borders(backend, x, A_t):
+    "The `ScanKernels` for a scan with borders, None for the reference; raises if a forced backend cannot."
+    kernels = _kernels_for(backend, x, A_t)
+    if kernels is None or kernels.forward_with_borders:
+        return kernels
+    if backend != "auto":
+        raise RuntimeError(f"backend {backend!r} cannot compute this scan: {_no_borders}. Without initial_top, "
+                           "initial_left and return_borders it can.")
+    _warn_no_borders(x.device.type)
+    return None
+
+# %% ../../nbs/05_scan.operator.ipynb #44732bec
+def _for_kernels(borders, dtype):
+    return ScanBorders(*[None if states is None else states.to(dtype).contiguous() for states in borders])
+
+def _filled(tensors, like):
+    "The tensors, an empty one in the place of None."
+    return tuple(like.new_empty(0) if t is None else t.contiguous() for t in tensors)
+
+# %% ../../nbs/05_scan.operator.ipynb #1ccd66d1
+def _scan_borders_forward(*arguments):
+    "Compute `scan_borders_forward` on the backend that its last argument names."
+    tensors, before = ScanTensors(*arguments[:11]), ScanBorders(*arguments[11:13])
+    names = ("delta_softplus", "reverse", "return_states", "return_borders")
+    options = dict(zip(names, arguments[13:17], strict=True))
+    dtype = compute_dtype(*tensors, *before)
+    if kernels := _kernels_with_borders(arguments[18], tensors.x, tensors.A_t):
+        return kernels.forward_with_borders(
+            tensors, _for_kernels(before, dtype), **options, for_backward=arguments[17])
+    y, *states = forward_with_borders(tensors, before, **options)
+    states = _filled(states, y.new_empty(0, dtype=dtype))
+    return y.contiguous(), *states, y.new_empty(0, dtype=torch.float32)
+
+# %% ../../nbs/05_scan.operator.ipynb #74039fbc
+def _scan_borders_forward_fake(*arguments):
+    "Empty outputs of `scan_borders_forward`."
+    return_states, return_borders, for_backward, backend = arguments[15:]
+    x, A_t, dtype = arguments[0], arguments[3], compute_dtype(*arguments[:13])
+    kernels = _kernels_with_borders(backend, x, A_t)
+    b, h, w, e = x.shape
+    n = A_t.shape[1]
+    saved_shape = kernels.saved_shape(x, A_t, dtype) if kernels and for_backward else (0,)
+    return (x.new_empty(x.shape),
+            x.new_empty((b, h, w, e, n) if return_states else (0,), dtype=dtype),
+            x.new_empty((b, w, e, n) if return_borders else (0,), dtype=dtype),
+            x.new_empty((b, h, e, n) if return_borders else (0,), dtype=dtype),
+            x.new_empty(saved_shape, dtype=torch.float32))
+
+# %% ../../nbs/05_scan.operator.ipynb #ea143acc
+def _scan_borders_backward(grad_y, grad_bottom, grad_right, *arguments):
+    "Compute `scan_borders_backward` on the backend that its last argument names."
+    tensors, before = ScanTensors(*arguments[:11]), ScanBorders(*arguments[11:13])
+    saved, delta_softplus, reverse, backend = arguments[13:]
+    dtype = compute_dtype(*tensors, *before)
+    options = dict(grad_borders=_for_kernels((grad_bottom, grad_right), dtype),
+                   delta_softplus=delta_softplus, reverse=reverse)
+    if kernels := _kernels_with_borders(backend, tensors.x, tensors.A_t):
+        grads = kernels.backward_with_borders(grad_y, tensors, _for_kernels(before, dtype), saved, **options)
+        of_borders = [None if states is None else grad.to(states.dtype)
+                      for states, grad in zip(before, grads[11:], strict=True)]
+        return *grads[:11], *_filled(of_borders, grad_y)
+    of_tensors, of_borders = backward_with_borders(grad_y, tensors, before, **options)
+    return _filled((*of_tensors, *of_borders), grad_y)
+
+def _scan_borders_backward_fake(grad_y, grad_bottom, grad_right, *arguments):
+    "Empty outputs of `scan_borders_backward`."
+    return tuple(grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in arguments[:13])
+
+# %% ../../nbs/05_scan.operator.ipynb #7ec3acd3
+def _borders_setup(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, ctx.reverse, _, ctx.return_borders, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[4])
+    ctx.set_materialize_grads(False)
+
+def _borders_autograd(ctx, grad_y, grad_h, grad_bottom, grad_right, grad_saved):
+    "The gradient of each argument of `scan_borders_forward`, None where none is wanted."
+    if not ctx.return_borders:  # an empty tensor may have an empty gradient
+        grad_bottom = grad_right = None
+    if grad_y is None and grad_bottom is None and grad_right is None:
+        return (None,) * 19
+    *inputs, saved = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(inputs[0])
+    grads = scan_operators.scan_borders_backward(
+        grad_y, grad_bottom, grad_right, *inputs, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
+    return (*_wanted(grads, inputs, ctx.needs_input_grad), None, None, None, None, None, None)
+
+# %% ../../nbs/05_scan.operator.ipynb #e4b76a5c
+for _name, _real, _fake in (
+    ("scan_borders_forward", _scan_borders_forward, _scan_borders_forward_fake),
+    ("scan_borders_backward", _scan_borders_backward, _scan_borders_backward_fake),
+):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_namespace}::{_name}", _fake, lib=_library)
+
+torch.library.register_autograd(f"{_namespace}::scan_borders_forward", _borders_autograd,
+                                setup_context=_borders_setup, lib=_library)
+
+torch.library.register_autograd(f"{_namespace}::scan_borders_backward", _no_second_derivative, lib=_library)
+
 # %% ../../nbs/05_scan.operator.ipynb #becf9017
 def _differentiates_functions():
     "Whether one of the transformations of `torch.func` that are at work takes a derivative."
@@ -368,6 +501,17 @@ def is_recorded():
     "Whether this call becomes a part of a program for sizes that are not known yet."
     # the function `is_exporting` says yes to torch.compile too (until torch 2.12); torch 2.6 has no such flag
     return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
+
+# %% ../../nbs/05_scan.operator.ipynb #97d2eb7b
+def _scan_with_borders(tensors, before, *, delta_softplus, reverse, return_states, return_borders):
+    "`selective_scan_2d` of a piece of an image."
+    check_borders(tensors, before)
+    given = (*tensors, *before)
+    for_backward = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+                    and not is_recorded())
+    y, *states, _ = scan_operators.scan_borders_forward(
+        *given, delta_softplus, reverse, return_states, return_borders, for_backward, _forced_backend)
+    return ScanResults(y, *states).asked_for(return_states, return_borders)
 
 # %% ../../nbs/05_scan.operator.ipynb #e682237d
 def selective_scan_2d(
@@ -386,11 +530,17 @@ def selective_scan_2d(
     delta_softplus: bool = False,  # the step sizes are softplus(delta + bias)
     reverse: bool = False,  # scan from the bottom-right corner instead of the top-left one
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
-) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
+    initial_top: Tensor | None = None,  # (B, W, E, N) states of the row before the image
+    initial_left: Tensor | None = None,  # (B, H, E, N) states of the column before the image
+    return_borders: bool = False,  # append the last row (B, W, E, N) and the last column (B, H, E, N) of states
+) -> Tensor | tuple[Tensor, ...]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan on the best backend there is for `x`, or the one that `scan_backend` forces.
 
     The scan is that of arXiv 2412.16146, section 3. The dtypes may differ, as autocast makes them; arithmetic
-    is float32, or float64 if any input is. Raises `TypeError` or `ValueError` naming the argument that does
+    is float32, or float64 if any input is. An image that goes on above begins with `initial_top`, one that goes
+    on to the left with `initial_left` (with `reverse`: below, and to the right); a border pixel then counts both
+    of its neighbours like any other. With `return_borders` the last states in the direction of the scan come
+    after y (and h), with gradients. Raises `TypeError` or `ValueError` naming the argument that does
     not fit, `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second derivative.
     Derivatives by `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`,
     whatever is forced."""
@@ -399,7 +549,12 @@ def selective_scan_2d(
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active() and _differentiates_functions():
         return selective_scan_2d_ref(*tensors[:9], delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
                                      delta_softplus=delta_softplus, reverse=reverse,
-                                     return_states=return_states)
+                                     return_states=return_states, initial_top=initial_top,
+                                     initial_left=initial_left, return_borders=return_borders)
+    if initial_top is not None or initial_left is not None or return_borders:
+        return _scan_with_borders(tensors, ScanBorders(initial_top, initial_left),
+                                  delta_softplus=delta_softplus, reverse=reverse,
+                                  return_states=return_states, return_borders=return_borders)
     for_backward = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
                     and not is_recorded())
     y, h, _ = scan_operators.scan_forward(

@@ -30,12 +30,24 @@ class ScanTensors(NamedTuple):
     delta_bias_t: Tensor | None = None  # (E,) added to `delta_t`
     delta_bias_l: Tensor | None = None  # (E,) added to `delta_l`
 
+# %% ../../nbs/00_scan.reference.ipynb #cdcbe75d
+class ScanBorders(NamedTuple):
+    """A row and a column of states, or gradients of them: before an image, or the last ones in it.
+
+    They lie in the order of the image's own rows and columns, whatever the corner of the scan."""
+    row: Tensor | None = None  # (B, W, E, N) along the top or bottom side
+    column: Tensor | None = None  # (B, H, E, N) along the left or right side
+
 # %% ../../nbs/00_scan.reference.ipynb #8c72917b
-def _loop_over_pixels(tensors):
+def _loop_over_pixels(tensors, before=ScanBorders()):
     "The states (B, H, W, E, N) of a scan from the top-left corner: the recurrence, pixel by pixel."
     x, delta_t, delta_l, A_t, A_l, B_t, B_l = tensors[:7]
     height, width = x.shape[1:3]
     h = {}
+    if before.row is not None:
+        h.update(((-1, j), before.row[:, j]) for j in range(width))
+    if before.column is not None:
+        h.update(((i, -1), before.column[:, i]) for i in range(height))
     for i in range(height):
         for j in range(width):
             value = x[:, i, j, :, None]  # (B, E, 1)
@@ -43,13 +55,14 @@ def _loop_over_pixels(tensors):
             step_l = delta_l[:, i, j, :, None]
             top = step_t * B_t[:, i, j, None] * value  # (B, E, N)
             left = step_l * B_l[:, i, j, None] * value
-            if i > 0:
-                top = (step_t * A_t).exp() * h[i - 1, j] + top
-            if j > 0:
-                left = (step_l * A_l).exp() * h[i, j - 1] + left
-            if i == 0:
+            above, to_the_left = h.get((i - 1, j)), h.get((i, j - 1))
+            if above is not None:
+                top = (step_t * A_t).exp() * above + top
+            if to_the_left is not None:
+                left = (step_l * A_l).exp() * to_the_left + left
+            if above is None:
                 h[i, j] = left
-            elif j == 0:
+            elif to_the_left is None:
                 h[i, j] = top
             else:
                 h[i, j] = (top + left) / 2
@@ -81,16 +94,20 @@ def _diagonals(height, width):
     return diagonals
 
 # %% ../../nbs/00_scan.reference.ipynb #91c0b9e8
-def _make_wavefront(height, width, reverse, device, dtype):
-    "The visiting order of a (height, width) image with its coefficients on `device`."
+def _make_wavefront(height, width, reverse, device, dtype, *, has_row=False, has_column=False):
+    """The visiting order of a (height, width) image with its coefficients on `device`.
+
+    `has_row` and `has_column` say which states before the image are given."""
     rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     rows, cols = rows.flatten(), cols.flatten()
     order = torch.argsort((rows + cols) * height + rows)
     rows, cols = rows[order], cols[order]
     coefficient_t = torch.full((height * width,), 0.5, dtype=dtype)
     coefficient_l = coefficient_t.clone()
-    coefficient_t[cols == 0], coefficient_l[cols == 0] = 1, 0
-    coefficient_t[rows == 0], coefficient_l[rows == 0] = 0, 1
+    if not has_column:
+        coefficient_t[cols == 0], coefficient_l[cols == 0] = 1, 0
+    if not has_row:
+        coefficient_t[rows == 0], coefficient_l[rows == 0] = 0, 1
     if reverse:
         order = height * width - 1 - order
     tensors = (order, torch.argsort(order), coefficient_t.view(-1, 1, 1), coefficient_l.view(-1, 1, 1))
@@ -98,20 +115,20 @@ def _make_wavefront(height, width, reverse, device, dtype):
 
 # %% ../../nbs/00_scan.reference.ipynb #f6c2d776
 @lru_cache(maxsize=64)
-def _cached_wavefront(*key):
+def _cached_wavefront(*key, **given):
     with torch.inference_mode(False):
-        return _make_wavefront(*key)
+        return _make_wavefront(*key, **given)
 
 def _is_traced():
     "Whether PyTorch makes other tensors now than ordinary ones."
     return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
             or _are_functorch_transforms_active())
 
-def _wavefront(*key):
-    """The wavefront of (height, width, reverse, device, dtype).
+def _wavefront(*key, **given):
+    """The wavefront of (height, width, reverse, device, dtype); `given` as in `_make_wavefront`.
 
     It comes from the cache where ordinary tensors are made."""
-    return _make_wavefront(*key) if _is_traced() else _cached_wavefront(*key)
+    return _make_wavefront(*key, **given) if _is_traced() else _cached_wavefront(*key, **given)
 
 # %% ../../nbs/00_scan.reference.ipynb #e7d7d607
 def compute_dtype(*tensors):
@@ -156,18 +173,20 @@ def _arguments_fit(tensors):
 # %% ../../nbs/00_scan.reference.ipynb #89d221b6
 _optional = ("D", "delta_bias_t", "delta_bias_l")  # may be None
 
+def _check_kind(name, value, x):
+    "Raise an error for a value that is no tensor of floats on the device of `x`."
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in _float_dtypes:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, but x is on {x.device}: all must be on one device")
+
 def _check_kinds(tensors):
     "Raise an error for an argument that is no tensor of floats on the device of `x`."
     for name, value in tensors._asdict().items():
-        if value is None and name in _optional:
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.dtype not in _float_dtypes:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
-        if value.device != tensors.x.device:
-            raise ValueError(f"{name} is on {value.device}, but x is on {tensors.x.device}: "
-                             "all must be on one device")
+        if value is not None or name not in _optional:
+            _check_kind(name, value, tensors.x)
 
 # %% ../../nbs/00_scan.reference.ipynb #859dcd19
 def _check_sizes(x, A_t):
@@ -211,6 +230,43 @@ def check_arguments(tensors: ScanTensors):
     _check_sizes(tensors.x, tensors.A_t)
     _check_shapes(tensors)
 
+# %% ../../nbs/00_scan.reference.ipynb #d23979aa
+def check_borders(tensors: ScanTensors, before: ScanBorders):
+    "Raise a `TypeError` or `ValueError` naming the first of the states before an image that does not fit."
+    x, A_t = tensors.x, tensors.A_t
+    b, h, w, _ = x.shape
+    for name, meaning, value, length in (("initial_top", "(B, W, E, N)", before.row, w),
+                                         ("initial_left", "(B, H, E, N)", before.column, h)):
+        if value is None:
+            continue
+        _check_kind(name, value, x)
+        shape = (b, length, *A_t.shape)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must have shape {meaning} = {shape} for x {tuple(x.shape)} "
+                             f"and A_t {tuple(A_t.shape)}, got {tuple(value.shape)}")
+
+# %% ../../nbs/00_scan.reference.ipynb #f5e257d4
+def _borders_from_corner(borders, reverse, dtype):
+    "Borders in `dtype` and in the order of a scan from its corner, or from that order back to the image's."
+    def ordered(states):
+        states = states.to(dtype)
+        return states.flip(1) if reverse else states
+    return ScanBorders(*[None if states is None else ordered(states) for states in borders])
+
+# %% ../../nbs/00_scan.reference.ipynb #3dd40b07
+class ScanResults(NamedTuple):
+    "What a scan computes, all in the order of the image; None is what was not kept."
+    y: Tensor  # (B, H, W, E) in x's dtype
+    h: Tensor | None  # (B, H, W, E, N)
+    bottom: Tensor | None  # (B, W, E, N) the last row of states; the top one if the scan is reversed
+    right: Tensor | None  # (B, H, E, N) the last column of states; the left one if the scan is reversed
+
+    def asked_for(self, return_states, return_borders):
+        "What the functions below return: y, or a tuple."
+        states = (self.h.detach(),) if return_states else ()
+        borders = (self.bottom, self.right) if return_borders else ()
+        return (self.y, *states, *borders) if states or borders else self.y
+
 # %% ../../nbs/00_scan.reference.ipynb #ebae5cf4
 def selective_scan_2d_naive(
     x: Tensor,  # (B, H, W, E) input
@@ -228,27 +284,34 @@ def selective_scan_2d_naive(
     delta_softplus: bool = False,  # the step sizes are softplus(delta + bias)
     reverse: bool = False,  # scan from the bottom-right corner instead of the top-left one
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
-) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
+    initial_top: Tensor | None = None,  # (B, W, E, N) states of the row before the image
+    initial_left: Tensor | None = None,  # (B, H, E, N) states of the column before the image
+    return_borders: bool = False,  # append the last row (B, W, E, N) and the last column (B, H, E, N) of states
+) -> Tensor | tuple[Tensor, ...]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan as a loop over pixels: the definition of all faster versions.
 
     Raises `TypeError` or `ValueError` naming the argument that does not fit."""
     tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    before = ScanBorders(initial_top, initial_left)
     check_arguments(tensors)
-    dtype = compute_dtype(*tensors)
+    check_borders(tensors, before)
+    dtype = compute_dtype(*tensors, *before)
     cast = ScanTensors(*[None if t is None else t.to(dtype) for t in tensors])
+    before = _borders_from_corner(before, reverse, dtype)
     images = {name: getattr(cast, name) for name in ("x", "B_t", "B_l", "C")}
     images["delta_t"] = _step_size(cast.delta_t, cast.delta_bias_t, delta_softplus)
     images["delta_l"] = _step_size(cast.delta_l, cast.delta_bias_l, delta_softplus)
     if reverse:
         images = {name: image.flip(1, 2) for name, image in images.items()}
-    h = _loop_over_pixels(cast._replace(**images))
+    h = _loop_over_pixels(cast._replace(**images), before)
     y = (h * images["C"][:, :, :, None]).sum(-1)
     if D is not None:
         y = y + cast.D * images["x"]
     if reverse:
         y, h = y.flip(1, 2), h.flip(1, 2)
-    y = y.to(x.dtype)
-    return (y, h.detach()) if return_states else y
+    last = -1 if not reverse else 0
+    results = ScanResults(y.to(x.dtype), h, h[:, last], h[:, :, last])
+    return results.asked_for(return_states, return_borders)
 
 # %% ../../nbs/00_scan.reference.ipynb #641889fd
 class _Direction(NamedTuple):
@@ -257,16 +320,38 @@ class _Direction(NamedTuple):
     A: Tensor  # (E, N)
     B: Tensor  # (B, H·W, N)
 
+class _Outside(NamedTuple):
+    "States before an image, one for each anti-diagonal, zeros where there is none; or their gradients."
+    top: Tensor  # (B, H + W - 1, E, N) above the first pixel of a diagonal
+    left: Tensor  # (B, H + W - 1, E, N) to the left of its last pixel
+
 class _InOrder(NamedTuple):
     "The tensors of a scan in wavefront order; or their gradients."
     x: Tensor  # (B, H·W, E)
     top: _Direction
     left: _Direction
     C: Tensor  # (B, H·W, N)
+    outside: _Outside | None = None  # None: nothing is given
+
+# %% ../../nbs/00_scan.reference.ipynb #fd3428db
+def _make_outside(before, height, width):
+    "The states before a (height, width) image, from those along its sides; None if none are given."
+    given = [states for states in before if states is not None]
+    if not given:
+        return None
+    batch, _, *matrix = given[0].shape
+
+    def for_each_diagonal(states):
+        if states is None:
+            return given[0].new_zeros(batch, height + width - 1, *matrix)
+        return F.pad(states, (0, 0, 0, 0, 0, height + width - 1 - states.shape[1]))
+    return _Outside(*map(for_each_diagonal, before))
 
 # %% ../../nbs/00_scan.reference.ipynb #b5a69e6c
-def _put_in_order(tensors, wave, dtype, softplus):
-    "Cast, reorder, add the bias and apply softplus; what comes back is differentiable."
+def _put_in_order(tensors, wave, dtype, softplus, before=ScanBorders()):
+    """Cast, reorder, add the bias and apply softplus; what comes back is differentiable.
+
+    `before` is in the order of the scan, from `_borders_from_corner`."""
     def image(t):
         return t.flatten(1, 2)[:, wave.order].to(dtype)
 
@@ -276,13 +361,24 @@ def _put_in_order(tensors, wave, dtype, softplus):
 
     top = direction(tensors.delta_t, tensors.delta_bias_t, tensors.A_t, tensors.B_t)
     left = direction(tensors.delta_l, tensors.delta_bias_l, tensors.A_l, tensors.B_l)
-    return _InOrder(image(tensors.x), top, left, image(tensors.C))
+    outside = _make_outside(before, *tensors.x.shape[1:3])
+    return _InOrder(image(tensors.x), top, left, image(tensors.C), outside)
 
 # %% ../../nbs/00_scan.reference.ipynb #54825a34
-def _neighbours(previous, offset, length):
-    "States above and to the left of a diagonal of `length` pixels, from those of the `previous` diagonal."
-    padded = F.pad(previous, (0, 0, 0, 0, 1, 1))  # a row of zeros before and after
+def _neighbours(previous, offset, length, outside=None):
+    """States above and to the left of a diagonal of `length` pixels, from those of the `previous` diagonal.
+
+    `outside` are the states (B, 1, E, N) before and after them, None for zeros."""
+    if outside is None:
+        padded = F.pad(previous, (0, 0, 0, 0, 1, 1))  # a row of zeros before and after
+    else:
+        padded = torch.cat([outside[0], previous, outside[1]], 1)
     return padded[:, offset:offset + length], padded[:, offset + 1:offset + 1 + length]
+
+# %% ../../nbs/00_scan.reference.ipynb #45f98168
+def _at_diagonal(outside, d):
+    "The states before and after the diagonal `d`, None if none are given."
+    return None if outside is None else [states[:, d:d + 1] for states in outside]
 
 # %% ../../nbs/00_scan.reference.ipynb #acff8d04
 def _gate(direction, s):
@@ -294,41 +390,74 @@ def _inflow(direction, s, x, neighbour):
     return _gate(direction, s) * neighbour + direction.delta[:, s, :, None] * direction.B[:, s, None] * x
 
 # %% ../../nbs/00_scan.reference.ipynb #a3464895
-def _no_states(p):
-    "The states before the first diagonal: zeros."
+def _states_before(p):
+    "The state to the left of the corner, (B, 1, E, N): zeros, if it is not given."
+    if p.outside is not None:
+        return p.outside.left[:, :1]
     return p.x.new_zeros(p.x.shape[0], 1, *p.top.A.shape)
 
 def _states(p, wave):
     "Yield (slice, states) for each diagonal in turn; states are (B, length, E, N)."
-    previous = _no_states(p)
-    for start, stop, offset in wave.diagonals:
+    previous = _states_before(p)
+    for d, (start, stop, offset) in enumerate(wave.diagonals):
         s = slice(start, stop)
-        above, to_the_left = _neighbours(previous, offset, stop - start)
+        above, to_the_left = _neighbours(previous, offset, stop - start, _at_diagonal(p.outside, d))
         x = p.x[:, s, :, None]
         previous = (wave.coefficient_t[s] * _inflow(p.top, s, x, above)
                     + wave.coefficient_l[s] * _inflow(p.left, s, x, to_the_left))
         yield s, previous
 
 # %% ../../nbs/00_scan.reference.ipynb #d607ba70
-def forward_by_diagonals(tensors: ScanTensors, *, delta_softplus, reverse, return_states):
-    "Output, and states or None, by vectorised steps over the anti-diagonals."
+def _begin(tensors, before, *, delta_softplus, reverse):
+    "The wavefront of a scan, and its tensors in that order."
+    x, dtype = tensors.x, compute_dtype(*tensors, *before)
+    wave = _wavefront(x.shape[1], x.shape[2], reverse, x.device, dtype,
+                      has_row=before.row is not None, has_column=before.column is not None)
+    before = _borders_from_corner(before, reverse, dtype)
+    return wave, _put_in_order(tensors, wave, dtype, delta_softplus, before)
+
+def _last_states(diagonals, image, reverse):
+    "The last row and column of the states, from those of all diagonals; `image` is (B, H, W, E)."
+    height, width = image.shape[1:3]
+    row = torch.stack([h[:, -1] for h in diagonals[height - 1:]], 1)
+    column = torch.stack([h[:, 0] for h in diagonals[width - 1:]], 1)
+    return _borders_from_corner(ScanBorders(row, column), reverse, row.dtype)
+
+# %% ../../nbs/00_scan.reference.ipynb #f94d478b
+def forward_with_borders(
+    tensors: ScanTensors,
+    before: ScanBorders,
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+    return_states: bool,
+    return_borders: bool,
+) -> ScanResults:
+    "Output, and states and borders where asked for, by vectorised steps over the anti-diagonals."
     x, D = tensors.x, tensors.D
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        dtype = compute_dtype(*tensors)
-        wave = _wavefront(x.shape[1], x.shape[2], reverse, x.device, dtype)
-        p = _put_in_order(tensors, wave, dtype, delta_softplus)
+        wave, p = _begin(tensors, before, delta_softplus=delta_softplus, reverse=reverse)
         outputs, states = [], []
         for s, h in _states(p, wave):
             outputs.append((h * p.C[:, s, None]).sum(-1))
-            if return_states:
+            if return_states or return_borders:
                 states.append(h)
         y = torch.cat(outputs, 1)
         if D is not None:
-            y = y + D.to(dtype) * p.x
+            y = y + D.to(y.dtype) * p.x
         y = y[:, wave.inverse].unflatten(1, x.shape[1:3]).to(x.dtype)
+        bottom, right = _last_states(states, x, reverse) if return_borders else (None, None)
         if not return_states:
-            return y, None
-        return y, torch.cat(states, 1)[:, wave.inverse].unflatten(1, x.shape[1:3])
+            return ScanResults(y, None, bottom, right)
+        h = torch.cat(states, 1)[:, wave.inverse].unflatten(1, x.shape[1:3])
+        return ScanResults(y, h, bottom, right)
+
+# %% ../../nbs/00_scan.reference.ipynb #fa986c0f
+def forward_by_diagonals(tensors: ScanTensors, *, delta_softplus, reverse, return_states):
+    "Output, and states or None, of a whole image."
+    results = forward_with_borders(tensors, ScanBorders(), delta_softplus=delta_softplus, reverse=reverse,
+                                   return_states=return_states, return_borders=False)
+    return results.y, results.h
 
 # %% ../../nbs/00_scan.reference.ipynb #4f991825
 def selective_scan_2d_ref(
@@ -347,15 +476,20 @@ def selective_scan_2d_ref(
     delta_softplus: bool = False,  # the step sizes are softplus(delta + bias)
     reverse: bool = False,  # scan from the bottom-right corner instead of the top-left one
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
-) -> Tensor | tuple[Tensor, Tensor]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
+    initial_top: Tensor | None = None,  # (B, W, E, N) states of the row before the image
+    initial_left: Tensor | None = None,  # (B, H, E, N) states of the column before the image
+    return_borders: bool = False,  # append the last row (B, W, E, N) and the last column (B, H, E, N) of states
+) -> Tensor | tuple[Tensor, ...]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan in plain PyTorch, vectorised over an anti-diagonal (arXiv 2412.16146, section 3).
 
     Raises `TypeError` or `ValueError` naming the argument that does not fit."""
     tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
+    before = ScanBorders(initial_top, initial_left)
     check_arguments(tensors)
-    y, h = forward_by_diagonals(tensors, delta_softplus=delta_softplus, reverse=reverse,
-                                return_states=return_states)
-    return (y, h.detach()) if return_states else y
+    check_borders(tensors, before)
+    results = forward_with_borders(tensors, before, delta_softplus=delta_softplus, reverse=reverse,
+                                   return_states=return_states, return_borders=return_borders)
+    return results.asked_for(return_states, return_borders)
 
 # %% ../../nbs/00_scan.reference.ipynb #ef4d440a
 class _Draw:
@@ -486,17 +620,22 @@ def _direction_backward(direction, grads, s, *, d, x, neighbour, grad_x):
     return d * gate
 
 # %% ../../nbs/00_scan.reference.ipynb #6239cfc1
-def _gradients_in_order(p, wave, g):
-    "The gradients of all tensors of `p` but for the skip; `g` is the gradient of y in wavefront order."
-    states = [_no_states(p)] + [h for _, h in _states(p, wave)]
+def _gradients_in_order(p, wave, g, entering=None):
+    """The gradients of all tensors of `p` but for the skip; `g` is the gradient of y in wavefront order.
+
+    `entering` (B, H·W, E, N) is what comes for states from elsewhere than y, if anything does."""
+    states = [_states_before(p)] + [h for _, h in _states(p, wave)]
     top, left = [_Direction(*map(torch.zeros_like, direction)) for direction in (p.top, p.left)]
-    grads = _InOrder(torch.zeros_like(p.x), top, left, torch.zeros_like(p.C))
+    outside = p.outside and _Outside(*map(torch.zeros_like, p.outside))
+    grads = _InOrder(torch.zeros_like(p.x), top, left, torch.zeros_like(p.C), outside)
     from_next = 0
-    backwards = zip(wave.diagonals[::-1], states[:0:-1], states[-2::-1], strict=True)
-    for (start, stop, offset), h, previous in backwards:
+    for d in reversed(range(len(wave.diagonals))):
+        (start, stop, offset), h, previous = wave.diagonals[d], states[d + 1], states[d]
         s, length = slice(start, stop), stop - start
-        above, to_the_left = _neighbours(previous, offset, length)
+        above, to_the_left = _neighbours(previous, offset, length, _at_diagonal(p.outside, d))
         dh = g[:, s, :, None] * p.C[:, s, None] + from_next
+        if entering is not None:
+            dh = dh + entering[:, s]
         grads.C[:, s] = (g[:, s, :, None] * h).sum(2)
         common = dict(x=p.x[:, s, :, None], grad_x=grads.x)
         sent = torch.zeros_like(F.pad(previous, (0, 0, 0, 0, 1, 1)))
@@ -505,20 +644,58 @@ def _gradients_in_order(p, wave, g):
         sent[:, offset + 1:offset + 1 + length] += _direction_backward(
             p.left, grads.left, s, d=wave.coefficient_l[s] * dh, neighbour=to_the_left, **common)
         from_next = sent[:, 1:-1]
+        if outside:
+            outside.top[:, d], outside.left[:, d] = sent[:, 0], sent[:, -1]
+    if outside:
+        outside.left[:, :1] = from_next  # to the left of the corner
     return grads
 
 # %% ../../nbs/00_scan.reference.ipynb #a16d41f1
-def backward_by_diagonals(grad_y, tensors: ScanTensors, *, delta_softplus, reverse) -> ScanTensors:
-    "Gradients of the tensors of a scan, None for one that is None."
+def _entering(grad_borders, image, reverse):
+    "Gradients of the last row and column as those of all states, (B, H, W, E, N); None if there are none."
+    given = [grad for grad in grad_borders if grad is not None]
+    if not given:
+        return None
+    last = 0 if reverse else -1
+    entering = given[0].new_zeros(*image.shape, given[0].shape[-1])
+    if grad_borders.row is not None:
+        entering[:, last] += grad_borders.row
+    if grad_borders.column is not None:
+        entering[:, :, last] += grad_borders.column
+    return entering
+
+# %% ../../nbs/00_scan.reference.ipynb #6d6728fd
+def _grad_before(outside, before, reverse):
+    "The gradients of the states before an image in their own dtypes, None for one that is None."
+    if outside is None:
+        return ScanBorders()
+    parts = [None if states is None else grad[:, :states.shape[1]]
+             for grad, states in zip(outside, before, strict=True)]
+    parts = _borders_from_corner(ScanBorders(*parts), reverse, outside.top.dtype)
+    return ScanBorders(*[None if part is None else part.to(states.dtype)
+                         for part, states in zip(parts, before, strict=True)])
+
+# %% ../../nbs/00_scan.reference.ipynb #d265fa25
+def backward_with_borders(
+    grad_y: Tensor,  # (B, H, W, E)
+    tensors: ScanTensors,
+    before: ScanBorders,
+    *,
+    grad_borders: ScanBorders,  # of the last row and column of states
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[ScanTensors, ScanBorders]:
+    "Gradients of the tensors of a scan and of the states before its image, None for one that is None."
     x, D = tensors.x, tensors.D
     with torch.autocast(x.device.type, enabled=False):
-        dtype = compute_dtype(*tensors)
-        wave = _wavefront(x.shape[1], x.shape[2], reverse, x.device, dtype)
-        p = _put_in_order(tensors, wave, dtype, delta_softplus)
-        g = grad_y.to(dtype).flatten(1, 2)[:, wave.order]
-        grads = _gradients_in_order(p, wave, g)
+        wave, p = _begin(tensors, before, delta_softplus=delta_softplus, reverse=reverse)
+        g = grad_y.to(p.x.dtype).flatten(1, 2)[:, wave.order]
+        entering = _entering(grad_borders, x, reverse)
+        if entering is not None:
+            entering = entering.flatten(1, 2)[:, wave.order]
+        grads = _gradients_in_order(p, wave, g, entering)
         if D is not None:
-            grads.x.add_(g * D.to(dtype))
+            grads.x.add_(g * D.to(g.dtype))
         if delta_softplus:  # d softplus(v) / dv = sigmoid(v) = 1 - exp(-softplus(v))
             for grad, direction in ((grads.top, p.top), (grads.left, p.left)):
                 grad.delta.mul_(-torch.expm1(-direction.delta))
@@ -527,10 +704,38 @@ def backward_by_diagonals(grad_y, tensors: ScanTensors, *, delta_softplus, rever
         images = dict(x=grads.x, delta_t=grads.top.delta, delta_l=grads.left.delta,
                       B_t=grads.top.B, B_l=grads.left.B, C=grads.C)
         images = {name: grad[:, wave.inverse].unflatten(1, x.shape[1:3]) for name, grad in images.items()}
-        return _in_dtypes_of(tensors, images | summed)
+        return _in_dtypes_of(tensors, images | summed), _grad_before(grads.outside, before, reverse)
+
+# %% ../../nbs/00_scan.reference.ipynb #32ae29b1
+def backward_by_diagonals(grad_y, tensors: ScanTensors, *, delta_softplus, reverse) -> ScanTensors:
+    "Gradients of the tensors of a scan of a whole image, None for one that is None."
+    return backward_with_borders(grad_y, tensors, ScanBorders(), grad_borders=ScanBorders(),
+                                 delta_softplus=delta_softplus, reverse=reverse)[0]
 
 # %% ../../nbs/00_scan.reference.ipynb #dbe9a7b9
 def _in_dtypes_of(tensors, grads):
     "The gradients, a dictionary, in the dtypes of their tensors; None where there is no tensor."
     return ScanTensors(**{name: None if tensor is None else grads[name].to(tensor.dtype)
                           for name, tensor in tensors._asdict().items()})
+
+# %% ../../nbs/00_scan.reference.ipynb #bfde105c
+def random_borders(problem, seed=3, *, row=True, column=True):
+    "States before the image of a `random_problem`, in the dtype of the arithmetic."
+    batch, height, width, _ = problem["x"].shape
+    dtype = compute_dtype(*problem.values())
+    draw = _Draw(seed)
+
+    def states(given, length):
+        value = draw.normal(batch, length, *problem["A_t"].shape).to(problem["x"].device, dtype)
+        return value.requires_grad_() if given else None
+    return dict(initial_top=states(row, width), initial_left=states(column, height))
+
+def gradients_with_borders(scan, problem, borders, **options):
+    "Outputs (y, bottom, right) and the gradient of every input that is there, for random weights of all outputs."
+    given = problem | {name: value for name, value in borders.items() if value is not None}
+    outputs = scan(**given, return_borders=True, **options)
+    draw = _Draw(7)
+    weights = [draw.normal(*output.shape).bfloat16().double().to(output.device) for output in outputs]
+    total = sum((output.double() * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+    grads = torch.autograd.grad(total, list(given.values()), materialize_grads=True)
+    return outputs, dict(zip(given, grads, strict=True))
