@@ -7,7 +7,7 @@ from emulated_cuda import EmulatedDriver, load_kernel
 from torch.nn.functional import softplus as softplus_of
 
 from mamba2d.scan import cuda, random_problem
-from mamba2d.scan.reference import ScanTensors
+from mamba2d.scan.reference import ScanBorders, ScanTensors
 
 names = ScanTensors._fields
 bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -117,10 +117,12 @@ def check_case(shape, dtype, *, has_top, has_left, returned, **options):
     incoming = draw_borders(problem, seed=4) if returned else (None, None)
     grad_y = torch.randn(shape[:4], generator=torch.Generator().manual_seed(1)).to(dtype)
 
-    y, h, saved, bottom, right = cuda.cuda_forward_with_borders(
-        *arguments, *given, softplus, reverse, states, True, returned)
+    flags = dict(delta_softplus=softplus, reverse=reverse)
+    y, h, bottom, right, saved = cuda.cuda_forward_with_borders(
+        ScanTensors(*arguments), ScanBorders(*given), **flags, return_states=states, return_borders=returned,
+        for_backward=True)
     grads = cuda.cuda_backward_with_borders(
-        grad_y, *arguments, *given, saved, *incoming, softplus, reverse)
+        grad_y, ScanTensors(*arguments), ScanBorders(*given), saved, grad_borders=ScanBorders(*incoming), **flags)
 
     leaves = in_float64(arguments + list(given))
     expected = loop_with_borders(ScanTensors(*leaves[:11]), *leaves[11:], softplus=softplus, reverse=reverse)
@@ -198,20 +200,24 @@ class Tiles:
 
     def __init__(self, arguments, cuts, reverse):
         rows, columns = (slices_of(arguments[0].shape[k + 1], cuts[k]) for k in range(2))
-        self.arguments, self.reverse = arguments, reverse
+        self.arguments, self.options = arguments, dict(delta_softplus=True, reverse=reverse)
         self.rows, self.columns = (rows[::-1], columns[::-1]) if reverse else (rows, columns)
-        self.saved, self.given = {}, {}
+        self.saved, self.before = {}, {}
+
+    def tile(self, rows, columns):
+        return ScanTensors(*tile_arguments(self.arguments, rows, columns))
 
     def forward(self):
         "y; a tile receives the borders of those before it."
         bottoms, y = {}, torch.empty_like(self.arguments[0])
+        options = dict(self.options, return_states=False, return_borders=True, for_backward=True)
         for i, rows in enumerate(self.rows):
             right = None
             for j, columns in enumerate(self.columns):
-                given = self.given[i, j] = bottoms.get(j), right
-                part, _, self.saved[i, j], bottoms[j], right = cuda.cuda_forward_with_borders(
-                    *tile_arguments(self.arguments, rows, columns), *given, True, self.reverse, False, True, True)
-                y[:, rows, columns] = part
+                tensors, before = self.tile(rows, columns), ScanBorders(bottoms.get(j), right)
+                y[:, rows, columns], _, bottoms[j], right, self.saved[i, j] = cuda.cuda_forward_with_borders(
+                    tensors, before, **options)
+                self.before[i, j] = before
         return y
 
     def backward(self, grad_y):
@@ -222,8 +228,8 @@ class Tiles:
             of_left = None
             for j, columns in reversed(list(enumerate(self.columns))):
                 found = cuda.cuda_backward_with_borders(
-                    grad_y[:, rows, columns], *tile_arguments(self.arguments, rows, columns), *self.given[i, j],
-                    self.saved[i, j], of_tops.get(j), of_left, True, self.reverse)
+                    grad_y[:, rows, columns], self.tile(rows, columns), self.before[i, j], self.saved[i, j],
+                    grad_borders=ScanBorders(of_tops.get(j), of_left), **self.options)
                 for total, part in zip(tile_arguments(grads, rows, columns), found[:11], strict=True):
                     total += part
                 of_tops[j], of_left = (grad if grad.numel() else None for grad in found[11:])

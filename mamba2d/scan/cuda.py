@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .build import KernelError, cache_folder
 from .cpu import largest_n
 from .nvrtc import check_driver, compile_cuda, cuda_driver, make_context_current, nvrtc_version
-from .reference import ScanTensors, compute_dtype
+from .reference import ScanBorders, ScanTensors, compute_dtype
 
 # %% ../../nbs/04_scan.cuda.ipynb #dc83cc6a
 class _Lanes(NamedTuple):
@@ -210,10 +210,11 @@ def _saved_dtype(dtype, real):
     return torch.bfloat16 if (dtype, real) == (torch.bfloat16, torch.float32) else real
 
 class _Borders(NamedTuple):
-    "Where an image is a part of a larger one."
+    "What a plan knows of an image that is a piece of a larger one."
     has_top: bool = False  # the states of the row above it are given
     has_left: bool = False  # those of the column to its left
-    returned: bool = False  # its last row and column are returned
+    returned: bool = False  # forward: its last row and column are returned; backward: they have gradients
+    are_double: bool = False  # float64: then so is the arithmetic
 
 class _SavedLayout(NamedTuple):
     "How the kept states lie in memory."
@@ -237,13 +238,11 @@ def cuda_saved_shape(
     x: Tensor,  # (B, H, W, E)
     A_t: Tensor,  # (E, N)
     dtype: torch.dtype,  # of the arithmetic
-    *,
-    has_top: bool = False,  # the states of the row above are given
-    has_left: bool = False,  # those of the column to the left are given
+    before: ScanBorders = ScanBorders(),  # the states that are given
 ) -> tuple[int]:
     "How many numbers (of float32) the forward pass keeps for the backward pass."
     shared_limit = _card(x.device.index or 0)[1]
-    borders = _Borders(has_top, has_left)
+    borders = _Borders(*[states is not None for states in before])
     return _saved_layout(x.shape, int(A_t.shape[1]), x.dtype, dtype, shared_limit, borders=borders).shape
 
 # %% ../../nbs/04_scan.cuda.ipynb #8dbe2205
@@ -306,7 +305,7 @@ def _make_problem(inputs, like_x, *, softplus, borders, is_aligned, device, pixe
     Some output has `pixel` elements from one pixel to the next, if that is more than those of the inputs."""
     capability, shared_limit, processors = _card(device)
     x, n = inputs.x, inputs.A_t.shape[1]
-    real = compute_dtype(*inputs, like_x)
+    real = torch.float64 if borders.are_double else compute_dtype(*inputs, like_x)
     lanes, tile = _lanes(n), _backward_tile(n, real.itemsize, shared_limit)
     if tile is None:
         raise KernelError(f"{n} states in {real} need more shared memory than this card has")
@@ -393,7 +392,7 @@ def _pack_arguments(problem, inputs, *, reverse, groups, strips, more_strides, m
     input_strides = [s for _, strides in moved.values() for s in strides]
     last_strides = [s for strides in more_strides for s in _strides(strides, problem.shape, reverse)[1]]
     saved, steps = problem.saved, []
-    if any(problem.borders):
+    if any(problem.borders[:3]):
         more_pointers = (*more_pointers, *_border_pointers(problem))
         steps = [-e * problem.n if reverse else e * problem.n]  # from one place of a border to the next
     sizes = b, h, w, e, saved.channels, groups, strips, saved.rows, saved.cols, apart
@@ -581,8 +580,8 @@ def _allocate_room(plan, x, stream):
 def _run_forward(inputs, options, borders=()):
     """Start the kernel of the forward pass; returns y, h and saved.
 
-    The options: delta_softplus, reverse, return_states, for_backward, and where there are borders what
-    `_Borders` holds. `borders` are then the row and the column that come in, and those that are written."""
+    The options: delta_softplus, reverse, return_states, for_backward, and with borders what `_Borders` holds.
+    `borders` are then the row and the column that come in, and those that are written, or None."""
     x = inputs[0]
     device = x.device.index
     if device != torch._C._cuda_getDevice():
@@ -622,36 +621,40 @@ def cuda_forward(*arguments):
 def _addresses(tensors):
     return tuple(0 if t is None else t.data_ptr() for t in tensors)
 
-def _dense_border(border, dtype):
-    "The states of a border as the kernels read them: contiguous, at a multiple of 16 bytes, in that dtype."
-    if border is None:
-        return None
-    border = border.detach().to(dtype).contiguous()
-    return border.clone() if border.data_ptr() % 16 else border
+def _aligned_borders(borders):
+    "The row and the column of states, or None, at addresses that the kernels can read: multiples of 16 bytes."
+    return ScanBorders(*[states if states is None or states.data_ptr() % 16 == 0 else states.clone()
+                         for states in borders])
 
-def _empty_borders(inputs, *, rows, columns, dtype):
-    "Room for states (B, W, E, N) if `rows` are wanted, and (B, H, E, N) if `columns` are; else empty."
-    x, n = inputs[0], inputs[3].shape[1]
-    b, h, w, e = x.shape
-    shapes = (b, w, e, n) if rows else (0,), (b, h, e, n) if columns else (0,)
-    return [x.new_empty(shape, dtype=dtype) for shape in shapes]
+def _empty_borders(tensors, dtype, *, row, column):
+    "Room for states (B, W, E, N) if a `row` is wanted, and (B, H, E, N) if a `column` is; else empty."
+    b, h, w, e = tensors.x.shape
+    n = tensors.A_t.shape[1]
+    return ScanBorders(tensors.x.new_empty((b, w, e, n) if row else (0,), dtype=dtype),
+                       tensors.x.new_empty((b, h, e, n) if column else (0,), dtype=dtype))
 
 # %% ../../nbs/04_scan.cuda.ipynb #7387811a
-def cuda_forward_with_borders(*arguments):
-    """A forward pass with borders on CUDA: y, h, saved, bottom and right, empty unless asked for.
-
-    The arguments are the eleven tensors, initial_top (B, W, E, N), initial_left (B, H, E, N), each may be
-    None, then `delta_softplus`, `reverse`, `return_states`, `for_backward` and `return_borders`."""
-    inputs, given, options, returned = arguments[:11], arguments[11:13], arguments[13:17], arguments[17]
-    dtype = compute_dtype(*inputs)
-    given = [_dense_border(border, dtype) for border in given]
-    borders = _Borders(given[0] is not None, given[1] is not None, returned)
-    bottom, right = _empty_borders(inputs, rows=returned, columns=returned, dtype=dtype)
-    if any(borders):
-        y, h, saved = _run_forward(inputs, (*options, *borders), (*given, bottom, right))
+def cuda_forward_with_borders(
+    tensors: ScanTensors,
+    before: ScanBorders,  # in the dtype of the arithmetic, each in one block of memory
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+    return_states: bool,
+    return_borders: bool,
+    for_backward: bool,
+) -> tuple[Tensor, ...]:  # y, h, bottom, right and saved; empty where they are not asked for
+    "The operator `mamba2d::scan_borders_forward` on CUDA."
+    dtype = compute_dtype(*tensors, *before)
+    before = _aligned_borders(before)
+    after = _empty_borders(tensors, dtype, row=return_borders, column=return_borders)
+    options = delta_softplus, reverse, return_states, for_backward
+    borders = *[states is not None for states in before], return_borders, dtype == torch.float64
+    if any(borders[:3]):
+        y, h, saved = _run_forward(tensors, (*options, *borders), (*before, *after))
     else:
-        y, h, saved = _run_forward(inputs, options)
-    return y, h, saved, bottom, right
+        y, h, saved = _run_forward(tensors, options)
+    return y, h, *after, saved
 
 # %% ../../nbs/04_scan.cuda.ipynb #cc4ba4cd
 def _uses_tensor_cores(problem, inputs):
@@ -718,16 +721,19 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
 
 # %% ../../nbs/04_scan.cuda.ipynb #5f1c0b7a
 class _BackwardBorders(NamedTuple):
-    "The borders of a backward pass: of each a row (B, W, E, N) and a column (B, H, E, N), or None."
-    given: tuple  # initial_top and initial_left
-    incoming: tuple  # gradients of the last row and column of states
-    outgoing: tuple  # room for the gradients of initial_top and initial_left
+    "The borders of a backward pass."
+    before: ScanBorders  # the states that the forward pass was given
+    incoming: ScanBorders  # gradients of the last row and column of states
+    outgoing: ScanBorders  # room for the gradients of what was given
 
 def _keep_states(inputs, options, borders):
     "What the forward pass keeps for the backward pass, where it did not know that this would come."
+    softplus, reverse = options
     if borders is None:
-        return cuda_forward(*inputs, *options, False, True)[2]
-    return cuda_forward_with_borders(*inputs, *borders.given, *options, False, True, False)[2]
+        return cuda_forward(*inputs, softplus, reverse, False, True)[2]
+    return cuda_forward_with_borders(
+        ScanTensors(*inputs), borders.before, delta_softplus=softplus, reverse=reverse,
+        return_states=False, return_borders=False, for_backward=True)[4]
 
 def _run_backward(grad_y, inputs, saved, grads, options, *, borders=None):
     """Start the kernels of the backward pass, which write into `grads`, those of the eleven inputs.
@@ -798,33 +804,37 @@ def cuda_backward_joined(grad_y, *arguments):
     return joint, *others
 
 # %% ../../nbs/04_scan.cuda.ipynb #a87a6bda
-def cuda_backward_with_borders(grad_y, *arguments):
-    """The gradients of the eleven inputs, of initial_top and of initial_left; empty for None.
-
-    The arguments are the gradient of y, the eleven tensors, initial_top and initial_left, `saved`, the gradients
-    of bottom and right (None: zero), delta_softplus and reverse."""
-    inputs, given, saved, incoming = arguments[:11], arguments[11:13], arguments[13], arguments[14:16]
-    dtype = compute_dtype(*inputs, grad_y)
-    has_top, has_left = (border is not None for border in given)
-    returned = any(grad is not None for grad in incoming)
-    outgoing = _empty_borders(inputs, rows=has_top, columns=has_left, dtype=dtype)
-    grads = _empty_gradients(inputs)
-    options = *arguments[16:], False
+def cuda_backward_with_borders(
+    grad_y: Tensor,  # (B, H, W, E)
+    tensors: ScanTensors,
+    before: ScanBorders,  # in the dtype of the arithmetic, each in one block of memory
+    saved: Tensor,  # from the forward pass
+    *,
+    grad_borders: ScanBorders,  # of the last row and column of states, in the same dtype
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, ...]:  # of the eleven tensors and the two borders, empty for None
+    "The operator `mamba2d::scan_borders_backward` on CUDA."
+    dtype = compute_dtype(*tensors, *before)
+    has_top, has_left = (states is not None for states in before)
+    returned = any(grad is not None for grad in grad_borders)
+    grads, options = _empty_gradients(tensors), (delta_softplus, reverse, False)
+    outgoing = _empty_borders(tensors, dtype, row=has_top, column=has_left)
     if not (has_top or has_left or returned):
-        _run_backward(grad_y, inputs, saved, grads, options)
+        _run_backward(grad_y, tensors, saved, grads, options)
         return (*grads, *outgoing)
-    if returned:
-        incoming = _incoming_gradients(inputs, incoming, dtype)
-    borders = _BackwardBorders(given, incoming, outgoing)
-    _run_backward(grad_y, inputs, saved, grads, (*options, has_top, has_left, returned), borders=borders)
-    return (*grads, *(grad if border is None else grad.to(border.dtype)
-                      for grad, border in zip(outgoing, given, strict=True)))
+    incoming = _incoming_gradients(tensors, grad_borders, dtype) if returned else grad_borders
+    options = *options, has_top, has_left, returned, dtype == torch.float64
+    _run_backward(grad_y, tensors, saved, grads, options,
+                  borders=_BackwardBorders(before, incoming, outgoing))
+    return (*grads, *outgoing)
 
-def _incoming_gradients(inputs, grads, dtype):
-    "The gradients of the last row and column as the kernels read them, zeros for None."
-    room = _empty_borders(inputs, rows=grads[0] is None, columns=grads[1] is None, dtype=dtype)
-    return [zeros.zero_() if grad is None else _dense_border(grad, dtype)
-            for grad, zeros in zip(grads, room, strict=True)]
+def _incoming_gradients(tensors, grads, dtype):
+    "The gradients of the last row and the last column, where at least one of them is there; zeros for None."
+    room = _empty_borders(tensors, dtype, row=grads.row is None, column=grads.column is None)
+    given = _aligned_borders(grads)
+    return ScanBorders(*[zeros.zero_() if grad is None else grad
+                         for grad, zeros in zip(given, room, strict=True)])
 
 # %% ../../nbs/04_scan.cuda.ipynb #aab7cdf4
 def _try_cuda_kernel():
