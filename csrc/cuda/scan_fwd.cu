@@ -294,7 +294,8 @@ template <class T> struct ForwardWarp {
   }
 
   // ------------------------------------------------------------------------ what enters and leaves the image
-  DEVICE_METHOD int channel(int c) const { return e0 + c * EG + eg; }
+  // This lane's channel, computed where it is used
+  DEVICE_METHOD int channel(int c) const { return e0 + c * EG + opaque(eg); }
   DEVICE_METHOD bool is_topmost() const { return T::HAS_TOP && row0 == 0; }
   // The states above the image in column j.
   DEVICE_METHOD void load_top(int j) {
@@ -305,7 +306,7 @@ template <class T> struct ForwardWarp {
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       const i64 at = (b * p.saved_rows * p.width + j) * pixel;
-      store_saved(p.saved + at + (lane_states + c * EG * NP), waiting[c]);
+      store_saved(p.saved + at + (channel(c) * NP + ng * NS), waiting[c]);
     }
   }
   // The states to the left of the image, where those of column 0 find them.
@@ -323,22 +324,10 @@ template <class T> struct ForwardWarp {
       }
     }
   }
-  // Of column j the state of the image's last row, and of the last column all states.
-  DEVICE_METHOD void leave_image(int j) const {
-    const bool is_last = j + 1 == p.width;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const int i = row0 + r;
-      if (i >= p.height || !(is_last || i + 1 == p.height)) continue;
-#pragma unroll
-      for (int c = 0; c < CH; ++c) {
-        States s;
-#pragma unroll
-        for (int k = 0; k < NS; ++k) s.v[k] = h[r][c][k];
-        if (i + 1 == p.height) border_of(p, p.row_out, b, p.width).store(j, channel(c), ng * NS, s);
-        if (is_last) border_of(p, p.column_out, b, p.height).store(i, channel(c), ng * NS, s);
-      }
-    }
+  // The states of a pixel of the image's last row, or of its last column.
+  DEVICE_METHOD void leave_image(int i, int j, int c, const States& s) const {
+    if (i + 1 == p.height) border_of(p, p.row_out, b, p.width).store(j, channel(c), ng * NS, s);
+    if (j + 1 == p.width) border_of(p, p.column_out, b, p.height).store(i, channel(c), ng * NS, s);
   }
 
   // ---------------------------------------------------------------------------------------------- one column
@@ -375,17 +364,18 @@ template <class T> struct ForwardWarp {
   DEVICE_METHOD void keep_states(int j) const {
     const bool keep_col = T::SAVE && j % T::SPAN == T::SPAN - 1 && j + 1 < p.width;
     const int col = opaque(j), first = (e0 + opaque(eg)) * NP + ng * NS;
-    const int kept_row = row0 / T::STRIP + T::HAS_TOP, kept_col = col / T::SPAN + T::HAS_LEFT;
-    saved_t* const at_row = p.saved + ((b * p.saved_rows + kept_row) * p.width + col) * pixel + first;
+    const i64 row_pixel = (b * p.saved_rows + (row0 / T::STRIP + T::HAS_TOP)) * p.width + col;
+    saved_t* const at_row = p.saved + row_pixel * pixel + first;
     const i64 saved_row_pixels = i64(p.images) * p.saved_rows * p.width;
-    const i64 col_pixel = saved_row_pixels + (b * p.saved_cols + kept_col) * p.height + row0;
+    const i64 col_pixel = saved_row_pixels + (b * p.saved_cols + (col / T::SPAN + T::HAS_LEFT)) * p.height + row0;
     saved_t* const at_col = p.saved + col_pixel * pixel + first;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int i = row0 + r;
       const bool may_keep = T::SAVE && (ROWS % T::STRIP != 0 || r == T::STRIP - 1);
       const bool keep_row = may_keep && i % T::STRIP == T::STRIP - 1 && i + 1 < p.height;
-      if (!(keep_row || keep_col || T::WRITE_H) || r >= rows) continue;
+      const bool leaves = T::RETURN_BORDERS && (i + 1 == p.height || j + 1 == p.width);
+      if (!(keep_row || keep_col || T::WRITE_H || leaves) || r >= rows) continue;
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         States s;
@@ -394,6 +384,7 @@ template <class T> struct ForwardWarp {
         if (keep_row) store_saved(at_row + c * EG * NP, s);
         if (keep_col) store_saved(at_col + r * pixel + c * EG * NP, s);
         if (T::WRITE_H) write_h(i, j, e0 + c * EG + eg, s);
+        if (leaves) leave_image(i, j, c, s);
       }
     }
   }
@@ -452,8 +443,7 @@ template <class T> struct ForwardWarp {
     if (is_topmost() && j + 1 < p.width) load_top(j + 1);
     scan_column(j, turn, top);
     hand_down(j, meets_below);
-    if (T::SAVE || T::WRITE_H) keep_states(j);
-    if (T::RETURN_BORDERS) leave_image(j);
+    if (T::SAVE || T::WRITE_H || T::RETURN_BORDERS) keep_states(j);
     if (turn == COLS - 1 || j == p.width - 1) {
       __syncwarp();
       write_y(j0);
