@@ -6,7 +6,7 @@ import torch
 from emulated_cuda import EmulatedDriver, load_kernel
 from torch.nn.functional import softplus as softplus_of
 
-from mamba2d.scan import cuda, random_problem
+from mamba2d.scan import cuda, operator, random_problem, selective_scan_2d, selective_scan_2d_ref
 from mamba2d.scan.reference import ScanBorders, ScanTensors
 
 names = ScanTensors._fields
@@ -249,3 +249,41 @@ def test_tiles_equal_one_scan(emulated, cuts, reverse):
     assert (y - expected).abs().max() <= 1e-6 * expected.abs().max()
     for name, found, wanted in zip(names, tiles.backward(grad_y), expected_grads, strict=True):
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+
+
+# ------------------------------------------------------------------------------------ through the operator
+
+@pytest.fixture
+def emulated_operator(emulated, monkeypatch):
+    "Within a test scans of CPU tensors run on the emulated CUDA kernels."
+    kernels = operator._kernels["cuda"]
+    able = kernels._replace(unsupported_reason=lambda x, A_t: None, status=lambda: (True, ""))
+    monkeypatch.setitem(operator._kernels, "cpu", able)
+
+
+def scan_and_gradients(scan, problem, before, weights, dtype):
+    "The outputs of a scan in `dtype`, and its gradients of all inputs."
+    leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in (problem | before).items()}
+    outputs = scan(**leaves, delta_softplus=True, return_borders=True)
+    loss = sum((output * weight.to(dtype)).sum() for output, weight in zip(outputs, weights, strict=True))
+    return outputs, torch.autograd.grad(loss, list(leaves.values()))
+
+
+def test_the_operator_runs_the_kernels(emulated_operator):
+    problem = random_problem((2, 9, 10, 20, 16), dtype=f32, requires_grad=False)
+    top, left = draw_borders(problem)
+    weights = torch.randn_like(problem["x"]), *draw_borders(problem, seed=4)
+    for before in (dict(initial_top=top, initial_left=left), dict(initial_left=left)):
+        found = scan_and_gradients(selective_scan_2d, problem, before, weights, f32)
+        expected = scan_and_gradients(selective_scan_2d_ref, problem, before, weights, f64)
+        for value, wanted in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+            assert error(value, wanted) < tolerances[f32]
+
+
+def test_the_operator_knows_what_the_kernels_keep(emulated_operator):
+    problem = random_problem((1, 9, 10, 20, 16), dtype=f32, requires_grad=False)
+    top, left = draw_borders(problem)
+    arguments = *[problem[name] for name in names], top, left, True, False, True, True, True, "auto"
+    report = torch.library.opcheck(
+        operator.scan_operators.scan_borders_forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert set(report.values()) == {"SUCCESS"}
