@@ -1,12 +1,18 @@
-"""The CUDA kernels with borders equal the float64 loop, and tiles of an image equal one scan: without a GPU."""
+"""The CUDA kernels with borders equal the float64 loop, and tiles of an image one scan: without a GPU."""
 import shutil
 
 import pytest
 import torch
 from emulated_cuda import EmulatedDriver, load_kernel
-from torch.nn.functional import softplus as softplus_of
 
-from mamba2d.scan import cuda, operator, random_problem, selective_scan_2d, selective_scan_2d_ref
+from mamba2d.scan import (
+    cuda,
+    operator,
+    random_problem,
+    selective_scan_2d,
+    selective_scan_2d_naive,
+    selective_scan_2d_ref,
+)
 from mamba2d.scan.reference import ScanBorders, ScanTensors
 
 names = ScanTensors._fields
@@ -41,54 +47,6 @@ def error(found, expected):
     return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
-# -------------------------------------------------------------------------------- the loop, with borders
-
-def coefficients(has_above, has_left):
-    "(c_t, c_l) of a pixel that has a neighbour above and to the left."
-    if has_above and has_left:
-        return 0.5, 0.5
-    return (1, 0) if has_above else (0, 1)
-
-
-def loop_with_borders(tensors, top, left, *, softplus, reverse):
-    "y, all states, the last row of states and the last column, pixel by pixel."
-    def turned(tensor, *axes):
-        return tensor.flip(axes or (1, 2)) if reverse else tensor
-
-    x, matrices = turned(tensors.x), [turned(t) for t in (tensors.B_t, tensors.B_l, tensors.C)]
-    steps = []
-    for delta, bias in ((tensors.delta_t, tensors.delta_bias_t), (tensors.delta_l, tensors.delta_bias_l)):
-        step = turned(delta) if bias is None else turned(delta) + bias
-        steps.append(softplus_of(step) if softplus else step)
-    given = [None if border is None else turned(border, 1) for border in (top, left)]
-    states = states_of_pixels(x, steps, (tensors.A_t, tensors.A_l), matrices, *given)
-    y = (states * matrices[2].unsqueeze(3)).sum(-1)
-    if tensors.D is not None:
-        y = y + tensors.D * x
-    return turned(y), turned(states), turned(states[:, -1], 1), turned(states[:, :, -1], 1)
-
-
-def states_of_pixels(x, steps, rates, matrices, top, left):
-    "The states (B, H, W, E, N), in the order of the scan."
-    height, width = x.shape[1:3]
-    zero = x.new_zeros(())
-    rows = []
-    for i in range(height):
-        row = []
-        for j in range(width):
-            above = rows[i - 1][j] if i > 0 else zero if top is None else top[:, j]
-            beside = row[j - 1] if j > 0 else zero if left is None else left[:, i]
-            of = coefficients(i > 0 or top is not None, j > 0 or left is not None)
-            h = 0
-            for c, step, rate, matrix, neighbour in zip(of, steps, rates, matrices, (above, beside), strict=False):
-                delta = step[:, i, j].unsqueeze(-1)
-                injected = delta * matrix[:, i, j].unsqueeze(1) * x[:, i, j].unsqueeze(-1)
-                h = h + c * ((delta * rate).exp() * neighbour + injected)
-            row.append(h)
-        rows.append(row)
-    return torch.stack([torch.stack(row, 1) for row in rows], 1)
-
-
 def in_float64(tensors):
     "Leaves in float64 with the same values."
     return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
@@ -105,45 +63,54 @@ def draw_borders(problem, seed=3):
 
 # ------------------------------------------------------------------------------------ against the loop
 
-def check_case(shape, dtype, *, has_top, has_left, returned, **options):
-    "The kernels' outputs and gradients against the loop; `returned`: gradients of the last row and column come in."
-    softplus, reverse = options.get("softplus", True), options.get("reverse", False)
-    states = options.get("states", False)
-    problem = random_problem(shape, dtype=dtype, strided=options.get("strided", False), delta_softplus=softplus,
-                             optional=options.get("optional", True), requires_grad=False)
-    arguments = [problem.get(name) for name in names]
+def check_case(shape, dtype, *, has_top, has_left, returned=True, softplus=True, reverse=False, states=False,
+               **kind):
+    "The kernels' outputs and gradients against the loop; `returned`: those of the last row and column too."
+    problem = random_problem(shape, dtype=dtype, delta_softplus=softplus, requires_grad=False, **kind)
+    tensors = ScanTensors(*[problem.get(name) for name in names])
     top, left = draw_borders(problem)
-    given = top if has_top else None, left if has_left else None
-    incoming = draw_borders(problem, seed=4) if returned else (None, None)
+    before = ScanBorders(top if has_top else None, left if has_left else None)
+    incoming = ScanBorders(*draw_borders(problem, seed=4) if returned else (None, None))
     grad_y = torch.randn(shape[:4], generator=torch.Generator().manual_seed(1)).to(dtype)
-
     flags = dict(delta_softplus=softplus, reverse=reverse)
-    y, h, bottom, right, saved = cuda.cuda_forward_with_borders(
-        ScanTensors(*arguments), ScanBorders(*given), **flags, return_states=states, return_borders=returned,
-        for_backward=True)
-    grads = cuda.cuda_backward_with_borders(
-        grad_y, ScanTensors(*arguments), ScanBorders(*given), saved, grad_borders=ScanBorders(*incoming), **flags)
 
-    leaves = in_float64(arguments + list(given))
-    expected = loop_with_borders(ScanTensors(*leaves[:11]), *leaves[11:], softplus=softplus, reverse=reverse)
-    assert error(y, expected[0]) < output_tolerances[dtype]
-    assert not states or error(h, expected[1]) < state_tolerances[dtype]
+    y, h, bottom, right, saved = cuda.cuda_forward_with_borders(
+        tensors, before, **flags, return_states=states, return_borders=returned, for_backward=True)
+    grads = cuda.cuda_backward_with_borders(grad_y, tensors, before, saved, grad_borders=incoming, **flags)
+
+    leaves = in_float64((*tensors, *before))
+    expected_y, expected_h, *expected_borders = loop(leaves, **flags)
+    assert error(y, expected_y) < output_tolerances[dtype]
+    assert not states or error(h, expected_h) < state_tolerances[dtype]
+    loss = (expected_y * grad_y.double()).sum()
     if returned:
-        assert error(bottom, expected[2]) < state_tolerances[dtype]
-        assert error(right, expected[3]) < state_tolerances[dtype]
-    loss = (expected[0] * grad_y.double()).sum()
-    for border, grad in zip(expected[2:], incoming, strict=True):
-        loss = loss if grad is None else loss + (border * grad.double()).sum()
-    wanted = [leaf for leaf in leaves if leaf is not None]
-    expected_grads = iter(torch.autograd.grad(loss, wanted, materialize_grads=True))
-    for name, leaf, found in zip((*names, "initial_top", "initial_left"), leaves, grads, strict=True):
-        if leaf is None:
+        for found, expected, grad in zip((bottom, right), expected_borders, incoming, strict=True):
+            assert error(found, expected) < state_tolerances[dtype]
+            loss = loss + (expected * grad.double()).sum()
+    expected_grads = gradients_of(loss, leaves)
+    for name, found, expected in zip((*names, "top", "left"), grads, expected_grads, strict=True):
+        if expected is None:
             assert not found.numel(), name
         else:
-            assert error(found, next(expected_grads)) < tolerances[dtype], name
+            assert error(found, expected) < tolerances[dtype], name
 
 
-four_cases = [(True, True), (True, False), (False, True), (False, False)]  # initial_top and initial_left given
+def loop(leaves, **flags):
+    "y, the states, the last row and the last column of them, pixel by pixel."
+    *tensors, bias_t, bias_l, top, left = leaves
+    return selective_scan_2d_naive(
+        *tensors, delta_bias_t=bias_t, delta_bias_l=bias_l, initial_top=top, initial_left=left,
+        return_states=True, return_borders=True, **flags)
+
+
+def gradients_of(loss, leaves):
+    "The gradient of each leaf, None for None."
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    grads = iter(torch.autograd.grad(loss, wanted, materialize_grads=True))
+    return [None if leaf is None else next(grads) for leaf in leaves]
+
+
+four_cases = [(True, True), (True, False), (False, True), (False, False)]  # whether top and left are given
 
 
 @pytest.mark.parametrize("has_top, has_left", four_cases)
@@ -153,7 +120,7 @@ four_cases = [(True, True), (True, False), (False, True), (False, False)]  # ini
     ((2, 9, 10, 20, 16), f32, dict(states=True)),
 ])
 def test_borders_equal_the_loop(emulated, shape, dtype, options, has_top, has_left):
-    check_case(shape, dtype, has_top=has_top, has_left=has_left, returned=True, **options)
+    check_case(shape, dtype, has_top=has_top, has_left=has_left, **options)
 
 
 @pytest.mark.parametrize("shape, dtype, options", [
@@ -162,7 +129,7 @@ def test_borders_equal_the_loop(emulated, shape, dtype, options, has_top, has_le
     ((1, 10, 9, 5, 3), f64, dict(softplus=False, reverse=True)),
 ])
 def test_other_kernels_take_borders(emulated, shape, dtype, options):
-    check_case(shape, dtype, has_top=True, has_left=True, returned=True, **options)
+    check_case(shape, dtype, has_top=True, has_left=True, **options)
 
 
 def test_given_states_without_returned_borders(emulated):
@@ -180,7 +147,8 @@ def test_borders_for_all_numbers_of_states(emulated, n, dtype):
         pytest.skip("the shared memory of an H100 has room for fewer states in float64")
     for k, shape in enumerate(slow_shapes if n in (3, 16) else slow_shapes[2:4]):
         for m, (has_top, has_left) in enumerate(four_cases[:2] if n in (3, 16) else four_cases[:1]):
-            check_case((*shape, n), dtype, has_top=has_top, has_left=has_left, returned=True, reverse=(k + m) % 2 == 1)
+            reverse = (k + m) % 2 == 1
+            check_case((*shape, n), dtype, has_top=has_top, has_left=has_left, reverse=reverse)
 
 
 # ------------------------------------------------------------------------------------ tiles of one image
@@ -221,7 +189,7 @@ class Tiles:
         return y
 
     def backward(self, grad_y):
-        "The gradients of the eleven inputs; a tile receives the gradients of its borders from those behind it."
+        "The gradients of the eleven inputs; a tile receives those of its borders from the tiles behind it."
         grads = [torch.zeros_like(t, dtype=f64) for t in self.arguments]
         of_tops = {}
         for i, rows in reversed(list(enumerate(self.rows))):
@@ -284,6 +252,6 @@ def test_the_operator_knows_what_the_kernels_keep(emulated_operator):
     problem = random_problem((1, 9, 10, 20, 16), dtype=f32, requires_grad=False)
     top, left = draw_borders(problem)
     arguments = *[problem[name] for name in names], top, left, True, False, True, True, True, "auto"
-    report = torch.library.opcheck(
-        operator.scan_operators.scan_borders_forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    scan = operator.scan_operators.scan_borders_forward
+    report = torch.library.opcheck(scan, arguments, test_utils=("test_schema", "test_faketensor"))
     assert set(report.values()) == {"SUCCESS"}

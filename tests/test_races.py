@@ -272,7 +272,8 @@ class GateRow:
         self.strip = strip
         self.r = r
         self.is_last = r == strip.rows - 1
-        self.copies_above = strip.mma and (strip.above or strip.given)  # each row copies some columns for row 0
+        # each row copies some columns for row 0
+        self.copies_above = strip.mma and (strip.above or strip.given)
         self.reports = strip.mma and strip.above  # the strip above hears of each tile
         self.copies_below = strip.mma and strip.below  # the upper rows copy two columns each for the last one
 

@@ -216,6 +216,8 @@ class _Borders(NamedTuple):
     returned: bool = False  # forward: its last row and column are returned; backward: they have gradients
     are_double: bool = False  # float64: then so is the arithmetic
 
+_no_borders = _Borders()
+
 class _SavedLayout(NamedTuple):
     "How the kept states lie in memory."
     rows: int  # rows of states that are kept
@@ -223,7 +225,7 @@ class _SavedLayout(NamedTuple):
     channels: int  # padded to whole blocks
     shape: tuple  # of the float32 tensor that holds them
 
-def _saved_layout(shape, n, dtype, real, shared_limit, *, borders=_Borders()):
+def _saved_layout(shape, n, dtype, real, shared_limit, *, borders=_no_borders):
     "The `_SavedLayout` for `x` of that shape and dtype, `n` states and arithmetic in `real`."
     b, h, w, e = shape
     lanes, tile = _lanes(n), _backward_tile(n, real.itemsize, shared_limit)
@@ -238,7 +240,7 @@ def cuda_saved_shape(
     x: Tensor,  # (B, H, W, E)
     A_t: Tensor,  # (E, N)
     dtype: torch.dtype,  # of the arithmetic
-    before: ScanBorders = ScanBorders(),  # the states that are given
+    before: ScanBorders = (None, None),  # the states that are given
 ) -> tuple[int]:
     "How many numbers (of float32) the forward pass keeps for the backward pass."
     shared_limit = _card(x.device.index or 0)[1]
@@ -622,7 +624,7 @@ def _addresses(tensors):
     return tuple(0 if t is None else t.data_ptr() for t in tensors)
 
 def _aligned_borders(borders):
-    "The row and the column of states, or None, at addresses that the kernels can read: multiples of 16 bytes."
+    "The row and the column of states, or None, at multiples of 16 bytes, as the kernels read them."
     return ScanBorders(*[states if states is None or states.data_ptr() % 16 == 0 else states.clone()
                          for states in borders])
 
