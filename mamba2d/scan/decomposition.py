@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operator import scan_operators
-from .reference import ScanTensors, compute_dtype
+from .reference import ScanBorders, ScanTensors, compute_dtype, whole_image
 
 # %% ../../nbs/07_scan.decomposition.ipynb #b98ea752
 def _places(
@@ -40,14 +40,17 @@ def _from_columns(columns: Tensor, width: int) -> Tensor:  # (H + W - 1, H, B, .
     return columns[diagonals, rows].movedim(2, 0)
 
 # %% ../../nbs/07_scan.decomposition.ipynb #7edd6a85
-def _coefficients(height, width, device, dtype):
-    "c_t and c_l of each pixel of the skewed image, (H + W - 1, 2, H, 1, 1, 1); 0 outside."
+def _coefficients(height, width, device, dtype, *, has_row=False, has_column=False):
+    """c_t and c_l of each pixel of the skewed image, (H + W - 1, 2, H, 1, 1, 1); 0 outside.
+
+    `has_row` and `has_column` say which states before the image are given."""
     places = _places(height, width, device)
-    top_row = torch.arange(height, device=device) == 0
+    top_row = (torch.arange(height, device=device) == 0) & (not has_row)
+    left_column = (places == 0) & (not has_column)
     inside = ((places >= 0) & (places < width)).to(dtype)
-    inner = torch.where(places == 0, 1., .5)
+    inner = torch.where(left_column, 1., .5)
     from_top = torch.where(top_row, 0., inner)
-    from_left = torch.where(top_row, 1., torch.where(places == 0, 0., .5))
+    from_left = torch.where(top_row, 1., torch.where(left_column, 0., .5))
     both = torch.stack([from_top, from_left], 1).to(dtype) * inside[:, None]
     return both[..., None, None, None]
 
@@ -73,14 +76,46 @@ class _Step:
 
     def __call__(self, h, pixels, coefficients, A_t, A_l):
         "The new states, and what is kept of this column."
-        sizes = [self.channels] * 3 + [self.states] * 3
-        x, delta_t, delta_l, B_t, B_l, C = pixels.split(sizes, -1)
         above = F.pad(h[:-1], (0, 0, 0, 0, 0, 0, 1, 0))  # one row down; no state is above the first row
-        top = _arriving(above, x, delta_t, A_t, B_t)
-        left = _arriving(h, x, delta_l, A_l, B_l)
-        h = coefficients[0] * top + coefficients[1] * left
+        h, C = self.new_states(above, h, pixels, coefficients, A_t, A_l)
+        return self.kept(h, C)
+
+    def new_states(self, above, h, pixels, coefficients, *matrices):
+        "The states of this column, and its C."
+        x, delta_t, delta_l, B_t, B_l, C = pixels.split([self.channels] * 3 + [self.states] * 3, -1)
+        top = _arriving(above, x, delta_t, matrices[0], B_t)
+        left = _arriving(h, x, delta_l, matrices[1], B_l)
+        return coefficients[0] * top + coefficients[1] * left, C
+
+    def kept(self, h, C):
+        "The states for the next column, the outputs, and once more the states if they are wanted."
         y = (h * C[:, :, None]).sum(-1)
         return [h, y, h.clone()] if self.return_states else [h, y]
+
+# %% ../../nbs/07_scan.decomposition.ipynb #97b38822
+class _PieceStep(_Step):
+    "The same for a piece of an image."
+    def __call__(self, h, pixels, coefficients, *others):
+        "As of a `_Step`; `others` are the states above the first row, which rows wait, A_t and A_l."
+        first_row, waits, *matrices = others
+        above = torch.cat([first_row[None], h[:-1]])
+        new, C = self.new_states(above, h, pixels, coefficients, *matrices)
+        return self.kept(new + waits * h, C)
+
+# %% ../../nbs/07_scan.decomposition.ipynb #25410523
+def _before_columns(before, height, width, reverse, no_states):
+    """What `_PieceStep` needs: the states (H, B, E, N) to begin with.
+
+    Then, for each column, those above its first row, and which rows wait."""
+    row, column = [None if states is None else states.flip(1) if reverse else states for states in before]
+    columns = height + width - 1
+    waits = (_places(height, width, no_states.device) < 0).to(no_states.dtype)[..., None, None, None]
+    if row is None:
+        first_row = no_states.new_zeros(1, *no_states.shape[1:]).expand(columns, -1, -1, -1)
+    else:
+        first_row = F.pad(row.movedim(1, 0), (0, 0, 0, 0, 0, 0, 0, height - 1))
+    start = no_states if column is None else column.movedim(1, 0).contiguous()
+    return start, first_row, waits
 
 # %% ../../nbs/07_scan.decomposition.ipynb #5fdb3290
 def _joined(tensors: ScanTensors, softplus: bool) -> Tensor:  # (B, H, W, 3·E + 3·N)
@@ -92,26 +127,53 @@ def _joined(tensors: ScanTensors, softplus: bool) -> Tensor:  # (B, H, W, 3·E +
     return torch.cat([tensors.x, *steps, tensors.B_t, tensors.B_l, tensors.C], -1)
 
 # %% ../../nbs/07_scan.decomposition.ipynb #a46aef22
-def scan_by_columns(*arguments) -> tuple[Tensor, Tensor, Tensor]:  # y, h and an empty `saved`
-    "Compute `scan_forward` with operators of PyTorch: its decomposition. The arguments are the operator's."
+def _by_columns(given, before, *, softplus, reverse, return_states):
+    "y, and h or None, of a scan by columns; `before` is None for the operator of whole images."
     from torch._higher_order_ops.scan import scan_op
-    given = ScanTensors(*arguments[:11])
-    softplus, reverse, return_states = arguments[11:14]
-    dtype = compute_dtype(*given)
+    borders = whole_image if before is None else before
+    dtype = compute_dtype(*given, *borders)
     tensors = ScanTensors(*[None if t is None else t.to(dtype) for t in given])
+    borders = ScanBorders(*[None if t is None else t.to(dtype) for t in borders])
     batch, height, width, channels = given.x.shape
     states = given.A_t.shape[1]
     image = _joined(tensors, softplus)
     image = image.flip(1, 2) if reverse else image
-    coefficients = _coefficients(height, width, image.device, dtype)
-    _, *kept = scan_op(
-        _Step(channels, states, return_states), [image.new_zeros(height, batch, channels, states)],
-        [_to_columns(image), coefficients], (tensors.A_t, tensors.A_l))
+    coefficients = _coefficients(height, width, image.device, dtype, has_row=borders.row is not None,
+                                 has_column=borders.column is not None)
+    step, start = _Step, image.new_zeros(height, batch, channels, states)
+    inputs = [_to_columns(image), coefficients]
+    if before is not None:
+        start, *more = _before_columns(borders, height, width, reverse, start)
+        step, inputs = _PieceStep, inputs + more
+    _, *kept = scan_op(step(channels, states, return_states), [start], inputs, (tensors.A_t, tensors.A_l))
     kept = [_from_columns(columns, width) for columns in kept]
     y, *h = [image.flip(1, 2) if reverse else image for image in kept]
     y = y if tensors.D is None else y + tensors.D * tensors.x
-    h = h[0].contiguous() if return_states else y.new_zeros(0)
-    return y.to(given.x.dtype).contiguous(), h, y.new_zeros(0, dtype=torch.float32)
+    return y.to(given.x.dtype).contiguous(), h[0].contiguous() if return_states else None
+
+# %% ../../nbs/07_scan.decomposition.ipynb #0b3dc931
+def scan_by_columns(*arguments) -> tuple[Tensor, Tensor, Tensor]:  # y, h and an empty `saved`
+    "Compute `scan_forward` with operators of PyTorch: its decomposition. The arguments are the operator's."
+    given = ScanTensors(*arguments[:11])
+    softplus, reverse, return_states = arguments[11:14]
+    y, h = _by_columns(given, None, softplus=softplus, reverse=reverse, return_states=return_states)
+    if not return_states:
+        h = y.new_zeros(0, dtype=compute_dtype(*given))
+    return y, h, y.new_zeros(0, dtype=torch.float32)
+
+# %% ../../nbs/07_scan.decomposition.ipynb #d4bfd906
+def scan_borders_by_columns(*arguments) -> tuple[Tensor, ...]:  # y, h, bottom, right and an empty `saved`
+    "Compute `scan_borders_forward` with operators of PyTorch: its decomposition."
+    given, before = ScanTensors(*arguments[:11]), ScanBorders(*arguments[11:13])
+    softplus, reverse, return_states, return_borders = arguments[13:17]
+    y, h = _by_columns(given, before, softplus=softplus, reverse=reverse,
+                       return_states=return_states or return_borders)
+    empty = y.new_zeros(0, dtype=compute_dtype(*given, *before))
+    bottom = right = empty
+    if return_borders:
+        last = 0 if reverse else -1
+        bottom, right = h[:, last].contiguous(), h[:, :, last].contiguous()
+    return y, h if return_states else empty, bottom, right, y.new_zeros(0, dtype=torch.float32)
 
 # %% ../../nbs/07_scan.decomposition.ipynb #6973edaa
 def scan_decompositions() -> dict:  # of operators and functions
@@ -119,4 +181,5 @@ def scan_decompositions() -> dict:  # of operators and functions
 
     The decomposed program computes no gradients. It keeps batch, height and width dynamic where the exported
     program had them so."""
-    return {scan_operators.scan_forward.default: scan_by_columns}
+    return {scan_operators.scan_forward.default: scan_by_columns,
+            scan_operators.scan_borders_forward.default: scan_borders_by_columns}

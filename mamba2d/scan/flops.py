@@ -24,12 +24,13 @@ def scan_flops(
     return batch * height * width * channels * (per_state * states + per_channel + per_skip * skip)
 
 # %% ../../nbs/08_scan.flops.ipynb #0e9b356a
-for _name in ("scan_forward", "scan_backward", "scan_projected_forward", "scan_projected_backward"):
-    flop_registry.pop(getattr(scan_operators, _name), None)
+for _name in ("scan", "scan_projected", "scan_borders"):
+    for _pass in ("forward", "backward"):
+        flop_registry.pop(getattr(scan_operators, f"{_name}_{_pass}"), None)
 
-@register_flop_formula(scan_operators.scan_forward)
+@register_flop_formula([scan_operators.scan_forward, scan_operators.scan_borders_forward])
 def _forward_formula(*shapes, out_shape=None, **kwargs):
-    "The formula of `scan_forward`: x is its first argument, A_t the fourth, D the ninth."
+    "The formula of both: x is their first argument, A_t the fourth, D the ninth."
     return scan_flops(shapes[0], shapes[3][1], skip=shapes[8] is not None)
 
 @register_flop_formula(scan_operators.scan_backward)
@@ -47,15 +48,20 @@ def _projected_backward_formula(*shapes, out_shape=None, **kwargs):
     "The formula of `scan_projected_backward`, whose first argument is the gradient of y."
     return scan_flops(shapes[1], shapes[3][1], skip=shapes[5] is not None, backward=True)
 
+@register_flop_formula(scan_operators.scan_borders_backward)
+def _borders_backward_formula(*shapes, out_shape=None, **kwargs):
+    "The formula of `scan_borders_backward`, whose first arguments are three gradients."
+    return scan_flops(shapes[3], shapes[6][1], skip=shapes[11] is not None, backward=True)
+
 # %% ../../nbs/08_scan.flops.ipynb #9133a7b8
 def _traced_scan(inputs, outputs):
-    "Multiply-adds of one traced call of `scan_forward`, for fvcore."
+    "Multiply-adds of one traced call of `scan_forward` or `scan_borders_forward`, for fvcore."
     x, A_t, D = (inputs[k].type() for k in (0, 3, 8))
     return scan_flops(x.sizes(), A_t.sizes()[1], skip=D.kind() != "NoneType") // 2
 
 def fvcore_handles() -> dict:  # name of the operator -> handler
     "The handler of the scan for `set_op_handle` of fvcore's `FlopCountAnalysis`."
-    return {"mamba2d::scan_forward": _traced_scan}
+    return {f"mamba2d::{name}": _traced_scan for name in ("scan_forward", "scan_borders_forward")}
 
 # %% ../../nbs/08_scan.flops.ipynb #ba85ab77
 def count_scans(

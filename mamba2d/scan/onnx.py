@@ -256,10 +256,18 @@ def _translate_scan(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D=None, delta_bi
     y, states = outputs if return_states else (outputs[0], unused)
     return y, states, unused
 
+# %% ../../nbs/09_scan.onnx.ipynb #0bddaaef
+def _refuse_borders(*arguments, **options):
+    "Stand where the translation of `scan_borders_forward` would be."
+    raise NotImplementedError("the ONNX translation of the scan takes no initial_top, initial_left and "
+                              "return_borders yet; torch.export with scan_decompositions() does")
+
 # %% ../../nbs/09_scan.onnx.ipynb #56259c3b
 def scan_translations() -> dict:  # of operators and functions
     """The table that teaches `torch.onnx.export` the scan, for its argument `custom_translation_table`.
 
-    It is for `dynamo=True` and opset 18. Raises `ImportError` if onnx or onnxscript is not installed."""
+    It is for `dynamo=True` and opset 18. A scan with borders is refused by name. Raises `ImportError` if onnx
+    or onnxscript is not installed."""
     require_onnx()
-    return {scan_operators.scan_forward.default: _translate_scan}
+    return {scan_operators.scan_forward.default: _translate_scan,
+            scan_operators.scan_borders_forward.default: _refuse_borders}

@@ -404,8 +404,8 @@ def _kernels_with_borders(backend, x, A_t):
     if kernels is None or kernels.forward_with_borders:
         return kernels
     if backend != "auto":
-        raise RuntimeError(f"backend {backend!r} cannot compute this scan: {_no_borders}. Without initial_top, "
-                           "initial_left and return_borders it can.")
+        raise RuntimeError(f"backend {backend!r} cannot compute this scan: {_no_borders}. "
+                           "Without initial_top, initial_left and return_borders it can.")
     _warn_no_borders(x.device.type)
     return None
 
@@ -542,16 +542,18 @@ def selective_scan_2d(
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
     initial_top: Tensor | None = None,  # (B, W, E, N) states of the row before the image
     initial_left: Tensor | None = None,  # (B, H, E, N) states of the column before the image
-    return_borders: bool = False,  # append the last row (B, W, E, N) and the last column (B, H, E, N) of states
+    return_borders: bool = False,  # also return the last row (B, W, E, N) and column (B, H, E, N) of states
 ) -> Tensor | tuple[Tensor, ...]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan on the best backend there is for `x`, or the one that `scan_backend` forces.
 
     The scan is that of arXiv 2412.16146, section 3. The dtypes may differ, as autocast makes them; arithmetic
-    is float32, or float64 if any input is. An image that goes on above begins with `initial_top`, one that goes
-    on to the left with `initial_left` (with `reverse`: below, and to the right); a border pixel then counts both
-    of its neighbours like any other. With `return_borders` the last states in the direction of the scan come
-    after y (and h), with gradients. Raises `TypeError` or `ValueError` naming the argument that does
-    not fit, `RuntimeError` if a forced backend cannot run, and `NotImplementedError` for a second derivative.
+    is float32, or float64 if any input is. An image that goes on above begins with `initial_top`, one that
+    goes on to the left with `initial_left` (with `reverse`: below, and to the right). Its border pixels then
+    count both of their neighbours, as any other pixel does. With `return_borders` the last states in the
+    direction of the scan come after y (and h), with gradients.
+
+    Raises `TypeError` or `ValueError` naming the argument that does not fit, `RuntimeError` if a forced
+    backend cannot run, and `NotImplementedError` for a second derivative.
     Derivatives by `torch.func` (`grad`, `jvp`, ...) and in forward mode are taken of `selective_scan_2d_ref`,
     whatever is forced."""
     tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)

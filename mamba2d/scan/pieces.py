@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['scan_step']
 
-# %% ../../nbs/05_scan.pieces.ipynb #8ecbd593
-import torch
+# %% ../../nbs/05_scan.pieces.ipynb #cdcb118d
 from torch import Tensor
 
 from .operator import selective_scan_2d

@@ -38,8 +38,10 @@ class ScanBorders(NamedTuple):
     row: Tensor | None = None  # (B, W, E, N) along the top or bottom side
     column: Tensor | None = None  # (B, H, E, N) along the left or right side
 
+whole_image = ScanBorders()  # nothing lies before it
+
 # %% ../../nbs/00_scan.reference.ipynb #8c72917b
-def _loop_over_pixels(tensors, before=ScanBorders()):
+def _loop_over_pixels(tensors, before=whole_image):
     "The states (B, H, W, E, N) of a scan from the top-left corner: the recurrence, pixel by pixel."
     x, delta_t, delta_l, A_t, A_l, B_t, B_l = tensors[:7]
     height, width = x.shape[1:3]
@@ -286,7 +288,7 @@ def selective_scan_2d_naive(
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
     initial_top: Tensor | None = None,  # (B, W, E, N) states of the row before the image
     initial_left: Tensor | None = None,  # (B, H, E, N) states of the column before the image
-    return_borders: bool = False,  # append the last row (B, W, E, N) and the last column (B, H, E, N) of states
+    return_borders: bool = False,  # also return the last row (B, W, E, N) and column (B, H, E, N) of states
 ) -> Tensor | tuple[Tensor, ...]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan as a loop over pixels: the definition of all faster versions.
 
@@ -309,7 +311,7 @@ def selective_scan_2d_naive(
         y = y + cast.D * images["x"]
     if reverse:
         y, h = y.flip(1, 2), h.flip(1, 2)
-    last = -1 if not reverse else 0
+    last = 0 if reverse else -1
     results = ScanResults(y.to(x.dtype), h, h[:, last], h[:, :, last])
     return results.asked_for(return_states, return_borders)
 
@@ -348,7 +350,7 @@ def _make_outside(before, height, width):
     return _Outside(*map(for_each_diagonal, before))
 
 # %% ../../nbs/00_scan.reference.ipynb #b5a69e6c
-def _put_in_order(tensors, wave, dtype, softplus, before=ScanBorders()):
+def _put_in_order(tensors, wave, dtype, softplus, before=whole_image):
     """Cast, reorder, add the bias and apply softplus; what comes back is differentiable.
 
     `before` is in the order of the scan, from `_borders_from_corner`."""
@@ -455,7 +457,7 @@ def forward_with_borders(
 # %% ../../nbs/00_scan.reference.ipynb #fa986c0f
 def forward_by_diagonals(tensors: ScanTensors, *, delta_softplus, reverse, return_states):
     "Output, and states or None, of a whole image."
-    results = forward_with_borders(tensors, ScanBorders(), delta_softplus=delta_softplus, reverse=reverse,
+    results = forward_with_borders(tensors, whole_image, delta_softplus=delta_softplus, reverse=reverse,
                                    return_states=return_states, return_borders=False)
     return results.y, results.h
 
@@ -478,7 +480,7 @@ def selective_scan_2d_ref(
     return_states: bool = False,  # return (y, h) with h (B, H, W, E, N)
     initial_top: Tensor | None = None,  # (B, W, E, N) states of the row before the image
     initial_left: Tensor | None = None,  # (B, H, E, N) states of the column before the image
-    return_borders: bool = False,  # append the last row (B, W, E, N) and the last column (B, H, E, N) of states
+    return_borders: bool = False,  # also return the last row (B, W, E, N) and column (B, H, E, N) of states
 ) -> Tensor | tuple[Tensor, ...]:  # y (B, H, W, E) in x's dtype; h in float32 or float64, without gradient
     """The 2D selective scan in plain PyTorch, vectorised over an anti-diagonal (arXiv 2412.16146, section 3).
 
@@ -668,7 +670,7 @@ def _entering(grad_borders, image, reverse):
 def _grad_before(outside, before, reverse):
     "The gradients of the states before an image in their own dtypes, None for one that is None."
     if outside is None:
-        return ScanBorders()
+        return whole_image
     parts = [None if states is None else grad[:, :states.shape[1]]
              for grad, states in zip(outside, before, strict=True)]
     parts = _borders_from_corner(ScanBorders(*parts), reverse, outside.top.dtype)
@@ -709,7 +711,7 @@ def backward_with_borders(
 # %% ../../nbs/00_scan.reference.ipynb #32ae29b1
 def backward_by_diagonals(grad_y, tensors: ScanTensors, *, delta_softplus, reverse) -> ScanTensors:
     "Gradients of the tensors of a scan of a whole image, None for one that is None."
-    return backward_with_borders(grad_y, tensors, ScanBorders(), grad_borders=ScanBorders(),
+    return backward_with_borders(grad_y, tensors, whole_image, grad_borders=whole_image,
                                  delta_softplus=delta_softplus, reverse=reverse)[0]
 
 # %% ../../nbs/00_scan.reference.ipynb #dbe9a7b9
@@ -731,7 +733,7 @@ def random_borders(problem, seed=3, *, row=True, column=True):
     return dict(initial_top=states(row, width), initial_left=states(column, height))
 
 def gradients_with_borders(scan, problem, borders, **options):
-    "Outputs (y, bottom, right) and the gradient of every input that is there, for random weights of all outputs."
+    "(y, bottom, right) and the gradient of every input that is there, for random weights of all outputs."
     given = problem | {name: value for name, value in borders.items() if value is not None}
     outputs = scan(**given, return_borders=True, **options)
     draw = _Draw(7)
