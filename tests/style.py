@@ -27,6 +27,7 @@ more_arguments = {
     "selective_scan_2d_naive": interface,
     "scan_step": interface,
     "_translate_scan": "the ONNX exporter reads the operator's arguments from it",
+    "_translate_borders": "the same",
 }
 
 

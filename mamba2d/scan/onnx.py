@@ -35,6 +35,17 @@ class _Kind(NamedTuple):
     softplus: bool
     reverse: bool
     return_states: bool
+    has_row: bool = False  # `initial_top` is given
+    has_column: bool = False  # `initial_left` is given
+    return_borders: bool = False
+
+    @property
+    def begins_with_states(self):
+        return self.has_row or self.has_column
+
+    @property
+    def keeps_states(self):
+        return self.return_states or self.return_borders
 
     @property
     def name(self):
@@ -79,8 +90,8 @@ _coefficients = """
     real_1 = Constant <value = {real} {{1}}> ()
     half = Constant <value = {real} {{0.5}}> ()
     more_axes = Constant <value = int64[3] {{2, 3, 4}}> ()
-    at_top = Equal (rows, zero)
-    at_left = Equal (places, zero)
+    at_top = {at_top}
+    at_left = {at_left}
     after_start = GreaterOrEqual (places, zero)
     before_end = Less (places, width)
     is_inside = And (after_start, before_end)
@@ -105,17 +116,18 @@ _pixels = """
     matrix = Shape (A_t)
     states_shape = Concat <axis = 0> (height_1, batch, matrix)
     row_shape = Concat <axis = 0> (axis_1, batch, matrix)
-    start = ConstantOfShape <value = {real}[1] {{0}}> (states_shape)
+    start = {start}
     no_states = ConstantOfShape <value = {real}[1] {{0}}> (row_shape)
 """
 
 # %% ../../nbs/09_scan.onnx.ipynb #99450af8
 _scan = """
-    end, {kept} = Scan <num_scan_inputs = 3, body = column (
-        {real}[] h, {real}[] p, {real}[] p_c_t, {real}[] p_c_l) => ({real}[] h_new, {body_outputs}) {{
+    end, {kept} = Scan <num_scan_inputs = {scan_inputs}, body = column (
+        {real}[] h, {real}[] p, {real}[] p_c_t, {real}[] p_c_l{before_names}
+    ) => ({real}[] h_new, {body_outputs}) {{
         p_x, p_step_t, p_step_l, p_B_t, p_B_l, p_C = Split <axis = -1> (p, sizes)
-        h_upper = Slice (h, axis_0, axis_last, axis_0)
-        above = Concat <axis = 0> (no_states, h_upper)
+        {hear_first}h_upper = Slice (h, axis_0, axis_last, axis_0)
+        above = Concat <axis = 0> ({first_above}, h_upper)
         wide_t = Unsqueeze (p_step_t, axis_last)
         wide_l = Unsqueeze (p_step_l, axis_last)
         decay_t = Mul (wide_t, A_t_real)
@@ -136,13 +148,67 @@ _scan = """
         left = Add (remembered_l, injected_l)
         part_t = Mul (p_c_t, top)
         part_l = Mul (p_c_l, left)
-        h_new = Add (part_t, part_l)
+        {new_states}
         p_C_1 = Unsqueeze (p_C, axis_last)
         y_1 = MatMul (h_new, p_C_1)
         y_kept = Squeeze (y_1, axis_last)
         {keep_states}
-    }}> (start, pixels, c_t, c_l)
+    }}> (start, pixels, c_t, c_l{before_inputs})
 """
+
+# %% ../../nbs/09_scan.onnx.ipynb #f27e6184
+_first_row = """
+    fewer_rows = Sub (height_1, axis_1)
+    below_shape = Concat <axis = 0> (fewer_rows, batch, matrix)
+    below = ConstantOfShape <value = {real}[1] {{0}}> (below_shape)
+    top_columns = Transpose <perm = [1, 0, 2, 3]> ({top})
+    first_row = Concat <axis = 0> (top_columns, below)
+"""
+
+_no_first_row = """
+    diagonals_1 = Unsqueeze (diagonals, axis_0)
+    first_row_shape = Concat <axis = 0> (diagonals_1, batch, matrix)
+    first_row = ConstantOfShape <value = {real}[1] {{0}}> (first_row_shape)
+"""
+
+_waits = """
+    is_waiting = Less (places, zero)
+    waiting = Cast <to = {cast}> (is_waiting)
+    waits = Unsqueeze (waiting, more_axes)
+"""
+
+# %% ../../nbs/09_scan.onnx.ipynb #6bffea96
+def _before(kind):
+    "The lines that put the states before the image into the order of the scan."
+    lines = []
+    for name, size, last, is_given in (("initial_top", "width", "last_place", kind.has_row),
+                                       ("initial_left", "height", "last_row", kind.has_column)):
+        if is_given and kind.reverse:
+            lines += [f"{name}_forward = Range (zero, {size}, one)",
+                      f"{name}_places = Sub ({last}, {name}_forward)",
+                      f"{name}_ordered = Gather <axis = 1> ({name}_real, {name}_places)"]
+        elif is_given:
+            lines.append(f"{name}_ordered = Identity ({name}_real)")
+    return lines
+
+# %% ../../nbs/09_scan.onnx.ipynb #2e3ed08b
+def _piece_placeholders(kind):
+    "What the braces stand for that a piece of an image fills otherwise than a whole one."
+    no_start = f"ConstantOfShape <value = {kind.real}[1] {{0}}> (states_shape)"
+    is_piece, next_line = kind.begins_with_states, "\n        "
+    waiting = next_line.join(["h_fed = Add (part_t, part_l)", "h_waiting = Mul (p_waits, h)",
+                              "h_new = Add (h_fed, h_waiting)"])
+    return dict(
+        at_top="Less (rows, rows)" if kind.has_row else "Equal (rows, zero)",
+        at_left="Less (places, places)" if kind.has_column else "Equal (places, zero)",
+        start="Transpose <perm = [1, 0, 2, 3]> (initial_left_ordered)" if kind.has_column else no_start,
+        top="initial_top_ordered", scan_inputs=5 if is_piece else 3,
+        before_names=f", {kind.real}[] p_first, {kind.real}[] p_waits" if is_piece else "",
+        before_inputs=", first_row, waits" if is_piece else "",
+        hear_first=f"p_first_1 = Unsqueeze (p_first, axis_0){next_line}" if is_piece else "",
+        first_above="p_first_1" if is_piece else "no_states",
+        new_states=waiting if is_piece else "h_new = Add (part_t, part_l)",
+    )
 
 # %% ../../nbs/09_scan.onnx.ipynb #fc3f2890
 _back = """
@@ -178,28 +244,38 @@ def _outputs(kind):
     if kind.has_skip:
         lines = ["skip = Mul (x_real, D_real)", "sum = Add (y_real, skip)"]
     lines.append(f"y = Cast <to = {kind.out}> (sum)")
-    if kind.return_states:
+    if kind.keeps_states:
         lines += ["h_rows_first = GatherND (h_columns, back)",
                   "states = Transpose <perm = [2, 0, 1, 3, 4]> (h_rows_first)"]
+    if kind.return_borders:
+        lines += [f"bottom = Gather <axis = 1> (states, {'zero' if kind.reverse else 'last_row'})",
+                  f"right = Gather <axis = 2> (states, {'zero' if kind.reverse else 'last_place'})"]
     return lines
 
 # %% ../../nbs/09_scan.onnx.ipynb #1d7ede6b
 def _input_names(kind):
     "The inputs of the function, those that a call leaves out not among them."
-    optional = {"D": kind.has_skip, "delta_bias_t": kind.has_bias_t, "delta_bias_l": kind.has_bias_l}
+    optional = {"D": kind.has_skip, "delta_bias_t": kind.has_bias_t, "delta_bias_l": kind.has_bias_l,
+                "initial_top": kind.has_row, "initial_left": kind.has_column}
     names = ("x", "delta_t", "delta_l", "A_t", "A_l", "B_t", "B_l", "C", *optional)
     return [name for name in names if optional.get(name, True)]
+
+def _output_names(kind):
+    "The outputs of the function, as many as the call asks for."
+    states = ["states"] if kind.return_states else []
+    borders = ["bottom", "right"] if kind.return_borders else []
+    return ["y", *states, *borders]
 
 def _placeholders(kind):
     "What the braces of the parts stand for."
     e, n, real = kind.channels, kind.states, kind.real
-    kept = ["y_columns", "h_columns"] if kind.return_states else ["y_columns"]
+    kept = ["y_columns", "h_columns"] if kind.keeps_states else ["y_columns"]
     body_outputs = [f"{real}[] y_kept", f"{real}[] h_kept"][:len(kept)]
     flipped = kind.reverse
-    return dict(
+    return _piece_placeholders(kind) | dict(
         real=real, cast={"float": 1, "double": 11}[real], sizes=f"{e}, {e}, {e}, {n}, {n}, {n}",
         kept=", ".join(kept), body_outputs=", ".join(body_outputs),
-        keep_states="h_kept = Identity (h_new)" if kind.return_states else "",
+        keep_states="h_kept = Identity (h_new)" if kind.keeps_states else "",
         from_row="Sub (last_row, all_rows)" if flipped else "Identity (all_rows)",
         from_place="Sub (last_place, near_places)" if flipped else "Identity (near_places)",
         corner_row="Sub (last_row, rows)" if flipped else "Identity (rows)",
@@ -209,14 +285,16 @@ def _placeholders(kind):
 # %% ../../nbs/09_scan.onnx.ipynb #a3cda3dc
 def _function_text(kind: _Kind) -> str:
     "The function for scans of this kind in ONNX's text form."
-    inputs, named = _input_names(kind), _placeholders(kind)
-    outputs = ["y", "states"] if kind.return_states else ["y"]
+    inputs, named, outputs = _input_names(kind), _placeholders(kind), _output_names(kind)
     head = (f'<domain: "mamba2d", opset_import: ["" : {onnx_opset}]>\n'
             f"{kind.name} ({', '.join(inputs)}) => ({', '.join(outputs)}) {{")
     casts = [f"{name}_real = Cast <to = {named['cast']}> ({name})" for name in inputs]
-    parts = [head, *casts, *_steps(kind), *(part.format(**named) for part in (
-        _geometry, _coefficients, _pixels, _scan, _back)), *_outputs(kind), "}"]
-    return "\n".join(parts)
+    first_row = _first_row if kind.has_row else _no_first_row
+    parts = [_geometry, *_before(kind), _coefficients, _pixels]
+    if kind.begins_with_states:
+        parts += [first_row, _waits]
+    parts = [part.format(**named) for part in (*parts, _scan, _back)]
+    return "\n".join([head, *casts, *_steps(kind), *parts, *_outputs(kind), "}"])
 
 # %% ../../nbs/09_scan.onnx.ipynb #e973cff7
 def _call_function(kind, values):
@@ -227,8 +305,7 @@ def _call_function(kind, values):
     recorder = evaluator.default()  # the exporter's
     function = onnx_ir.serde.deserialize_function(onnx.parser.parse_function(_function_text(kind)))
     recorder.functions[function.identifier()] = function
-    outputs = 2 if kind.return_states else 1
-    node = onnx_ir.Node("mamba2d", kind.name, values, num_outputs=outputs)
+    node = onnx_ir.Node("mamba2d", kind.name, values, num_outputs=len(_output_names(kind)))
     recorder.nodes.append(node)
     for output in node.outputs:
         output.dtype = onnx_ir.DataType[kind.real.upper()]
@@ -241,7 +318,7 @@ def _kind_of(tensors, softplus, reverse, return_states):
     x, A_t = tensors[0], tensors[3]
     doubles = any(t is not None and t.dtype.name == "DOUBLE" for t in tensors)
     return _Kind(int(x.shape[3]), int(A_t.shape[1]), "double" if doubles else "float", int(x.dtype),
-                 *(t is not None for t in tensors[8:]), softplus, reverse, return_states)
+                 *(t is not None for t in tensors[8:11]), softplus, reverse, return_states)
 
 # %% ../../nbs/09_scan.onnx.ipynb #3996c882
 def _translate_scan(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D=None, delta_bias_t=None, delta_bias_l=None,
@@ -257,17 +334,28 @@ def _translate_scan(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D=None, delta_bi
     return y, states, unused
 
 # %% ../../nbs/09_scan.onnx.ipynb #0bddaaef
-def _refuse_borders(*arguments, **options):
-    "Stand where the translation of `scan_borders_forward` would be."
-    raise NotImplementedError("the ONNX translation of the scan takes no initial_top, initial_left and "
-                              "return_borders yet; torch.export with scan_decompositions() does")
+def _translate_borders(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D=None, delta_bias_t=None,
+                       delta_bias_l=None, initial_top=None, initial_left=None, delta_softplus: bool = False,
+                       reverse: bool = False, return_states: bool = False, return_borders: bool = False,
+                       for_backward: bool = False, backend: str = "auto"):
+    "Record one call of `scan_borders_forward`: y, states, bottom, right, and nothing for a backward pass."
+    from onnxscript.onnx_opset import opset18
+    tensors = (x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l, initial_top,
+               initial_left)
+    kind = _kind_of(tensors, delta_softplus, reverse, return_states)
+    kind = kind._replace(has_row=initial_top is not None, has_column=initial_left is not None,
+                         return_borders=return_borders)
+    outputs = _call_function(kind, [t for t in tensors if t is not None])
+    found = dict(zip(_output_names(kind), outputs, strict=True))
+    unused = opset18.Constant(value_float=0.)  # stands for an output that no node reads
+    return *(found.get(name, unused) for name in ("y", "states", "bottom", "right")), unused
 
 # %% ../../nbs/09_scan.onnx.ipynb #56259c3b
 def scan_translations() -> dict:  # of operators and functions
     """The table that teaches `torch.onnx.export` the scan, for its argument `custom_translation_table`.
 
-    It is for `dynamo=True` and opset 18. A scan with borders is refused by name. Raises `ImportError` if onnx
+    It is for `dynamo=True` and opset 18. Raises `ImportError` if onnx
     or onnxscript is not installed."""
     require_onnx()
     return {scan_operators.scan_forward.default: _translate_scan,
-            scan_operators.scan_borders_forward.default: _refuse_borders}
+            scan_operators.scan_borders_forward.default: _translate_borders}
