@@ -58,6 +58,7 @@ def error(found, expected):
     ((2, 16, 9, 20, 16), bf16, dict(processors=1)),  # the forward pass's tile for large batches
     ((1, 67, 3, 5, 4), f32, dict(reverse=True)),  # strips that follow each other
     ((1, 3, 4, 2, 20), f64, dict(card=(75, 65536, 40))),  # tiles of one column
+    ((1, 3, 9, 3, 40), f64, {}),  # two channels a block
 ])
 def test_kernels_equal_the_reference(emulated, monkeypatch, shape, dtype, options):
     choose_plan(monkeypatch, options)
