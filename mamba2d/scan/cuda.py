@@ -67,10 +67,11 @@ def _backward_shared(lanes, channels_per_thread, span, real):
     padded_n = lanes.per_thread * lanes.groups
     states = (_strip + 1) * (span + 1) * 32 * channels_per_thread * lanes.per_thread
     pixels = _strip * span * (4 * channels + 3 * padded_n)
-    constants = -(-3 * channels * real // 16) * 16  # bytes of biases and skip
+    constants = -(-3 * channels * real // 8) * 8  # bytes of biases and skip
     sums = max(channels * (lanes.groups * 4 + 4), 3 * (padded_n * (32 // lanes.groups) + 4))
-    gates = -(-(8 * (_strip + 1) * span + 16) // 16) * 16  # of messages between rows; what follows is aligned
-    return real * (states + pixels + _strip * -(-sums // 4) * 4) + constants + gates
+    gates = 8 * (_strip + 1) * span + 16  # of messages between rows
+    aligned = -(-(constants + gates) // 16) * 16  # the sums begin at a multiple of 16 bytes
+    return real * (states + pixels + _strip * -(-sums // 4) * 4) + aligned
 
 # %% ../../nbs/04_scan.cuda.ipynb #9c6be68f
 @lru_cache(maxsize=None)
