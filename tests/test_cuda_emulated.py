@@ -57,6 +57,8 @@ def error(found, expected):
     ((1, 17, 1, 33, 16), bf16, dict(reverse=True)),
     ((2, 16, 9, 20, 16), bf16, dict(processors=1)),  # the forward pass's tile for large batches
     ((1, 67, 3, 5, 4), f32, dict(reverse=True)),  # strips that follow each other
+    ((1, 3, 4, 2, 20), f64, dict(card=(75, 65536, 40))),  # tiles of one column
+    ((1, 3, 9, 3, 40), f64, {}),  # two channels a block
 ])
 def test_kernels_equal_the_reference(emulated, monkeypatch, shape, dtype, options):
     choose_plan(monkeypatch, options)
@@ -90,6 +92,8 @@ def choose_plan(monkeypatch, options):
         monkeypatch.setattr(cuda, "_apart_pixels", 0)
     if "processors" in options:
         monkeypatch.setattr(cuda, "_card", an_h100(options["processors"]))
+    if "card" in options:
+        monkeypatch.setattr(cuda, "_card", lambda index: options["card"])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ to compile the kernels with")

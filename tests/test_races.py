@@ -256,6 +256,7 @@ class Strip:
     mma: bool  # the sums run on the tensor cores
     above: bool  # whether there is a strip above, and below
     below: bool
+    given: bool = False  # no strip lies above, but states that the image was given
 
     def programs(self):
         return [MbarrierRow(self, r).program() for r in range(self.rows)]
@@ -274,7 +275,9 @@ class MbarrierRow:
         self.strip = strip
         self.r = r
         self.is_last = r == strip.rows - 1
-        self.copies_above = strip.mma and strip.above  # each row copies some columns for row 0
+        # each row copies some columns for row 0
+        self.copies_above = strip.mma and (strip.above or strip.given)
+        self.reports = strip.mma and strip.above  # the strip above hears of each tile
         self.copies_below = strip.mma and strip.below  # the upper rows copy two columns each for the last one
 
     def program(self):
@@ -284,7 +287,7 @@ class MbarrierRow:
             if self.copies_below and self.r < strip_rows // 2:
                 yield from self.copy_below(t)
             yield from self.adjoint(t)
-            if self.copies_above and self.r == 0:
+            if self.reports and self.r == 0:
                 yield "announce", ("sent",)
         yield from self.report_sent(len(self.strip.widths))
 
@@ -317,7 +320,7 @@ class MbarrierRow:
 
     def report_sent(self, t):
         "The last row tells the strip above, on behalf of row 0, that the tile before t is in memory."
-        if self.copies_above and self.is_last and t > 0:
+        if self.reports and self.is_last and t > 0:
             yield "receive", ("sent",), t - 1
             yield from (("read", ("carry", t - 1, j)) for j in range(self.strip.widths[t - 1]))
 
@@ -384,17 +387,17 @@ class MbarrierRow:
         if self.r > 0:
             yield "write", (self.r, j)
             yield "announce", (self.r, j, "up")
-        elif self.strip.above:
-            yield "write", ("carry", t, j)
+        elif self.strip.above or self.strip.given:
+            yield "write", ("carry" if self.strip.above else "gradient", t, j)
 
 
 @pytest.mark.parametrize("widths", [(1, 8, 8, 8), (3, 8, 8), (8, 8, 8, 8), (5,), (1,)])
-@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("above, given", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("rows", range(1, strip_rows + 1))
 @pytest.mark.parametrize("mma", [False, True])
-def test_backward_pass_at_mbarriers(mma, rows, above, widths):
+def test_backward_pass_at_mbarriers(mma, rows, above, given, widths):
     for below in (False, True) if rows == strip_rows else (False,):
-        assert not races_at_mbarriers(Strip(rows, widths, mma, above, below).programs())
+        assert not races_at_mbarriers(Strip(rows, widths, mma, above, below, given).programs())
 
 
 def full_strip():
@@ -410,6 +413,11 @@ def without(program, message, kinds=("announce", "receive")):
 @pytest.mark.parametrize("message", [(4, 3, "down"), ("below", 7), ("above", 2)])
 def test_a_missing_mbarrier_is_found(message):
     assert len(races_at_mbarriers([without(row, message) for row in full_strip()])) == 3
+
+
+def test_a_missing_mbarrier_for_given_states_is_found():
+    strip = Strip(strip_rows, (8, 8, 8), mma=True, above=False, below=True, given=True)
+    assert len(races_at_mbarriers([without(row, ("above", 2)) for row in strip.programs()])) == 3
 
 
 def test_a_missing_mbarrier_for_the_strip_above_is_found():

@@ -53,7 +53,7 @@ struct BackwardTensors {
   // tiles times rows whose sums the next channel group may take up
   int* flags;
 };
-struct BackwardArguments : Inputs, BackwardTensors, Layout {
+struct BackwardArguments : Inputs, BackwardTensors, BorderArguments<ScanTraits::BORDERS>, Layout {
   Strides sg, se, sn;  // of the gradient of y; of the gradients with E and with N channels
 };
 

@@ -97,6 +97,49 @@ DEVICE States load_states_l2(const real* p) {
 }
 template <typename T> DEVICE void prefetch(const T* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 
+// --------------------------------------------------------------------------------------------------- borders
+// States that enter an image at its borders, and states that leave it there: rows (B, W, E, N), columns
+// (B, H, E, N). Forward, what enters are the states above the image and to its left, and what leaves are those
+// of its last row and column. Backward, the gradients of the latter enter, and those of the former leave.
+template <bool there> struct BorderArguments {
+  const real *row_in, *column_in;
+  real *row_out, *column_out;
+  i64 step;  // elements from one place of a border to the next; negative where the scan is reversed
+};
+template <> struct BorderArguments<false> {  // takes no room, so that a scan without borders stays as it is
+  static constexpr const real *row_in = nullptr, *column_in = nullptr;
+  static constexpr real *row_out = nullptr, *column_out = nullptr;
+  static constexpr i64 step = 0;
+};
+
+// One border of one image. A lane's states are those of channel `e` from number `n` on; what is missing is 0.
+template <typename R> struct Border {
+  static constexpr int STATES = ScanTraits::STATES, NS = ScanTraits::NS;
+  static constexpr bool EVEN = STATES % NS == 0;  // a lane has all its states, or none
+  R* const first;
+  const i64 step;
+  const int channels;
+  DEVICE_METHOD R* place(int at, int e, int n) const { return first + at * step + i64(e) * STATES + n; }
+  DEVICE_METHOD States load(int at, int e, int n) const {
+    States s = no_states();
+    if (EVEN && e < channels && n < STATES) s = load_states(place(at, e, n));
+#pragma unroll
+    for (int k = 0; k < NS; ++k)
+      if (!EVEN && e < channels && n + k < STATES) s.v[k] = place(at, e, n)[k];
+    return s;
+  }
+  DEVICE_METHOD void store(int at, int e, int n, const States& s) const {
+    if (EVEN && e < channels && n < STATES) store_states(place(at, e, n), s);
+#pragma unroll
+    for (int k = 0; k < NS; ++k)
+      if (!EVEN && e < channels && n + k < STATES) place(at, e, n)[k] = s.v[k];
+  }
+};
+// Of a border of `length` places, that of image `b`.
+template <class Arguments, typename R> DEVICE Border<R> border_of(const Arguments& p, R* border, i64 b, int length) {
+  return {border + b * length * (i64(p.channels) * ScanTraits::STATES), p.step, p.channels};
+}
+
 // ----------------------------------------------------------------------- copies in the background, in groups
 // Memory to shared memory past the first-level cache, in the background where the card can.
 DEVICE void copy_states_l2(real* shared, const real* p) {

@@ -19,6 +19,11 @@
 // the last one; the last row tells the strip above when row 0 has sent a tile.
 //
 // A gate is c exp(delta A), the factor of a neighbour's state.
+//
+// Where the image is a part of a larger one, the states above it and to its left lie among those that the
+// forward pass has kept, and rows and tiles at these borders find theirs as all others do. What the adjoint
+// sends beyond them are their gradients (HAS_TOP, HAS_LEFT); gradients of the last row and column come in where
+// what other rows and tiles send comes in (RETURN_BORDERS).
 #include "backward.cuh"
 
 // One row of a block's strip, which one warp computes.
@@ -73,7 +78,7 @@ template <class T> struct BackwardRow {
         strip(job.strip), e0(job.group * CG), row(strip * STRIP + r), rows(min(STRIP, p.height - strip * STRIP)),
         H(p.height), W(p.width), tiles((W + SPAN - 1) / SPAN), active(row < H), follows(job.group > 0 && !p.apart),
         last_group(job.group == p.groups - 1 && !p.apart), passes_on(!last_group && !p.apart),
-        from_below(strip + 1 < p.strips), meets_above(r > 0 || MMA && strip > 0),
+        from_below(strip + 1 < p.strips), meets_above(r > 0 || MMA && (T::HAS_TOP || strip > 0)),
         meets_below(row + 1 < H && (r + 1 < STRIP || MMA)), b(job.image), pixel(p.pixel_states()),
         lane_states((e0 + eg * LANE_STEP) * NP + ng * NS), own_ch(MMA ? eg * CH : lane), written(e0 + own_ch),
         writes(own_ch < CG && written < p.channels), row_e(OFFSET(row * p.se.h)), row_n(OFFSET(row * p.sn.h)),
@@ -102,10 +107,10 @@ template <class T> struct BackwardRow {
     return p.carry + (b * W + opaque(col)) * pixel + ((e0 + opaque(eg) * LANE_STEP) * NP + ng * NS);
   }
   DEVICE_METHOD const saved_t* left_of(int t, int i) const {
-    return p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + t - 1) * H + i) * pixel;
+    return p.saved + (i64(p.images) * p.saved_rows * W + (b * p.saved_cols + t - !T::HAS_LEFT) * H + i) * pixel;
   }
   DEVICE_METHOD const saved_t* above(int t) const {
-    return p.saved + ((b * p.saved_rows + strip - 1) * W + t * SPAN) * pixel;
+    return p.saved + ((b * p.saved_rows + strip - !T::HAS_TOP) * W + t * SPAN) * pixel;
   }
   DEVICE_METHOD real* sums_at(int col) const {
     return p.sums + (p.apart ? i64(job.group) * p.images + b : b) * H * W * (3 * STATES) +
@@ -165,7 +170,7 @@ template <class T> struct BackwardRow {
     const int item = 32 * q + opaque(lane), at = TOGETHER ? q : 0;
     const int ch = item % X_WIDTH * VECTOR, j = item / X_WIDTH, col = j0 + j;
     if (item >= SPAN * X_WIDTH || col >= W) return;
-    const Coefficients of = border_coefficients(row > 0, col > 0);
+    const Coefficients of = coefficients(col);
     Pack<real, VECTOR> weights[3];
 #pragma unroll
     for (int v = 0; v < VECTOR; ++v) {
@@ -226,13 +231,13 @@ template <class T> struct BackwardRow {
     for (int c = 0; c < CH; ++c) {
       const bool there = has_channel(c);
       const int from = lane_states + c * CHANNEL_STEP * NP;
-      load_border(top_h + ROW - TILE + c * 32 * NS, left_of(tile, row) + from, tile > 0 && there);
-      if (tile > 1 && there) prefetch(left_of(tile - 1, row) + from);
+      load_border(top_h + ROW - TILE + c * 32 * NS, left_of(tile, row) + from, (T::HAS_LEFT || tile > 0) && there);
+      if (tile > !T::HAS_LEFT && there) prefetch(left_of(tile - 1, row) + from);
       if (r > 0) continue;
 #pragma unroll 1
       for (int j = 0; j < cols; ++j) {
-        load_border(top_h + j * TILE + c * 32 * NS, above(tile) + j * pixel + from, strip > 0 && there);
-        if (strip > 0 && tile > 0 && there) prefetch(above(tile - 1) + j * pixel + from);
+        load_border(top_h + j * TILE + c * 32 * NS, above(tile) + j * pixel + from, (T::HAS_TOP || strip > 0) && there);
+        if ((T::HAS_TOP || strip > 0) && tile > 0 && there) prefetch(above(tile - 1) + j * pixel + from);
       }
     }
   }
@@ -263,7 +268,7 @@ template <class T> struct BackwardRow {
   }
   // Of the states above, each row of the strip copies some columns; row 0 reads them.
   DEVICE_METHOD void copy_above(int t) const {
-    if (strip == 0) return;
+    if (!T::HAS_TOP && strip == 0) return;
 #pragma unroll 1
     for (int j = r; j < SPAN; j += rows)
 #pragma unroll
@@ -275,7 +280,7 @@ template <class T> struct BackwardRow {
 #pragma unroll
     for (int c = 0; c < CH; ++c) {
       saved_t* const to = left_place() + c * 32 * NS;
-      if (t == 0) store_saved(to, no_states());
+      if (!T::HAS_LEFT && t == 0) store_saved(to, no_states());
       else if (has_channel(c)) copy_eight(to, left_of(t, opaque(row)) + (lane_states + c * CHANNEL_STEP * NP));
     }
   }
@@ -340,7 +345,7 @@ template <class T> struct BackwardRow {
     }
     finish_copies();
     __syncwarp();
-    if (MMA && strip > 0)
+    if (MMA && (T::HAS_TOP || strip > 0))
       for (int j = r; j < SPAN; j += rows) mbarrier_arrive(&space.mbarriers[j], 0, lane);
   }
 
@@ -362,7 +367,9 @@ template <class T> struct BackwardRow {
   }
 
   // ------------------------------------------------------------------------------- phase 2: the states again
-  DEVICE_METHOD Coefficients coefficients(int col) const { return border_coefficients(row > 0, col > 0); }
+  DEVICE_METHOD Coefficients coefficients(int col) const {
+    return border_coefficients(T::HAS_TOP || row > 0, T::HAS_LEFT || col > 0);
+  }
   DEVICE_METHOD Mbarrier* mbarrier(int row_of_strip, int j) const { return &space.mbarriers[row_of_strip * SPAN + j]; }
 
   // The compiler would compute the gates c exp(delta A) behind the wait for a neighbour, while the next row waits
@@ -540,6 +547,7 @@ template <class T> struct BackwardRow {
         at.dh[c][k] = cc.v[k] * s.v[3] + sent_left[c][k];
       }
     }
+    if (T::RETURN_BORDERS && row + 1 == H) enter_from_below(tile * SPAN + j, at);
     int ready = 0;
 #pragma unroll
     for (int c = 0; c < CH; ++c)
@@ -573,6 +581,8 @@ template <class T> struct BackwardRow {
       real* const to = carry_at(tile * SPAN + j);
 #pragma unroll
       for (int c = 0; c < CH; ++c) store_states(to + c * CHANNEL_STEP * NP, up[c]);
+    } else if (T::HAS_TOP) {
+      leave_above(tile * SPAN + j, up);
     }
   }
   // What goes left, the gradients of A, and what the step sizes' gradients sum over states.
@@ -583,6 +593,38 @@ template <class T> struct BackwardRow {
     sum_A_t[c][k] += to_A_t * s.v[0];
     sum_A_l[c][k] += to_A_l * s.v[1];
     at.through_t()[c][k] = to_A_t * A_t[c][k], at.through_l()[c][k] = to_A_l * A_l[c][k];
+  }
+  // Gradients of states beyond the image: what comes in from below its last row, and from the right of its last
+  // column; what leaves it upwards, and to the left.
+  DEVICE_METHOD int channel(int c) const { return e0 + eg * LANE_STEP + c * CHANNEL_STEP; }
+  DEVICE_METHOD void enter_from_below(int col, Column& at) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const States s = border_of(p, p.row_in, b, W).load(col, channel(c), ng * NS);
+#pragma unroll
+      for (int k = 0; k < NS; ++k) at.dh[c][k] += s.v[k];
+    }
+  }
+  DEVICE_METHOD void enter_from_right() {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const States s = border_of(p, p.column_in, b, H).load(row, channel(c), ng * NS);
+#pragma unroll
+      for (int k = 0; k < NS; ++k) sent_left[c][k] = s.v[k];
+    }
+  }
+  DEVICE_METHOD void leave_above(int col, const States (&up)[CH]) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) border_of(p, p.row_out, b, W).store(col, channel(c), ng * NS, up[c]);
+  }
+  DEVICE_METHOD void leave_to_left() const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      States s;
+#pragma unroll
+      for (int k = 0; k < NS; ++k) s.v[k] = sent_left[c][k];
+      border_of(p, p.column_out, b, H).store(row, channel(c), ng * NS, s);
+    }
   }
   DEVICE_METHOD void adjoint(int tile, int cols, int parity) {
     if constexpr (MMA) adjoint_on_tensor_cores(tile, cols, parity);
@@ -818,7 +860,7 @@ template <class T> struct BackwardRow {
         clear_places();
         if constexpr (EARLY) copy_most(tiles - 1), copy_rest(tiles - 1);
       }
-      if (strip == 0) __syncthreads();  // row 0 reads the zeros above the image without waiting for them
+      if (!T::HAS_TOP && strip == 0) __syncthreads();  // row 0 reads the zeros above the image without waiting for them
     }
   }
   DEVICE_METHOD void pass_lockstep(int count) const {  // steps of other rows, for racecheck
@@ -854,8 +896,10 @@ template <class T> struct BackwardRow {
       pass_lockstep(2 * (W + tiles * (STRIP - 1)));
       return;
     }
+    if (T::RETURN_BORDERS) enter_from_right();
 #pragma unroll 1
     for (int tile = tiles - 1; tile >= 0; --tile) run_tile(tile);
+    if (T::HAS_LEFT) leave_to_left();
     report_sent(tiles - 1);
     if (passes_on) {
       __syncwarp();

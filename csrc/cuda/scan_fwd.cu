@@ -11,6 +11,10 @@
 // image and channel group, overwritten in place: a strip writes column j after it has read it). A strip of this
 // pass has WARPS * ROWS rows. The states that are kept for the backward pass are those at the borders of its
 // strips, which have STRIP rows.
+//
+// Where the image is a part of a larger one (HAS_TOP, HAS_LEFT), the first row of the first strip finds the
+// states above it as it would find the carry, and registers begin with the states to the left in place of
+// zeros. Both are kept for the backward pass, as the rows and columns before those that the image has itself.
 #include "memory.cuh"
 
 struct ForwardTraits : ScanTraits {
@@ -34,7 +38,7 @@ struct ForwardOutputs {
   real* carry;     // (B, W, E padded, NP)
   int* flags;      // ticket, then columns finished of every (image, channel group, strip)
 };
-struct ForwardArguments : Inputs, ForwardOutputs, Layout {
+struct ForwardArguments : Inputs, ForwardOutputs, BorderArguments<ScanTraits::BORDERS>, Layout {
   Strides sy, sh;
 };
 
@@ -102,7 +106,7 @@ template <class T> struct ForwardWarp {
   const int lane_states;  // this lane's first states in a padded pixel; those of channel c are c * EG * NP further
 
   real A_t[CH][NS], A_l[CH][NS], h[ROWS][CH][NS];
-  States waiting[CH];  // the strip above's states of the next column
+  States waiting[CH];  // the strip above's states of the next column, or those above the image
   int allowed;         // columns known to be finished above
 
   // What a lane has loaded of the next COLS columns, and the offsets of the next load, which walk along the
@@ -220,7 +224,7 @@ template <class T> struct ForwardWarp {
   }
   DEVICE_METHOD void stage_channels(int q, int j0) {
     const int r = wide.row() + wide.rows(q), col = wide.col() + wide.cols(q), ch = wide.element() + wide.elements(q);
-    const Coefficients of = border_coefficients(row0 + r > 0, j0 + col > 0);
+    const Coefficients of = border_coefficients(T::HAS_TOP || row0 + r > 0, T::HAS_LEFT || j0 + col > 0);
 #pragma unroll
     for (int v = 0; v < VECTOR; ++v) {
       Quad s;
@@ -287,10 +291,47 @@ template <class T> struct ForwardWarp {
     for (int c = 0; c < CH; ++c) {
       States s;
       if (warp > 0) s = all[warp - 1].handed[j & 1][c * 32 + lane];
-      else if (T::CHAINED) s = waiting[c];
+      else if (T::CHAINED || T::HAS_TOP) s = waiting[c];
 #pragma unroll
-      for (int k = 0; k < NS; ++k) top[c][k] = row0 > 0 ? s.v[k] : real(0);
+      for (int k = 0; k < NS; ++k) top[c][k] = T::HAS_TOP || row0 > 0 ? s.v[k] : real(0);
     }
+  }
+
+  // ------------------------------------------------------------------------ what enters and leaves the image
+  // This lane's channel, computed where it is used
+  DEVICE_METHOD int channel(int c) const { return e0 + c * EG + opaque(eg); }
+  DEVICE_METHOD bool is_topmost() const { return T::HAS_TOP && row0 == 0; }
+  // The states above the image in column j.
+  DEVICE_METHOD void load_top(int j) {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) waiting[c] = border_of(p, p.row_in, b, p.width).load(j, channel(c), ng * NS);
+  }
+  DEVICE_METHOD void keep_top(int j) const {
+#pragma unroll
+    for (int c = 0; c < CH; ++c) {
+      const i64 at = (b * p.saved_rows * p.width + j) * pixel;
+      store_saved(p.saved + at + (channel(c) * NP + ng * NS), waiting[c]);
+    }
+  }
+  // The states to the left of the image, where those of column 0 find them.
+  DEVICE_METHOD void enter_from_left() {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (r >= rows) continue;
+#pragma unroll
+      for (int c = 0; c < CH; ++c) {
+        const States s = border_of(p, p.column_in, b, p.height).load(row0 + r, channel(c), ng * NS);
+#pragma unroll
+        for (int k = 0; k < NS; ++k) h[r][c][k] = s.v[k];
+        const i64 at = (i64(p.images) * p.saved_rows * p.width + b * p.saved_cols * p.height + row0 + r) * pixel;
+        if (T::SAVE) store_saved(p.saved + at + (lane_states + c * EG * NP), s);
+      }
+    }
+  }
+  // The states of a pixel of the image's last row, or of its last column.
+  DEVICE_METHOD void leave_image(int i, int j, int c, const States& s) const {
+    if (i + 1 == p.height) border_of(p, p.row_out, b, p.width).store(j, channel(c), ng * NS, s);
+    if (j + 1 == p.width) border_of(p, p.column_out, b, p.height).store(i, channel(c), ng * NS, s);
   }
 
   // ---------------------------------------------------------------------------------------------- one column
@@ -298,10 +339,10 @@ template <class T> struct ForwardWarp {
   // a lane; `staged` is the column's number among those that are staged. All rows without a branch between them, so
   // that their chains overlap; rows below the image have no inputs.
   DEVICE_METHOD void scan_column(int j, int staged, real (&top)[CH][NS]) {
-    const bool later = opaque(j) > 0;
+    const bool later = T::HAS_LEFT || opaque(j) > 0;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const real exponent = border_coefficients(r > 0 || row0 > 0, later).log2;
+      const real exponent = border_coefficients(T::HAS_TOP || r > 0 || row0 > 0, later).log2;
       const real* const matrices = own.matrices + (staged * ROWS + r) * 3 * NP + ng * NS;
       const States bt = load_states(matrices), bl = load_states(matrices + NP), cc = load_states(matrices + 2 * NP);
 #pragma unroll
@@ -327,16 +368,18 @@ template <class T> struct ForwardWarp {
   DEVICE_METHOD void keep_states(int j) const {
     const bool keep_col = T::SAVE && j % T::SPAN == T::SPAN - 1 && j + 1 < p.width;
     const int col = opaque(j), first = (e0 + opaque(eg)) * NP + ng * NS;
-    saved_t* const at_row = p.saved + ((b * p.saved_rows + row0 / T::STRIP) * p.width + col) * pixel + first;
+    const i64 row_pixel = (b * p.saved_rows + (row0 / T::STRIP + T::HAS_TOP)) * p.width + col;
+    saved_t* const at_row = p.saved + row_pixel * pixel + first;
     const i64 saved_row_pixels = i64(p.images) * p.saved_rows * p.width;
-    const i64 col_pixel = saved_row_pixels + (b * p.saved_cols + col / T::SPAN) * p.height + row0;
+    const i64 col_pixel = saved_row_pixels + (b * p.saved_cols + (col / T::SPAN + T::HAS_LEFT)) * p.height + row0;
     saved_t* const at_col = p.saved + col_pixel * pixel + first;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
       const int i = row0 + r;
       const bool may_keep = T::SAVE && (ROWS % T::STRIP != 0 || r == T::STRIP - 1);
       const bool keep_row = may_keep && i % T::STRIP == T::STRIP - 1 && i + 1 < p.height;
-      if (!(keep_row || keep_col || T::WRITE_H) || r >= rows) continue;
+      const bool leaves = T::RETURN_BORDERS && (i + 1 == p.height || j + 1 == p.width);
+      if (!(keep_row || keep_col || T::WRITE_H || leaves) || r >= rows) continue;
 #pragma unroll
       for (int c = 0; c < CH; ++c) {
         States s;
@@ -345,6 +388,7 @@ template <class T> struct ForwardWarp {
         if (keep_row) store_saved(at_row + c * EG * NP, s);
         if (keep_col) store_saved(at_col + r * pixel + c * EG * NP, s);
         if (T::WRITE_H) write_h(i, j, e0 + c * EG + eg, s);
+        if (leaves) leave_image(i, j, c, s);
       }
     }
   }
@@ -398,10 +442,12 @@ template <class T> struct ForwardWarp {
     if (meets_above) named_barrier(warp);
     real top[CH][NS];
     take_above(j, top);
+    if (T::SAVE && is_topmost()) keep_top(j);
     if (follows && j + 1 < p.width) load_carry(j + 1);
+    if (is_topmost() && j + 1 < p.width) load_top(j + 1);
     scan_column(j, staged, top);
     hand_down(j, meets_below);
-    if (T::SAVE || T::WRITE_H) keep_states(j);
+    if (T::SAVE || T::WRITE_H || T::RETURN_BORDERS) keep_states(j);
     if (staged == COLS - 1 || j == p.width - 1) {
       __syncwarp();
       write_y(j0);
@@ -411,6 +457,8 @@ template <class T> struct ForwardWarp {
   DEVICE_METHOD void run() {
     if (rows > 0) load_columns(0), walk();
     if (follows) load_carry(0);
+    if (is_topmost()) load_top(0);
+    if (T::HAS_LEFT) enter_from_left();
     const bool meets_above = warp > 0 && rows > 0, meets_below = warp + 1 < T::WARPS && row0 + ROWS < p.height;
     const int steps = T::LOCKSTEP ? p.width + T::WARPS - 1 : rows > 0 ? p.width : 0;
 #pragma unroll 1

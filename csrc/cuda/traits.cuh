@@ -52,6 +52,10 @@ struct ScanTraits {
   static constexpr int SAME_E = SCAN_SAME_E;   // which tensors of E channels have the same strides
   static constexpr bool SAME_N = SCAN_SAME_N;  // whether B_t, B_l and C have
   static constexpr bool SOFTPLUS = SCAN_SOFTPLUS, BIAS_T = SCAN_BIAS_T, BIAS_L = SCAN_BIAS_L, SKIP = SCAN_SKIP;
+  static constexpr bool HAS_TOP = SCAN_HAS_TOP;    // the states of the row above the image are given,
+  static constexpr bool HAS_LEFT = SCAN_HAS_LEFT;  // those of the column to its left
+  static constexpr bool RETURN_BORDERS = SCAN_RETURN_BORDERS;  // the last row and the last column of states are wanted
+  static constexpr bool BORDERS = HAS_TOP || HAS_LEFT || RETURN_BORDERS;
   static constexpr bool LOCKSTEP = SCAN_LOCKSTEP;  // all warps in step, for compute-sanitizer's racecheck
   static constexpr bool ROUNDED = sizeof(saved_t) != sizeof(real);  // the kept states are
   static_assert(NP >= STATES && (NG & (NG - 1)) == 0 && NG <= 32, "the lanes do not cover the states");

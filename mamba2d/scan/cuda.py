@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .build import KernelError, cache_folder
 from .cpu import largest_n
 from .nvrtc import check_driver, compile_cuda, cuda_driver, make_context_current, nvrtc_version
-from .reference import ScanTensors, compute_dtype
+from .reference import ScanBorders, ScanTensors, compute_dtype
 
 # %% ../../nbs/04_scan.cuda.ipynb #dc83cc6a
 class _Lanes(NamedTuple):
@@ -233,6 +233,15 @@ def _saved_dtype(dtype, real):
     "The dtype of the states kept for the backward pass, for `x` of that dtype and arithmetic in `real`."
     return torch.bfloat16 if (dtype, real) == (torch.bfloat16, torch.float32) else real
 
+class _Borders(NamedTuple):
+    "What a plan knows of an image that is a piece of a larger one."
+    has_top: bool = False  # the states of the row above it are given
+    has_left: bool = False  # those of the column to its left
+    returned: bool = False  # forward: its last row and column are returned; backward: they have gradients
+    are_double: bool = False  # float64: then so is the arithmetic
+
+_no_borders = _Borders()
+
 class _SavedLayout(NamedTuple):
     "How the kept states lie in memory."
     rows: int  # rows of states that are kept
@@ -240,21 +249,27 @@ class _SavedLayout(NamedTuple):
     channels: int  # padded to whole blocks
     shape: tuple  # of the float32 tensor that holds them
 
-def _saved_layout(shape, n, dtype, real, shared_limit):
+def _saved_layout(shape, n, dtype, real, shared_limit, *, borders=_no_borders):
     "The `_SavedLayout` for `x` of that shape and dtype, `n` states and arithmetic in `real`."
     b, h, w, e = shape
     lanes, tile = _lanes(n), _backward_tile(n, real.itemsize, shared_limit)
-    rows, cols = (h - 1) // _strip, (w - 1) // tile.span
+    rows, cols = (h - 1) // _strip + borders.has_top, (w - 1) // tile.span + borders.has_left
     widest = max(32 // lanes.groups * 2, tile.channels)  # channels of the widest block
     channels = -(-e // widest) * widest
     per_pixel = channels * lanes.per_thread * lanes.groups * _saved_dtype(dtype, real).itemsize // 4
     return _SavedLayout(rows, cols, channels, (b * (rows * w + cols * h) * per_pixel,))
 
 # %% ../../nbs/04_scan.cuda.ipynb #77f56696
-def cuda_saved_shape(x: Tensor, A_t: Tensor, dtype: torch.dtype) -> tuple[int]:
-    "How many numbers (of float32) the forward pass keeps for the backward pass, for arithmetic in `dtype`."
+def cuda_saved_shape(
+    x: Tensor,  # (B, H, W, E)
+    A_t: Tensor,  # (E, N)
+    dtype: torch.dtype,  # of the arithmetic
+    before: ScanBorders = (None, None),  # the states that are given
+) -> tuple[int]:
+    "How many numbers (of float32) the forward pass keeps for the backward pass."
     shared_limit = _card(x.device.index or 0)[1]
-    return _saved_layout(x.shape, int(A_t.shape[1]), x.dtype, dtype, shared_limit).shape
+    borders = _Borders(*[states is not None for states in before])
+    return _saved_layout(x.shape, int(A_t.shape[1]), x.dtype, dtype, shared_limit, borders=borders).shape
 
 # %% ../../nbs/04_scan.cuda.ipynb #8dbe2205
 @dataclass(slots=True)
@@ -270,6 +285,7 @@ class _Problem:
     tile: _BackwardTile
     saved: _SavedLayout
     is_aligned: bool  # tensors can be read four elements at a time
+    borders: _Borders
     macros: dict  # those that both kernels have
 
     @property
@@ -309,13 +325,13 @@ def _tensor_macros(inputs, like_x):
     )
 
 # %% ../../nbs/04_scan.cuda.ipynb #7a3e68da
-def _make_problem(inputs, like_x, *, softplus, is_aligned, device, pixel=0):
+def _make_problem(inputs, like_x, *, softplus, borders, is_aligned, device, pixel=0):
     """The `_Problem` of the eleven inputs and the output or its gradient, `like_x`.
 
     Some output has `pixel` elements from one pixel to the next, if that is more than those of the inputs."""
     capability, shared_limit, processors = _card(device)
     x, n = inputs.x, inputs.A_t.shape[1]
-    real = compute_dtype(*inputs, like_x)
+    real = torch.float64 if borders.are_double else compute_dtype(*inputs, like_x)
     lanes, tile = _lanes(n), _backward_tile(n, real.itemsize, shared_limit)
     if tile is None:
         raise KernelError(f"{n} states in {real} need more shared memory than this card has")
@@ -328,13 +344,14 @@ def _make_problem(inputs, like_x, *, softplus, is_aligned, device, pixel=0):
         STRIP=_strip, SPAN=tile.span,
         SOFTPLUS=int(softplus),
         SAVED_T=_type_names[_saved_dtype(x.dtype, real)],
+        HAS_TOP=int(borders.has_top), HAS_LEFT=int(borders.has_left), RETURN_BORDERS=int(borders.returned),
         LOCKSTEP=int(_lockstep),
     )
-    saved = _saved_layout(x.shape, n, x.dtype, real, shared_limit)
+    saved = _saved_layout(x.shape, n, x.dtype, real, shared_limit, borders=borders)
     is_aligned = is_aligned and x.shape[3] % 4 == 0 and n % 4 == 0
     is_aligned = is_aligned and all(stride % 4 == 0 for t in images for stride in _strides_of(t)[:3])
     return _Problem(capability, shared_limit, processors, x.shape, n, real, lanes, tile, saved, is_aligned,
-                    macros)
+                    borders, macros)
 
 # %% ../../nbs/04_scan.cuda.ipynb #1432fb47
 @dataclass(slots=True, kw_only=True)
@@ -383,6 +400,15 @@ class _Pointer(NamedTuple):
     strides: tuple | None = None
     element_size: int = 0  # bytes
 
+def _border_pointers(problem):
+    """How the pointers of the row and the column are moved that come in, and of those that go out.
+
+    A border (B, W, E, N) or (B, H, E, N) has no stride along the other axis."""
+    _, h, w, e = problem.shape
+    pixel = e * problem.n
+    row, column = (w * pixel, 0, pixel), (h * pixel, pixel, 0)
+    return [_Pointer(strides, problem.size) for strides in (row, column)] * 2
+
 def _pack_arguments(problem, inputs, *, reverse, groups, strips, more_strides, more_pointers, apart=0):
     """Pack what the kernel's structure holds after its pointers; returns these fields of a `CudaPlan`.
 
@@ -391,9 +417,13 @@ def _pack_arguments(problem, inputs, *, reverse, groups, strips, more_strides, m
     moved = {k: _strides(_strides_of(inputs[k]), inputs[k].shape, reverse) for k in _wide + _narrow}
     input_strides = [s for _, strides in moved.values() for s in strides]
     last_strides = [s for strides in more_strides for s in _strides(strides, problem.shape, reverse)[1]]
-    saved = problem.saved
+    saved, steps = problem.saved, []
+    if any(problem.borders[:3]):
+        more_pointers = (*more_pointers, *_border_pointers(problem))
+        steps = [-e * problem.n if reverse else e * problem.n]  # from one place of a border to the next
     sizes = b, h, w, e, saved.channels, groups, strips, saved.rows, saved.cols, apart
-    tail = struct.pack(f"18q10i{len(last_strides)}q", *input_strides, *sizes, *last_strides)
+    strides = *steps, *input_strides
+    tail = struct.pack(f"{len(strides)}q10i{len(last_strides)}q", *strides, *sizes, *last_strides)
     offsets = [moved[k][0] * t.element_size() if k in moved else 0 for k, t in enumerate(inputs)]
     for strides, element_size in more_pointers:
         offsets.append(_strides(strides, problem.shape, reverse)[0] * element_size if strides else 0)
@@ -485,9 +515,10 @@ def _forward_macros(problem, tile, *, shared, is_chained, return_states, for_bac
 def _plan_forward(inputs, y, options, *, is_aligned, device):
     """Compile and pack what a forward call like this needs.
 
-    The options are the last four arguments of `cuda_forward`."""
-    softplus, reverse, return_states, for_backward = options
-    problem = _make_problem(inputs, y, softplus=softplus, is_aligned=is_aligned, device=device)
+    The options are those of `_run_forward`."""
+    softplus, reverse, return_states, for_backward = options[:4]
+    problem = _make_problem(inputs, y, softplus=softplus, borders=_Borders(*options[4:]),
+                            is_aligned=is_aligned, device=device)
     b, h, w, e = problem.shape
     n, size = problem.n, problem.size
     tile = _fit_warps(_forward_tile(problem), size, problem.shared_limit)
@@ -578,17 +609,16 @@ def _allocate_room(plan, x, stream):
     return room, flags, flags + plan.counters
 
 # %% ../../nbs/04_scan.cuda.ipynb #e302d39b
-def cuda_forward(*arguments):
-    """The operator `mamba2d::scan_forward` on CUDA: y, h and saved, the latter two empty unless asked for.
+def _run_forward(inputs, options, borders=()):
+    """Start the kernel of the forward pass; returns y, h and saved.
 
-    The arguments are those of the operator without the last: the eleven tensors, then `delta_softplus`,
-    `reverse`, `return_states` and `for_backward`."""
-    inputs, options = arguments[:11], arguments[11:]
+    The options: delta_softplus, reverse, return_states, for_backward, and with borders what `_Borders` holds.
+    `borders` are then the row and the column that come in, and those that are written, or None."""
     x = inputs[0]
     device = x.device.index
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return cuda_forward(*inputs, *options)
+            return _run_forward(inputs, options, borders)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     pointers, layout = _plan_key(inputs, y)
     key = layout, device, options
@@ -596,7 +626,7 @@ def cuda_forward(*arguments):
     if plan is None:
         copies = _dense_copies(inputs)
         if copies:
-            return cuda_forward(*copies, *options)
+            return _run_forward(copies, options, borders)
         plan = _plan_forward(ScanTensors(*inputs), y, options, is_aligned=layout[2], device=device)
         _plans[key] = plan
     h, saved = plan.like_h.new_empty(plan.h_shape), plan.like_saved.new_empty(plan.saved_shape)
@@ -604,10 +634,59 @@ def cuda_forward(*arguments):
         stream = _stream(device)
         room, flags, carry = _allocate_room(plan, x, stream) if plan.scratch else (None, 0, 0)
         pointers += h.data_ptr(), saved.data_ptr(), carry, flags
+        if borders:
+            pointers += _addresses(borders)
         if plan.offsets:
             pointers = map(add, pointers, plan.offsets)
         plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*pointers) + plan.tail)
     return y, h, saved
+
+# %% ../../nbs/04_scan.cuda.ipynb #994f7664
+def cuda_forward(*arguments):
+    """The operator `mamba2d::scan_forward` on CUDA: y, h and saved, the latter two empty unless asked for.
+
+    The arguments are those of the operator without the last: the eleven tensors, then `delta_softplus`,
+    `reverse`, `return_states` and `for_backward`."""
+    return _run_forward(arguments[:11], arguments[11:])
+
+# %% ../../nbs/04_scan.cuda.ipynb #783afd41
+def _addresses(tensors):
+    return tuple(0 if t is None else t.data_ptr() for t in tensors)
+
+def _aligned_borders(borders):
+    "The row and the column of states, or None, at multiples of 16 bytes, as the kernels read them."
+    return ScanBorders(*[states if states is None or states.data_ptr() % 16 == 0 else states.clone()
+                         for states in borders])
+
+def _empty_borders(tensors, dtype, *, row, column):
+    "Room for states (B, W, E, N) if a `row` is wanted, and (B, H, E, N) if a `column` is; else empty."
+    b, h, w, e = tensors.x.shape
+    n = tensors.A_t.shape[1]
+    return ScanBorders(tensors.x.new_empty((b, w, e, n) if row else (0,), dtype=dtype),
+                       tensors.x.new_empty((b, h, e, n) if column else (0,), dtype=dtype))
+
+# %% ../../nbs/04_scan.cuda.ipynb #7387811a
+def cuda_forward_with_borders(
+    tensors: ScanTensors,
+    before: ScanBorders,  # in the dtype of the arithmetic, each in one block of memory
+    *,
+    delta_softplus: bool,
+    reverse: bool,
+    return_states: bool,
+    return_borders: bool,
+    for_backward: bool,
+) -> tuple[Tensor, ...]:  # y, h, bottom, right and saved; empty where they are not asked for
+    "The operator `mamba2d::scan_borders_forward` on CUDA."
+    dtype = compute_dtype(*tensors, *before)
+    before = _aligned_borders(before)
+    after = _empty_borders(tensors, dtype, row=return_borders, column=return_borders)
+    options = delta_softplus, reverse, return_states, for_backward
+    borders = *[states is not None for states in before], return_borders, dtype == torch.float64
+    if any(borders[:3]):
+        y, h, saved = _run_forward(tensors, (*options, *borders), (*before, *after))
+    else:
+        y, h, saved = _run_forward(tensors, options)
+    return y, h, *after, saved
 
 # %% ../../nbs/04_scan.cuda.ipynb #cc4ba4cd
 def _uses_tensor_cores(problem, inputs):
@@ -635,11 +714,11 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
     """Compile and pack what a backward call like this needs.
 
     The options are those of `_run_backward`."""
-    softplus, reverse, joined = options
+    softplus, reverse, joined = options[:3]
     (b, h, w, e), n = inputs.x.shape, inputs.A_t.shape[1]
     joint = 3 * (e + n)  # elements of a pixel, where all gradients lie in one tensor
-    problem = _make_problem(inputs, grad_y, softplus=softplus, is_aligned=is_aligned, device=device,
-                            pixel=joint if joined else 0)
+    problem = _make_problem(inputs, grad_y, softplus=softplus, borders=_Borders(*options[3:]),
+                            is_aligned=is_aligned, device=device, pixel=joint if joined else 0)
     size, saved = problem.size, problem.saved
     padded_n = problem.lanes.per_thread * problem.lanes.groups
     mma = _uses_tensor_cores(problem, inputs)
@@ -673,34 +752,52 @@ def _plan_backward(inputs, grad_y, options, *, is_aligned, device):
     )
 
 # %% ../../nbs/04_scan.cuda.ipynb #5f1c0b7a
-def _run_backward(grad_y, inputs, saved, grads, options):
+class _BackwardBorders(NamedTuple):
+    "The borders of a backward pass."
+    before: ScanBorders  # the states that the forward pass was given
+    incoming: ScanBorders  # gradients of the last row and column of states
+    outgoing: ScanBorders  # room for the gradients of what was given
+
+def _keep_states(inputs, options, borders):
+    "What the forward pass keeps for the backward pass, where it did not know that this would come."
+    softplus, reverse = options
+    if borders is None:
+        return cuda_forward(*inputs, softplus, reverse, False, True)[2]
+    return cuda_forward_with_borders(
+        ScanTensors(*inputs), borders.before, delta_softplus=softplus, reverse=reverse,
+        return_states=False, return_borders=False, for_backward=True)[4]
+
+def _run_backward(grad_y, inputs, saved, grads, options, *, borders=None):
     """Start the kernels of the backward pass, which write into `grads`, those of the eleven inputs.
 
-    The options: delta_softplus, reverse, and whether the gradients of images are slices of one tensor."""
+    The options: delta_softplus, reverse, whether the gradients of images are slices of one tensor, and with
+    `borders`, which are `_BackwardBorders`, what `_Borders` holds."""
     x = inputs[0]
     device = x.device.index
     if device != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
-            return _run_backward(grad_y, inputs, saved, grads, options)
+            return _run_backward(grad_y, inputs, saved, grads, options, borders=borders)
     pointers, layout = _plan_key(inputs, grad_y)
     key = layout, device, options
     plan = _plans.get(key)
     if plan is None:
         copies = _dense_copies((grad_y, *inputs))
         if copies:
-            return _run_backward(copies[0], copies[1:], saved, grads, options)
+            return _run_backward(copies[0], copies[1:], saved, grads, options, borders=borders)
         plan = _plan_backward(ScanTensors(*inputs), grad_y, options, is_aligned=layout[2], device=device)
         _plans[key] = plan
     if not plan.grid:
         return [g.zero_() for g in grads]
-    if saved.shape != plan.saved_shape:  # the forward pass did not know that this would come
-        saved = cuda_forward(*inputs, *options[:2], False, True)[2]
+    if saved.shape != plan.saved_shape:
+        saved = _keep_states(inputs, options[:2], borders)
     stream = _stream(device)
     room, flags, carry = _allocate_room(plan, x, stream)
     partial = carry + plan.carry
     out = [g.data_ptr() for g in grads]
     pointers = (*pointers, saved.data_ptr(), out[0], out[1], out[2], out[5], out[6], out[7],
                 partial, carry, partial + plan.partial, flags)
+    if borders:
+        pointers += _addresses((*borders.incoming, *borders.outgoing))
     if plan.offsets:
         pointers = map(add, pointers, plan.offsets)
     plan.kernel(plan.grid, plan.block, plan.shared, stream, plan.pack(*pointers) + plan.tail)
@@ -737,6 +834,39 @@ def cuda_backward_joined(grad_y, *arguments):
     grads = *images[:3], *others[:2], *images[3:], *others[2:]  # in the order of the inputs
     _run_backward(grad_y, inputs, arguments[11], grads, (*arguments[12:], True))
     return joint, *others
+
+# %% ../../nbs/04_scan.cuda.ipynb #a87a6bda
+def cuda_backward_with_borders(
+    grad_y: Tensor,  # (B, H, W, E)
+    tensors: ScanTensors,
+    before: ScanBorders,  # in the dtype of the arithmetic, each in one block of memory
+    saved: Tensor,  # from the forward pass
+    *,
+    grad_borders: ScanBorders,  # of the last row and column of states, in the same dtype
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, ...]:  # of the eleven tensors and the two borders, empty for None
+    "The operator `mamba2d::scan_borders_backward` on CUDA."
+    dtype = compute_dtype(*tensors, *before)
+    has_top, has_left = (states is not None for states in before)
+    returned = any(grad is not None for grad in grad_borders)
+    grads, options = _empty_gradients(tensors), (delta_softplus, reverse, False)
+    outgoing = _empty_borders(tensors, dtype, row=has_top, column=has_left)
+    if not (has_top or has_left or returned):
+        _run_backward(grad_y, tensors, saved, grads, options)
+        return (*grads, *outgoing)
+    incoming = _incoming_gradients(tensors, grad_borders, dtype) if returned else grad_borders
+    options = *options, has_top, has_left, returned, dtype == torch.float64
+    _run_backward(grad_y, tensors, saved, grads, options,
+                  borders=_BackwardBorders(before, incoming, outgoing))
+    return (*grads, *outgoing)
+
+def _incoming_gradients(tensors, grads, dtype):
+    "The gradients of the last row and the last column, where at least one of them is there; zeros for None."
+    room = _empty_borders(tensors, dtype, row=grads.row is None, column=grads.column is None)
+    given = _aligned_borders(grads)
+    return ScanBorders(*[zeros.zero_() if grad is None else grad
+                         for grad, zeros in zip(given, room, strict=True)])
 
 # %% ../../nbs/04_scan.cuda.ipynb #aab7cdf4
 def _try_cuda_kernel():

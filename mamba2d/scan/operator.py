@@ -31,7 +31,9 @@ from mamba2d.scan.cpu import (
 from mamba2d.scan.cuda import (
     cuda_backward,
     cuda_backward_joined,
+    cuda_backward_with_borders,
     cuda_forward,
+    cuda_forward_with_borders,
     cuda_kernel_status,
     cuda_saved_shape,
     cuda_unsupported_reason,
@@ -61,6 +63,8 @@ class ScanKernels(NamedTuple):
     status: Callable[[], tuple[bool, str]]  # whether it can run on this machine, and why not; may build it
     # called like `backward`; the gradients of all images in one tensor, then the others
     backward_joined: Callable[..., tuple[Tensor, ...]] | None = None
+    # (x, A_t, dtype, before) -> shape of `saved` with borders
+    saved_shape_with_borders: Callable[..., tuple] | None = None
     # (tensors, before, **options of `scan_borders_forward` but the backend) -> its outputs
     forward_with_borders: Callable[..., tuple[Tensor, ...]] | None = None
     # (grad_y, tensors, before, saved, *, grad_borders, delta_softplus, reverse) -> 13 gradients
@@ -69,10 +73,14 @@ class ScanKernels(NamedTuple):
 # %% ../../nbs/05_scan.operator.ipynb #3aa49c23
 _kernels: dict[str, ScanKernels] = {
     "cpu": ScanKernels(cpu_forward, cpu_backward, cpu_saved_shape, cpu_unsupported_reason, cpu_kernel_status,
+                       saved_shape_with_borders=lambda x, A_t, dtype, before: cpu_saved_shape(x, A_t, dtype),
                        forward_with_borders=cpu_forward_with_borders,
                        backward_with_borders=cpu_backward_with_borders),
     "cuda": ScanKernels(cuda_forward, cuda_backward, cuda_saved_shape, cuda_unsupported_reason,
-                        cuda_kernel_status, cuda_backward_joined),
+                        cuda_kernel_status, cuda_backward_joined,
+                        saved_shape_with_borders=cuda_saved_shape,
+                        forward_with_borders=cuda_forward_with_borders,
+                        backward_with_borders=cuda_backward_with_borders),
 }
 
 _backend_names = (*_kernels, "reference")
@@ -440,7 +448,9 @@ def _scan_borders_forward_fake(*arguments):
     kernels = _kernels_with_borders(backend, x, A_t)
     b, h, w, e = x.shape
     n = A_t.shape[1]
-    saved_shape = kernels.saved_shape(x, A_t, dtype) if kernels and for_backward else (0,)
+    saved_shape = (0,)
+    if kernels and for_backward:
+        saved_shape = kernels.saved_shape_with_borders(x, A_t, dtype, ScanBorders(*arguments[11:13]))
     return (x.new_empty(x.shape),
             x.new_empty((b, h, w, e, n) if return_states else (0,), dtype=dtype),
             x.new_empty((b, w, e, n) if return_borders else (0,), dtype=dtype),
