@@ -1,4 +1,4 @@
-"""What to run first on a machine with a GPU: the CUDA kernels with borders, which were written without one.
+"""The CUDA kernels with borders on a machine with a GPU: errors, tiles, and what the borders cost.
 
     python tests/borders_on_a_card.py random --seconds 120
     python tests/borders_on_a_card.py tiles

@@ -138,3 +138,13 @@ def test_a_launch_without_context_is_tried_again(driver):
     driver.calls.clear()
     in_thread(lambda: kernels[0](1, 32, 0, 0, b"arguments"))
     assert functions(driver) == ["cuLaunchKernel", "cuCtxSetCurrent", "cuLaunchKernel"]
+
+
+def test_a_kernel_asks_for_its_shared_memory(driver):
+    "Also below 48 KiB, which the driver gives, since these hold what the kernel declares itself as well."
+    asked = []
+    driver.cuFuncSetAttribute = lambda function, attribute, value: asked.append((attribute, value)) and 0
+    for shared in (1024, 49088, 100000):
+        nvrtc.make_context_current(0)
+        cuda._load_kernel(0, "scan_fwd.cu", "scan_forward", {"BLOCKS": 1, "SHARED": shared}, shared)
+    assert [value for attribute, value in asked if attribute == 8] == [1024, 49088, 100000]

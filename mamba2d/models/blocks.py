@@ -421,13 +421,13 @@ class Attention(nn.Module):
 
     def place(self, heads, height, width):
         "Queries and keys, rotated and normalised, of heads (B, positions, 3, heads, head_dim)."
-        if is_recorded():  # plain steps, which formats of programs know
-            tables = _rotary_table(height, width, self.head_dim, device=heads.device)
-            q, k = (_rotate(heads[:, :, part].transpose(1, 2), *tables) for part in range(2))
-        elif self.can_place_compiled():
+        if self.can_place_compiled():
             tables = _rotary_tables(height, width, self.head_dim, heads.device)
             return [self.place_compiled(heads[:, :, part], norm, tables)
                     for part, norm in enumerate((self.q_norm, self.k_norm))]
+        if is_recorded() or torch.compiler.is_compiling():  # plain steps, which formats of programs know
+            tables = _rotary_table(height, width, self.head_dim, device=heads.device)
+            q, k = (_rotate(heads[:, :, part].transpose(1, 2), *tables) for part in range(2))
         else:
             q, k = _rotated(heads, height, width)
         return [norm(t.to(norm.weight.dtype)).to(heads.dtype)

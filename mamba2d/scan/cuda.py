@@ -151,7 +151,6 @@ class _Kernel:
         driver = cuda_driver()
         self.name = name
         self.module, self.function, self.context = c_void_p(), c_void_p(), c_void_p()
-        self.allowed = 48 * 1024  # bytes of shared memory
         self.launch = driver.cuLaunchKernel
         check_driver(driver.cuModuleLoadData(byref(self.module), code), "loading a CUDA kernel")
         check_driver(driver.cuModuleGetFunction(byref(self.function), self.module, name.encode()),
@@ -159,13 +158,11 @@ class _Kernel:
         check_driver(driver.cuCtxGetCurrent(byref(self.context)), "finding the current context")
 
     def allow_shared(self, shared, fraction):
-        """Allow `shared` bytes for a block.
+        """Allow `shared` bytes for a block, beside the one or two thousand that a kernel declares itself.
 
         A `fraction` of a multiprocessor's memory is made shared, the rest is its cache."""
         set_attribute = cuda_driver().cuFuncSetAttribute
-        if shared > self.allowed:
-            check_driver(set_attribute(self.function, 8, shared), "asking for shared memory")
-            self.allowed = shared
+        check_driver(set_attribute(self.function, 8, shared), "asking for shared memory")
         percent = min(100, math.ceil(100 * fraction))
         check_driver(set_attribute(self.function, 9, percent), "dividing a multiprocessor's memory")
 

@@ -253,7 +253,7 @@ def _check_progress(path, progress):
     check_fields(path, progress, {name: _fields_of_progress[name] for name in progress})
     for name in ("epoch", "step", "skipped", "counted"):
         require_intact(path, progress.get(name, 0) >= 0, f"{name} is {progress.get(name)}")
-    for name, columns in (("history", {"epoch", "train_loss", "valid_loss", "lr"}),
+    for name, columns in (("history", {"epoch", "train_loss", "valid_loss", "lr", "seconds"}),
                           ("steps", {"epoch", "loss", "lr"})):
         require_intact(path, _are_rows(progress[name], columns), f"{name} has rows that no training writes")
     epochs, rows = progress["epoch"], len(progress["history"])
