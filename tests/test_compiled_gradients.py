@@ -20,7 +20,24 @@ def test_no_autograd_function():
     assert len(sources) > 50
     found = [path.name for path in sources if "autograd.Function" in path.read_text("utf-8")]
     found.remove("processes.py")  # its functions send states to other processes; they are never compiled
+    found.remove("operator.py")  # for eager calls; see the next test
     assert not found, f"these modules define an autograd function: {', '.join(found)}"
+
+
+def test_a_compiled_scan_is_the_operator():
+    "Also where it is trained: the function that goes around the dispatcher is for eager calls alone."
+    torch.manual_seed(0)
+    scan, x = SelectiveScan(16, 2), torch.randn(1, 5, 6, 16)
+    graphs = []
+
+    def record(graph, example):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    y = torch.compile(scan, fullgraph=True, backend=record)(x)
+    assert len(graphs) == 1 and sum("scan_forward" in target for target in graphs[0]) == 1
+    assert not any("autograd_function" in target or "DirectScan" in target for target in graphs[0])
+    assert torch.equal(y, scan(x)) and type(scan(x).grad_fn).__name__ == "_DirectScanBackward"
 
 
 def test_split_scans_are_not_compiled():

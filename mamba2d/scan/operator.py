@@ -254,13 +254,14 @@ def _wanted(grads, inputs, needed):
     return [grad if need and value is not None else None
             for grad, value, need in zip(grads, inputs, needed, strict=True)]
 
-def _autograd_backward(ctx, grad_y, grad_h, grad_saved):
+def _autograd_backward(ctx, grad_y, grad_h=None, grad_saved=None):
     "The gradient of each argument of `scan_forward`, None where none is wanted."
     if grad_y is None:
         return (None,) * 16
     *inputs, saved = ctx.saved_tensors
-    grads = scan_operators.scan_backward(
-        grad_y, *inputs, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
+    is_direct = not torch.is_grad_enabled() and _is_direct((grad_y, *inputs))
+    compute = _scan_backward if is_direct else scan_operators.scan_backward
+    grads = compute(grad_y, *inputs, saved, ctx.delta_softplus, ctx.reverse, ctx.backend)
     return (*_wanted(grads, inputs, ctx.needs_input_grad), None, None, None, None, None)
 
 def _no_second_derivative(ctx, *grads):
@@ -513,6 +514,47 @@ def is_recorded():
     # the function `is_exporting` says yes to torch.compile too (until torch 2.12); torch 2.6 has no such flag
     return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
 
+# %% ../../nbs/05_scan.operator.ipynb #d1ec7002
+_ordinary_types = {Tensor, torch.nn.Parameter}
+
+def _is_watched():
+    "Whether somebody may want to see a call as that of an operator."
+    return bool(torch.compiler.is_compiling() or is_recorded() or _are_functorch_transforms_active()
+                or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+                or torch.autograd.profiler._is_profiler_enabled)
+
+# %% ../../nbs/05_scan.operator.ipynb #d1ec7003
+def _is_direct(tensors):
+    "Whether a call of these tensors may go around the dispatcher."
+    if _is_watched():
+        return False
+    has_values = tensors[0].device.type in ("cpu", "cuda")
+    return has_values and all(t is None or type(t) in _ordinary_types for t in tensors)
+
+# %% ../../nbs/05_scan.operator.ipynb #d1ec7004
+class _DirectScan(torch.autograd.Function):
+    "`scan_forward` without the dispatcher; y and h."
+    @staticmethod
+    def forward(ctx, *arguments):
+        outputs = _scan_forward(*arguments)
+        _setup_context(ctx, arguments, outputs)
+        ctx.mark_non_differentiable(outputs[1])
+        return outputs[:2]
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_h):
+        return _autograd_backward(ctx, grad_y)
+
+# %% ../../nbs/05_scan.operator.ipynb #d1ec7005
+def _scan(tensors, delta_softplus, reverse, return_states):
+    "y and h of checked arguments."
+    for_backward = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+                    and not is_recorded())
+    arguments = (*tensors, delta_softplus, reverse, return_states, for_backward, _forced_backend)
+    if not _is_direct(tensors):
+        return scan_operators.scan_forward(*arguments)[:2]
+    return _DirectScan.apply(*arguments) if for_backward else _scan_forward(*arguments)[:2]
+
 # %% ../../nbs/05_scan.operator.ipynb #97d2eb7b
 def _scan_with_borders(tensors, before, *, delta_softplus, reverse, return_states, return_borders):
     "`selective_scan_2d` of a piece of an image."
@@ -568,8 +610,5 @@ def selective_scan_2d(
         return _scan_with_borders(tensors, ScanBorders(initial_top, initial_left),
                                   delta_softplus=delta_softplus, reverse=reverse,
                                   return_states=return_states, return_borders=return_borders)
-    for_backward = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-                    and not is_recorded())
-    y, h, _ = scan_operators.scan_forward(
-        *tensors, delta_softplus, reverse, return_states, for_backward, _forced_backend)
+    y, h = _scan(tensors, delta_softplus, reverse, return_states)
     return (y, h.detach()) if return_states else y
