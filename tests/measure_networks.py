@@ -1,0 +1,192 @@
+"""Measures networks of this library and of timm on one GPU, every one alone, and prints lines of JSON.
+
+    python tests/measure_networks.py mamba2d_t caformer_s18
+    python tests/measure_networks.py mamba2d_t caformer_s18 --what infer train --together
+    python tests/measure_networks.py mamba2d_n --device cpu --batch 2 --size 64 --what eager1    # to try it
+
+`infer` and `train` take a batch through `torch.compile` with its defaults, `graphs1` one image through CUDA
+graphs, `eager1` one image without a compiler. Each network and each of these has a process of its own, one
+after the other. The compiler times variants of its kernels, so nothing else may use the GPU meanwhile. With
+`--together` a process does all of a network, in the order given, with one compiled module.
+
+A training step whose compiled graph loses gradients is faster, and wrong. So the row of `train` names the
+parameters that got no gradient, or zeros. `nbs/bench_results/whole_networks.json` holds such rows.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+single = ("graphs1", "eager1")  # of one image
+kinds = ("infer", "train", *single)
+
+
+def build(name):
+    "A network of this library, or of timm as it comes."
+    torch.manual_seed(0)
+    if name.startswith("mamba2d"):
+        import mamba2d.models
+        return getattr(mamba2d.models, name)()
+    import timm
+    return timm.create_model(name, num_classes=1000)
+
+
+def compiled_as(model, what):
+    "The callable that is timed."
+    if what == "eager1":
+        return model
+    return torch.compile(model, mode="reduce-overhead" if what == "graphs1" else None)
+
+
+def make_step(model, forward, what, arguments):
+    "A function of no arguments: forward, or forward + backward and then no gradients."
+    device, batch = torch.device(arguments.device), 1 if what in single else arguments.batch
+    images = torch.randn(batch, 3, arguments.size, arguments.size, device=device)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.randint(0, 1000, (batch,), device=device)
+
+    def infer():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            return forward(images)
+
+    def train():
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+
+    return train if what == "train" else infer
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_steps(step, model, device, repeats):
+    "Milliseconds of a step, and of the host in it: medians."
+    times, hosts = [], []
+    for _ in range(repeats):
+        wait(device)
+        start = time.perf_counter()
+        step()
+        hosts.append(time.perf_counter() - start)
+        wait(device)
+        times.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    return 1e3 * statistics.median(times), 1e3 * statistics.median(hosts)
+
+
+def time_queued(step, model, repeats):
+    "Milliseconds of a step where the host runs ahead of the GPU: the median, by events."
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        model.zero_grad(set_to_none=True)
+        event.record()
+    torch.cuda.synchronize()
+    pairs = zip(events, events[1:], strict=False)
+    return statistics.median(first.elapsed_time(second) for first, second in pairs)
+
+
+def profile_kernels(step, model, repeats=3, most=60):
+    "Milliseconds and launches of all kernels of a step, and [milliseconds, launches, name] of the slowest."
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(repeats):
+            step()
+            model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+    kernels = [event for event in profiled.key_averages()
+               if event.device_type == torch.autograd.DeviceType.CUDA]
+    rows = sorted(((event.self_device_time_total / 1e3 / repeats, event.count // repeats, event.key[:90])
+                   for event in kernels), reverse=True)
+    return {"kernel_ms": sum(row[0] for row in rows), "launches": sum(row[1] for row in rows),
+            "kernels": [[round(row[0], 3), *row[1:]] for row in rows[:most]]}
+
+
+def without_gradient(step, model):
+    "Names of the parameters that a step gives no gradient, or nothing but zeros."
+    model.zero_grad(set_to_none=True)
+    step()
+    found = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def measure(model, forward, what, arguments):
+    "A row: what a step takes."
+    device = arguments.device
+    step = make_step(model.train(what == "train"), forward, what, arguments)
+    start = time.perf_counter()
+    for _ in range(4):
+        step()
+        model.zero_grad(set_to_none=True)
+    wait(device)
+    row = {"what": what, "compile_seconds": time.perf_counter() - start}
+    if what == "train":
+        row["without_gradient"] = without_gradient(step, model)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    row["ms"], row["host_ms"] = time_steps(step, model, device, arguments.repeats)
+    if device == "cuda":
+        row["ms"] = time_queued(step, model, arguments.repeats)
+        row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row |= profile_kernels(step, model) if what != "eager1" else {}
+    row["images_per_second"] = 1e3 * (1 if what in single else arguments.batch) / row["ms"]
+    return row
+
+
+def measure_all(name, arguments):
+    "Print the rows of a network, in this process."
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    is_cuda = arguments.device == "cuda"
+    model = build(name).to(arguments.device, memory_format=torch.channels_last)
+    common = {"network": name, "torch": torch.__version__,
+              "card": torch.cuda.get_device_name() if is_cuda else "CPU"}
+    shared = torch.compile(model) if arguments.together else None
+    for what in arguments.what:
+        forward = shared if shared and what in ("infer", "train") else compiled_as(model, what)
+        row = common | measure(model, forward, what, arguments)
+        print(json.dumps({key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()}),
+              flush=True)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("networks", nargs="+", help="functions of mamba2d.models, or names of timm")
+    parser.add_argument("--what", nargs="+", choices=kinds, default=list(kinds))
+    parser.add_argument("--together", action="store_true", help="one process and compiled module a network")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--batch", type=int, default=128, help="images of infer and train")
+    parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--repeats", type=int, default=20, help="steps that are timed")
+    return parser.parse_args(argv)
+
+
+def run_alone(name, what, arguments):
+    "Measure in a new process, and return its exit code."
+    options = ["--device", arguments.device, "--batch", str(arguments.batch), "--size", str(arguments.size),
+               "--repeats", str(arguments.repeats), *(["--together"] if arguments.together else [])]
+    return subprocess.run([sys.executable, __file__, name, "--what", *what, "--alone", *options]).returncode
+
+
+def main(argv=None):
+    "Returns the number of processes that failed."
+    arguments = parse(argv)
+    if arguments.alone:
+        measure_all(arguments.networks[0], arguments)
+        return 0
+    groups = [arguments.what] if arguments.together else [[what] for what in arguments.what]
+    return sum(run_alone(name, what, arguments) != 0 for name in arguments.networks for what in groups)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
