@@ -9,6 +9,8 @@ graphs, `eager1` one image without a compiler. Each network and each of these ha
 after the other. The compiler times variants of its kernels, so nothing else may use the GPU meanwhile. With
 `--together` a process does all of a network, in the order given, with one compiled module.
 
+As they come, M2D-T has drop path and CAFormer of timm has none. `--drop-path 0` gives both the same work.
+
 A training step whose compiled graph loses gradients is faster, and wrong. So the row of `train` names the
 parameters that got no gradient, or zeros. `nbs/bench_results/whole_networks.json` holds such rows.
 """
@@ -26,14 +28,16 @@ single = ("graphs1", "eager1")  # of one image
 kinds = ("infer", "train", *single)
 
 
-def build(name):
-    "A network of this library, or of timm as it comes."
+def build(name, drop_path=None):
+    "A network of this library or of timm, as it comes or with another rate of drop path."
     torch.manual_seed(0)
     if name.startswith("mamba2d"):
         import mamba2d.models
-        return getattr(mamba2d.models, name)()
+        options = {} if drop_path is None else {"drop_path": drop_path}
+        return getattr(mamba2d.models, name)(**options)
     import timm
-    return timm.create_model(name, num_classes=1000)
+    options = {} if drop_path is None else {"drop_path_rate": drop_path}
+    return timm.create_model(name, num_classes=1000, **options)
 
 
 def compiled_as(model, what):
@@ -146,8 +150,8 @@ def measure_all(name, arguments):
     "Print the rows of a network, in this process."
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     is_cuda = arguments.device == "cuda"
-    model = build(name).to(arguments.device, memory_format=torch.channels_last)
-    common = {"network": name, "torch": torch.__version__,
+    model = build(name, arguments.drop_path).to(arguments.device, memory_format=torch.channels_last)
+    common = {"network": name, "drop_path": arguments.drop_path, "torch": torch.__version__,
               "card": torch.cuda.get_device_name() if is_cuda else "CPU"}
     shared = torch.compile(model) if arguments.together else None
     for what in arguments.what:
@@ -167,6 +171,7 @@ def parse(argv):
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--batch", type=int, default=128, help="images of infer and train")
     parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--drop-path", type=float, metavar="RATE", help="of every network; default: its own")
     parser.add_argument("--repeats", type=int, default=20, help="steps that are timed")
     return parser.parse_args(argv)
 
@@ -175,6 +180,8 @@ def run_alone(name, what, arguments):
     "Measure in a new process, and return its exit code."
     options = ["--device", arguments.device, "--batch", str(arguments.batch), "--size", str(arguments.size),
                "--repeats", str(arguments.repeats), *(["--together"] if arguments.together else [])]
+    if arguments.drop_path is not None:
+        options += ["--drop-path", str(arguments.drop_path)]
     return subprocess.run([sys.executable, __file__, name, "--what", *what, "--alone", *options]).returncode
 
 

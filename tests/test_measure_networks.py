@@ -1,6 +1,6 @@
 """The program that measures networks on a GPU, on the CPU and without a compiler."""
 import pytest
-from measure_networks import main, measure, parse
+from measure_networks import build, main, measure, parse
 
 from mamba2d.models import Mamba2D
 
@@ -26,6 +26,11 @@ def test_lost_gradients_are_named(model):
     model.stages[0].blocks[0].mixer.in_proj.register_forward_hook(lambda layer, given, out: out.detach())
     lost = measure(model, model, "train", arguments)["without_gradient"]
     assert lost == [f"stages.0.blocks.0.mixer.in_proj.{name}" for name in ("weight", "bias")]
+
+
+def test_drop_path():
+    rates = [build("mamba2d_t", rate).stages[3].blocks[2].drop_path.p for rate in (None, 0.)]
+    assert rates == [pytest.approx(0.175), 0]
 
 
 def test_commands(capfd):
