@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from .models.backbone import compile_options
 from .models.sizes import builders
 from .scan.nvrtc import nvrtc_version
 from .scan.operator import scan_backend, scan_operators
@@ -328,7 +329,7 @@ def bench_model(
     batch: int = 128,
     size: int = 224,  # pixels
     *,
-    compiled: bool = True,  # torch.compile(fullgraph=True)
+    compiled: bool = True,  # torch.compile(fullgraph=True) with `compile_options`
     mode: str | None = None,  # of torch.compile
     train: bool = True,  # forward + backward in train mode; False: inference
     device: str | torch.device = "cuda",
@@ -350,7 +351,8 @@ def bench_model(
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
-    forward = torch.compile(model, fullgraph=True, mode=mode) if compiled else model
+    options = {**(torch._inductor.list_mode_options(mode) if mode else {}), **compile_options}
+    forward = torch.compile(model, fullgraph=True, options=options) if compiled else model
     step = _make_step(model, forward, images, labels, dtype)
     with torch._functorch.config.patch(activation_memory_budget=memory_budget):
         step()  # compiles

@@ -10,6 +10,7 @@ after the other. The compiler times variants of its kernels, so nothing else may
 `--together` a process does all of a network, in the order given, with one compiled module.
 
 As they come, M2D-T has drop path and CAFormer of timm has none. `--drop-path 0` gives both the same work.
+`--keep-layout` compiles with the options that this library advises.
 
 A training step whose compiled graph loses gradients is faster, and wrong. So the row of `train` names the
 parameters that got no gradient, or zeros. `nbs/bench_results/whole_networks.json` holds such rows.
@@ -40,11 +41,16 @@ def build(name, drop_path=None):
     return timm.create_model(name, num_classes=1000, **options)
 
 
-def compiled_as(model, what):
+def compiled_as(model, what, arguments):
     "The callable that is timed."
     if what == "eager1":
         return model
-    return torch.compile(model, mode="reduce-overhead" if what == "graphs1" else None)
+    mode = "reduce-overhead" if what == "graphs1" else None
+    if not arguments.keep_layout:
+        return torch.compile(model, mode=mode)
+    from mamba2d.models import compile_options
+    options = torch._inductor.list_mode_options(mode) if mode else {}
+    return torch.compile(model, options=options | compile_options)
 
 
 def make_step(model, forward, what, arguments):
@@ -151,11 +157,11 @@ def measure_all(name, arguments):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     is_cuda = arguments.device == "cuda"
     model = build(name, arguments.drop_path).to(arguments.device, memory_format=torch.channels_last)
-    common = {"network": name, "drop_path": arguments.drop_path, "torch": torch.__version__,
-              "card": torch.cuda.get_device_name() if is_cuda else "CPU"}
-    shared = torch.compile(model) if arguments.together else None
+    common = {"network": name, "drop_path": arguments.drop_path, "keep_layout": arguments.keep_layout,
+              "torch": torch.__version__, "card": torch.cuda.get_device_name() if is_cuda else "CPU"}
+    shared = compiled_as(model, "train", arguments) if arguments.together else None
     for what in arguments.what:
-        forward = shared if shared and what in ("infer", "train") else compiled_as(model, what)
+        forward = shared if shared and what in ("infer", "train") else compiled_as(model, what, arguments)
         row = common | measure(model, forward, what, arguments)
         print(json.dumps({key: float(f"{v:.5g}") if isinstance(v, float) else v for key, v in row.items()}),
               flush=True)
@@ -167,6 +173,7 @@ def parse(argv):
     parser.add_argument("networks", nargs="+", help="functions of mamba2d.models, or names of timm")
     parser.add_argument("--what", nargs="+", choices=kinds, default=list(kinds))
     parser.add_argument("--together", action="store_true", help="one process and compiled module a network")
+    parser.add_argument("--keep-layout", action="store_true", help="with mamba2d.models.compile_options")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--batch", type=int, default=128, help="images of infer and train")
@@ -180,6 +187,7 @@ def run_alone(name, what, arguments):
     "Measure in a new process, and return its exit code."
     options = ["--device", arguments.device, "--batch", str(arguments.batch), "--size", str(arguments.size),
                "--repeats", str(arguments.repeats), *(["--together"] if arguments.together else [])]
+    options += ["--keep-layout"] if arguments.keep_layout else []
     if arguments.drop_path is not None:
         options += ["--drop-path", str(arguments.drop_path)]
     return subprocess.run([sys.executable, __file__, name, "--what", *what, "--alone", *options]).returncode

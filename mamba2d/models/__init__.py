@@ -9,7 +9,7 @@ from .controls import (
     add_local_paths, control_mixers, count_parameters, GatedConv, match_parameters, SequenceMixer, SequenceScan,
     set_mlp_width, WithLocalPath,
 )
-from .backbone import Classifier, Downsample, FeaturePyramid, Mamba2D, Stage
+from .backbone import Classifier, compile_options, Downsample, FeaturePyramid, Mamba2D, Stage
 from .tuning import layer_decay_groups
 
 # These modules are loaded when one of their names is first used: only they need safetensors.
@@ -38,6 +38,7 @@ _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
     "add_local_paths", "Attention", "AuxiliaryHead", "Block", "builders", "check_file", "Classifier",
+    "compile_options",
     "control_mixers", "count_parameters", "DeltaProjection", "Downsample", "example", "example_about",
     "example_images", "example_names", "ExampleImages", "export_model", "FeaturePyramid", "features",
     "FileCheck", "GatedConv", "layer_decay_groups", "load_published", "M2DMixer", "Mamba2D", "mamba2d_n",

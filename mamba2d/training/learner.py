@@ -40,6 +40,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..data.loader import KeyedDL
 from ..data.random import seed_from
 from ..data.transforms import mix_pairs
+from ..models.backbone import compile_options
 from .distributed import Distributed, preserve_shards, shard_loaders
 from mamba2d.training.recipe import (
     LayerGroupAdamW,
@@ -343,13 +344,13 @@ def plain_tensors(value):
     return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
 def compile_network(model):
-    """Return the network, compiled with `torch.compile`.
+    """Return the network, compiled with `torch.compile` and `compile_options`.
 
     Of a network with a backbone, as detection and segmentation have, only the backbone is compiled, in place:
     what follows it has shapes that depend on what is in the images."""
     if not isinstance(getattr(model, "backbone", None), nn.Module):
-        return torch.compile(model)
-    model.backbone.compile()
+        return torch.compile(model, options=compile_options)
+    model.backbone.compile(options=compile_options)
     return model
 
 # %% ../../nbs/32_training.learner.ipynb #eda19b38
