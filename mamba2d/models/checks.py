@@ -28,6 +28,12 @@ def check_number(name, value, least=-math.inf, most=math.inf):
     accepted = f"a finite number, {range_}" if range_ else "a finite number"
     raise ValueError(f"{name} must be {accepted}, got {reprlib.repr(value)}")
 
+# %% ../../nbs/10_models.checks.ipynb #4e2bd317
+def check_open_fraction(name, value):
+    "Raise a `ValueError` unless the value is a number above 0 and below 1."
+    if not isinstance(value, Real) or not 0 < value < 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {reprlib.repr(value)}")
+
 # %% ../../nbs/10_models.checks.ipynb #50120420
 largest_size = 2 ** 31 - 1  # what NumPy, Pillow and PyTorch all take
 
@@ -63,7 +69,7 @@ def check_keys(name, value, keys):
 # %% ../../nbs/10_models.checks.ipynb #7c047914
 def _fits(shape, accepted):
     "Whether a shape is as it is written, such as (3, H, W) or (K, ...)."
-    wanted = accepted.strip("()").split(", ")
+    wanted = accepted.strip("()").rstrip(",").split(", ")
     has_more = wanted[-1] == "..."
     wanted = wanted[:-1] if has_more else wanted
     if len(shape) < len(wanted) or len(shape) > len(wanted) and not has_more:
