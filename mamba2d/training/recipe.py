@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.backbone import is_decayed
-from ..scan.checks import is_integer
+from ..scan.checks import check_type, is_integer
 
 # %% ../../nbs/30_training.recipe.ipynb #bc61871e
 @dataclasses.dataclass
@@ -315,7 +315,8 @@ def layer_groups(
 ) -> list[dict]:  # parameter groups for AdamW, with keys `layer` and `decay` besides its own
     """Return backbone (layer 0) and head (layer 1), each split by whether weight decay applies.
 
-    Raises `ValueError` as `frozen_parameters` does."""
+    Raises `TypeError` for what is no network, and `ValueError` as `frozen_parameters` does."""
+    check_type("model", model, nn.Module, "a torch.nn.Module")
     groups, frozen = {}, frozen_parameters(model, freeze)
     has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
     for name, parameter in model.named_parameters():
@@ -387,7 +388,9 @@ def recipe_schedule(
 ):  # -> function from the fraction of all steps that are done, 0 to 1, to the learning rate
     """Return the schedule: linear from lr · warmup_factor to lr, then the fall that the recipe names.
 
-    After a restart both come again. Raises `ValueError` where `warmup_steps` need `steps`."""
+    After a restart both come again. Raises `TypeError` for what is no `Recipe`, and `ValueError` where
+    `warmup_steps` need `steps`."""
+    check_type("recipe", recipe, Recipe, "a Recipe")
     if recipe.restarts:
         return _schedule_with_restarts(recipe, steps)
     warmup, fall = _warmup_fraction(recipe, steps), _fall(recipe)
