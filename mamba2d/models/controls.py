@@ -22,6 +22,7 @@ from mamba2d.models.blocks import (
     SeparableConv,
     mixers,
 )
+from .checks import check_size
 from ..scan.checks import check_integer, check_type
 from ..scan.operator import selective_scan_2d
 
@@ -202,7 +203,7 @@ def set_mlp_width(
 ):
     "Replace the MLPs of all blocks by MLPs of that hidden width, with new initial values."
     check_type("model", model, nn.Module, "a network")
-    check_integer("width", width, 1)
+    check_size("width", width)
     for block in model.modules():
         if isinstance(block, Block):
             dim = block.mlp.fc1.in_features

@@ -97,6 +97,11 @@ def _are_positive(values):
     listed = isinstance(values, (list, tuple)) and all(_is_number(v) and v > 0 for v in values)
     return listed and len(values) > 0
 
+def _one_of(*words):
+    "Return a rule that accepts these words, and no array, which would compare its elements with them."
+    *first, last = (f'"{word}"' for word in words)
+    return _Rule(f"{', '.join(first)} or {last}", lambda value: isinstance(value, str) and value in words)
+
 def _or_none(rule):
     "Return a rule that also accepts None."
     return _Rule(f"{rule.accepted}, or None", lambda value: value is None or rule.fits(value))
@@ -118,17 +123,17 @@ _fraction = _Rule("between 0 and 1", lambda v: _is_number(v) and 0 <= v <= 1)
 _positive_fraction = _Rule("above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1)
 _fraction_below_1 = _Rule("at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1)
 _switch = _Rule("true or false", lambda v: isinstance(v, bool))
-_schedule = _Rule('"linear" or "steps"', lambda v: v in ("linear", "steps"))
-_pipeline = _Rule('"1x", "3x" or "ade20k"', lambda v: v in ("1x", "3x", "ade20k"))
-_pixels = _Rule('"all" or "valid"', lambda v: v in ("all", "valid"))
+_schedule = _one_of("linear", "steps")
+_pipeline = _one_of("1x", "3x", "ade20k")
+_pixels = _one_of("all", "valid")
 _epochs = _Rule("a list of rising integers of at least 1", lambda v: _is_rising(v))
 _rates = _Rule("a list of positive numbers", lambda v: _are_positive(v))
 _weights = _Rule('"balanced" or a list of positive numbers',
                  lambda v: isinstance(v, str) and v == "balanced" or _are_positive(v))
-_stages = _Rule('"backbone" or an integer of at least 1', lambda v: v == "backbone" or is_integer(v, 1))
+_stages = _Rule('"backbone" or an integer of at least 1', lambda v: is_integer(v, 1) or isinstance(v, str) and v == "backbone")
 _open_fraction = _Rule("above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1)
 _metric = _Rule(", ".join(best_metrics), lambda v: isinstance(v, str) and v in best_metrics)
-_precision = _Rule('"fp32" or "bf16"', lambda v: v in ("fp32", "bf16"))
+_precision = _one_of("fp32", "bf16")
 
 _rules = dict(
     # schedule

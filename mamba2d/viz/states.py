@@ -677,10 +677,11 @@ def _squared_gradient(feature, source, probes, seed):
 def _check_field(model, images, stage, blocks, probes):
     "Raise an error that names the argument of `effective_receptive_field` which does not fit."
     check_model(model)
+    if isinstance(images, Tensor):
+        check_values("images", images, empty=True)
     if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
         raise ValueError("images must be a tensor (B, C, H, W) of at least one image, "
                          f"got {_shape_of(images)}")
-    check_values("images", images)
     stages = len(model.stages)
     check_integer("stage", stage, -stages, stages - 1)
     if blocks is not None:

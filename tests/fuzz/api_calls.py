@@ -57,17 +57,15 @@ left_out = {
 
 # Arguments that are refused, but by an error of Python or PyTorch that does not name them. `make fuzz` fails
 # where an entry no longer holds: whoever names the argument takes it out.
-scan_arguments = """
-    x delta_t delta_l A_t A_l B_t B_l C D delta_bias_t delta_bias_l delta_softplus reverse return_states
-"""  # nested and sparse tensors, and what is no bool
+flags = "delta_softplus reverse return_states"  # what is no bool
 known = {
     "find_images": "path",  # what lies in the folder is wrong: the errors call it data, as the commands do
-    "random_problem": "delta_range device optional seed shape",
+    "random_problem": "delta_range device optional seed shape strided",
     "scan_flops": "backward shape skip states",
-    "scan_step": scan_arguments,
-    "selective_scan_2d": scan_arguments,
-    "selective_scan_2d_naive": scan_arguments,
-    "selective_scan_2d_ref": scan_arguments,
+    "scan_step": "delta_softplus",
+    "selective_scan_2d": flags,
+    "selective_scan_2d_naive": flags,
+    "selective_scan_2d_ref": flags,
 }
 
 # Arguments that say how often something is done: a huge one takes long, as it was asked for.
