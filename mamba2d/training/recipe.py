@@ -130,7 +130,8 @@ _epochs = _Rule("a list of rising integers of at least 1", lambda v: _is_rising(
 _rates = _Rule("a list of positive numbers", lambda v: _are_positive(v))
 _weights = _Rule('"balanced" or a list of positive numbers',
                  lambda v: isinstance(v, str) and v == "balanced" or _are_positive(v))
-_stages = _Rule('"backbone" or an integer of at least 1', lambda v: is_integer(v, 1) or isinstance(v, str) and v == "backbone")
+_stages = _Rule('"backbone" or an integer of at least 1',
+                lambda v: isinstance(v, str) and v == "backbone" or is_integer(v, 1))
 _open_fraction = _Rule("above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1)
 _metric = _Rule(", ".join(best_metrics), lambda v: isinstance(v, str) and v in best_metrics)
 _precision = _one_of("fp32", "bf16")
