@@ -699,7 +699,7 @@ def run_benchmarks(
 # %% ../nbs/60_bench.ipynb #b3nchma1
 def main(argv: list[str] | None = None):
     "Run `python -m mamba2d.bench scan model training overfit --out FOLDER`."
-    parser = argparse.ArgumentParser("python -m mamba2d.bench",
+    parser = argparse.ArgumentParser("python -m mamba2d.bench", allow_abbrev=False,
                                      description="Time the scan and the networks on this machine's GPU.")
     parser.add_argument("which", nargs="+", choices=_benchmarks, help="what to run")
     parser.add_argument("--out", default="bench_results", help="folder for the JSON files")

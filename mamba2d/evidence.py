@@ -612,7 +612,7 @@ def _run_changed(runner, tasks, given):
 
 # %% ../nbs/61_evidence.ipynb #7b1e0a11
 def _parser():
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--seconds", type=float, default=600, help="time for all, making the images included")
     add("--out", required=True, help="file to which results are appended")

@@ -20,6 +20,7 @@ from small_training import some_digits, without_plots
 from mamba2d.cli import predict, prediction, train, training, validate, validation
 from mamba2d.data import imagefolder
 from mamba2d.models import Mamba2D
+from PIL import ImageFile
 
 def tiny(size, weights=None, num_classes=10, **kwargs):
     torch.manual_seed(0)
@@ -27,6 +28,11 @@ def tiny(size, weights=None, num_classes=10, **kwargs):
 
 def deadly(open_image, main=os.getpid()):
     return lambda *given: os.kill(os.getpid(), 9) if os.getpid() != main else open_image(*given)
+
+def no_memory(image, load=ImageFile.ImageFile.load):
+    if str(getattr(image, "filename", "")).endswith("train/ant/ant_7.JPEG"):
+        raise MemoryError
+    return load(image)
 
 with some_digits(120), without_plots(), mock.patch.object(training, "build_model", tiny):
     {body}
@@ -96,6 +102,17 @@ def test_too_few_open_files(tmp_path, arguments):
     code, out, err = run(body, *given, "--out", tmp_path / "run")
     assert code == 1 and "too many open files; give fewer --workers, or raise the limit" in last_line(err)
     assert "cannot be read" not in out + err
+
+
+@pytest.mark.parametrize("arguments", [["--skip-corrupt"], ["--workers", 1]])
+def test_too_little_memory_for_an_image(tmp_path, arguments):
+    "The error says memory and names the image, which is not called corrupt, and not left out."
+    tree = make_image_tree(tmp_path / "images", classes=["ant", "bee"], per_class=16, valid_per_class=4)
+    body = "with mock.patch.object(ImageFile.ImageFile, 'load', no_memory): train(sys.argv[1:])"
+    code, out, err = run(body, "--data", tree, *on_images, *arguments, "--out", tmp_path / "run")
+    named = f"error: out of memory in reading image {str(tree / 'train/ant/ant_7.JPEG')!r}; give a smaller"
+    assert code == 1 and named in last_line(err), err
+    assert "corrupt" not in out + err and "cannot read" not in out + err
 
 
 def test_odd_file_names(tmp_path):

@@ -25,7 +25,7 @@ def make_parser(
     **kwargs,  # further arguments of `argparse.ArgumentParser`
 ) -> argparse.ArgumentParser:
     "Make a parser that has the options of all commands."
-    kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
+    kwargs |= dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = kind(prog=prog, description=description, **kwargs)
     parser.add_argument("--version", action="version", version=f"mamba2d {mamba2d.__version__}")
     return parser

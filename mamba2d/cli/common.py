@@ -26,7 +26,7 @@ _shortages = {  # words of an error, in small letters -> what has run out
 }
 
 _advice = {
-    "memory": "out of memory; give a smaller --batch-size or --image-size, or fewer --workers",
+    "memory": "give a smaller --batch-size or --image-size, or fewer --workers",
     "files": "too many open files; give fewer --workers, or raise the limit (ulimit -n)",
     "workers": "a process that loads images was killed, often for lack of memory; give fewer --workers or a "
                "smaller --batch-size",
@@ -35,13 +35,18 @@ _advice = {
 def resource_problem(error: Exception) -> str:
     "Say in one line what the machine had too little of; empty for an error that has another cause."
     if isinstance(error, MemoryError):
-        return _advice["memory"]
+        return _memory_problem(error)
     text = str(error).lower()
     kind = next((kind for words, kind in _shortages.items() if words in text), None)
     is_killed = any(words in text for words in ("killed by signal", "exited unexpectedly"))
     if kind is None or kind == "workers" and not is_killed:
         return ""
-    return _advice[kind]
+    return _memory_problem(error) if kind == "memory" else _advice[kind]
+
+def _memory_problem(error):
+    "Say that memory has run out, and where, if the error names an image."
+    _, found, image = str(error).strip().rpartition("out of memory in reading ")  # after a worker's traceback
+    return f"out of memory{' in reading ' + image if found else ''}; {_advice['memory']}"
 
 # %% ../../nbs/51_cli.common.ipynb #baf0dfa3
 def system_reason(error: OSError) -> str:

@@ -8,6 +8,7 @@ __all__ = ['canvas_mean', 'canvas_std', 'digit_images', 'digits_dls', 'make_imag
 
 # %% ../../nbs/25_data.datasets.ipynb #781ebb19
 import itertools
+from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,14 +28,15 @@ from torchvision.transforms import InterpolationMode, v2
 from .images import open_image
 from .loader import data_fingerprint, make_dataloaders
 from .random import epoch_order
-from ..scan.checks import check_integer
+from ..models.checks import as_path, check_open_fraction, check_sides, check_size, check_word
+from ..scan.checks import check_integer, check_type
 
 # %% ../../nbs/25_data.datasets.ipynb #011b0228
 def digit_images(
     size: int = 32,  # pixels; the 8×8 originals are resized bicubically
 ) -> tuple[list[PILImage], list[str]]:  # RGB images and their classes "0" to "9"
     "Return the 1797 digits of scikit-learn as images."
-    check_integer("size", size, 8)  # the digits' own size
+    check_size("size", size, 8)  # the digits' own size
     digits = load_digits()
     images = []
     levels = (digits.images * (255 / 16)).round().astype(np.uint8)
@@ -78,8 +80,7 @@ def digits_dls(
 
     Raises `ValueError` naming a bad argument."""
     check_integer("batch_size", batch_size, 1)
-    if not 0 < valid_pct < 1:
-        raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
+    check_open_fraction("valid_pct", valid_pct)
     images, labels = digit_images(size)
     train, valid = _split_digits(labels, valid_pct, split_seed)
     items = [dict(image=image, label=label) for image, label in zip(images, labels, strict=True)]
@@ -170,6 +171,25 @@ def _tree_files(layout, names, counts, seed):
     return files
 
 # %% ../../nbs/25_data.datasets.ipynb #8febe955
+def _class_names(classes):
+    "The names of classes, of which the number or the names are given."
+    if isinstance(classes, int):
+        check_size("classes", classes)
+        return [f"n{k:08d}" for k in range(classes)]
+    check_type("classes", classes, Iterable, "a number or a list of names")
+    names = list(classes)
+    for name in names:
+        check_type("each of classes", name, str, "a name")
+    return names
+
+def _check_tree(size, layout, quality, **counts):
+    "Raise an error that names the argument of `make_image_tree` which does not fit."
+    for name, count in counts.items():
+        check_size(name, count, 0)
+    check_sides("size", size)
+    check_word("layout", layout, _tree_parts)
+    check_integer("quality", quality, 1, 100)
+
 def make_image_tree(
     path: str | Path,  # a folder to make
     classes: int | list[str] = 4,  # number, or names
@@ -184,11 +204,10 @@ def make_image_tree(
 ) -> Path:  # the folder
     """Write a tree of JPEG files whose content depends on the class, and return its folder.
 
-    Photographs tell twelve classes apart. Raises `ValueError` for an unknown layout."""
-    if layout not in _tree_parts:
-        raise ValueError(f"layout must be one of {', '.join(_tree_parts)}, got {layout!r}")
-    path = Path(path)
-    names = [f"n{k:08d}" for k in range(classes)] if isinstance(classes, int) else list(classes)
+    Photographs tell twelve classes apart. Raises `TypeError` or `ValueError` naming a bad argument."""
+    path = as_path("path", path)
+    names = _class_names(classes)
+    _check_tree(size, layout, quality, per_class=per_class, valid_per_class=valid_per_class, seed=seed)
     painter = _Photographs(size, seed) if photographs else _Stripes(size, len(names))
     labels = []
     counts = (per_class, valid_per_class)
@@ -291,7 +310,8 @@ def _paint(canvas, marker, places, glyphs):
 
 # %% ../../nbs/25_data.datasets.ipynb #0082ba68
 def _check_canvases(count, size, digits, gap):
-    check_integer("count", count, 1)
+    check_size("count", count)
+    check_size("size", size)
     check_integer("digits", digits, 1, 10)
     check_integer("gap", gap)  # one that is not a number would fit nowhere, and be looked for without end
     least = 2 * _digit_side + gap + 4 * digits
@@ -314,6 +334,8 @@ def digit_canvases(
     gap: int = 28,  # pixels between the centers of marker and digits, along the rows or the columns
 ) -> Canvases:
     "Draw digit canvases. A bad argument raises `ValueError` naming it."
+    check_integer("seed", seed)
+    check_type("held_out", held_out, bool, "True or False")
     _check_canvases(count, size, digits, gap)
     glyphs_of = handwriting(held_out)
     rng = np.random.default_rng([seed, held_out])

@@ -10,6 +10,7 @@ __all__ = ['DetectionData', 'make_detection_tree', 'find_detection', 'ResizeToFi
 import json
 import math
 import pickle
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from torchvision.transforms import v2
 from .images import CorruptImageError, open_image
 from .loader import KeyedDL, data_fingerprint, file_state, worker_count
 from .scenes import DetectionScenes, digit_scenes
+from ..models.checks import check_sides
 from ..models.detection import resized_size
-from ..scan.checks import check_integer
+from ..scan.checks import check_integer, check_type
 
 # %% ../../nbs/26_data.detection.ipynb #5cd65ff9
 def coco_masks():
@@ -330,6 +332,7 @@ class ResizeToFit(v2.Transform):
         long: int,  # pixels that the long side may have
     ):
         super().__init__()
+        check_type("short", short, Iterable, "a tuple of integers")
         self.short, self.long = tuple(short), long
 
     def make_params(self, flat_inputs):
@@ -391,8 +394,9 @@ def detection_transforms(
     schedule: str = "1x",  # "1x": one size; "3x": several sizes and crops
     size: tuple[int, int] = (800, 1333),  # short and long side in pixels
 ) -> v2.Compose:  # of (image, target)
-    "Return the published transforms for training. Raises `ValueError` for an unknown schedule."
-    if schedule not in ("1x", "3x"):
+    "Return the published transforms for training. Raises `ValueError` for another schedule, or no two sides."
+    check_sides("size", size)
+    if not isinstance(schedule, str) or schedule not in ("1x", "3x"):
         raise ValueError(f"schedule must be '1x' or '3x', got {schedule!r}")
     resize = ResizeToFit([size[0]], size[1]) if schedule == "1x" else _multi_scale(*size)
     return v2.Compose([

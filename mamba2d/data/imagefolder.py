@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,7 @@ from mamba2d.data.loader import (
 )
 from .random import epoch_order
 from .transforms import Augmentation, ImageTransform, evaluation_transforms
+from ..models.checks import as_path, check_open_fraction
 from ..scan.checks import check_integer
 
 # %% ../../nbs/24_data.imagefolder.ipynb #000a818b
@@ -534,9 +536,8 @@ def find_images(
     """Recognise the layout of a folder of images, and list them.
 
     Raises `FileNotFoundError` or `ValueError` naming the folder and what is expected in it."""
-    path = Path(path)
-    if not 0 < valid_pct < 1:
-        raise ValueError(f"valid_pct must be between 0 and 1, got {valid_pct}")
+    path = as_path("path", path)
+    check_open_fraction("valid_pct", valid_pct)
     classes = _given_classes(evaluate)
     if not path.is_dir():
         raise FileNotFoundError(f"data: there is no folder {str(path)!r}")
@@ -762,7 +763,11 @@ def list_images(
     """Return paths of images. Warns of files that it leaves out.
 
     Raises `FileNotFoundError` naming a path that is nothing, `ValueError` naming a folder without images."""
-    found = []
+    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
+        raise TypeError(f"paths must be a list of paths, got {type(paths).__name__}")
+    found, paths = [], list(paths)
+    for path in paths:
+        as_path("paths", path)
     for path in map(str, paths):
         if not os.path.exists(path):
             raise FileNotFoundError(f"there is no file or folder {path!r}")

@@ -31,20 +31,25 @@ def is_of_the_machine(error: Exception) -> bool:
 def reading_image(source):
     """Context manager: turn any exception into a `CorruptImageError`; Pillow raises many kinds.
 
-    An error of the machine stays what it is."""
+    An error of the machine stays what it is; a `MemoryError` gets the name of the image."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about metadata
             yield
+    except MemoryError as error:
+        raise MemoryError(f"out of memory in reading {_named(source)}") from error
     except Exception as error:
         if is_of_the_machine(error):
             raise
-        name = getattr(source, "filename", source)
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "it is not an image"
-        what = f"image {str(name)!r}" if isinstance(name, (str, Path)) else "an image"
-        raise CorruptImageError(f"cannot read {what}: {reason}") from error
+        raise CorruptImageError(f"cannot read {_named(source)}: {reason}") from error
+
+def _named(source):
+    "The word image with the path of the source, if it has one."
+    name = getattr(source, "filename", source)
+    return f"image {str(name)!r}" if isinstance(name, (str, Path)) else "an image"
 
 # %% ../../nbs/21_data.images.ipynb #b526c1d0
 def _eight_bits(pixels, mode):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..models.checks import check_size
 from ..scan.checks import check_integer
 
 # %% ../../nbs/28_data.pathfinder.ipynb #dd5225c7
@@ -317,7 +318,7 @@ def _make_chunk(seed, number, kind):
 
 # %% ../../nbs/28_data.pathfinder.ipynb #175a3c30
 def _check_pathfinder(count, size, length, style):
-    check_integer("count", count, 1)
+    check_size("count", count)
     check_integer("length", length, 2, 18)
     sizes = ", ".join(map(str, pathfinder_styles))
     if style is None:

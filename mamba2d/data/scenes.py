@@ -8,6 +8,7 @@ __all__ = ['Scene', 'DigitScenes', 'digit_scenes', 'DetectionScenes', 'Segmentat
 # %% ../../nbs/25_data.scenes.ipynb #695419ea
 import hashlib
 import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from .datasets import handwriting
-from ..scan.checks import check_integer
+from ..models.checks import check_size
+from ..scan.checks import check_integer, check_type, is_integer
 
 # %% ../../nbs/25_data.scenes.ipynb #59eaa40e
 class Scene(NamedTuple):
@@ -191,12 +193,14 @@ def digit_scenes(
     """Generate scenes of digits on clutter, for detection and for segmentation.
 
     Raises `ValueError` naming a bad argument."""
-    check_integer("count", count, 1)
-    check_integer("size", size, 96)
+    check_size("count", count)
+    check_size("size", size, 96)
     check_integer("seed", seed)
     check_integer("most", most, 1, 6)
+    check_type("held_out", held_out, bool, "True or False")
+    check_type("digits", digits, Iterable, "a tuple of integers")
     digits = tuple(digits)
-    if not digits or len(set(digits)) < len(digits) or not set(digits) <= set(range(10)):
+    if not digits or not all(is_integer(digit, 0, 9) for digit in digits) or len(set(digits)) < len(digits):
         raise ValueError(f"digits must be different integers from 0 to 9, at least one, got {digits}")
     return DigitScenes(count, size, seed, held_out=held_out, digits=digits, most=most)
 

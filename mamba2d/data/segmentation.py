@@ -24,9 +24,10 @@ from .imagefolder import list_images
 from .images import reading_image
 from .loader import KeyedDL, Problems
 from .scenes import SegmentationScenes, digit_scenes
+from ..models.checks import as_path, check_number, check_size
 from ..models.detection import resized_size
 from ..models.segmentation import SegmentationTransforms, ade20k_categories
-from ..scan.checks import check_integer
+from ..scan.checks import check_integer, check_type
 
 # %% ../../nbs/27_data.segmentation.ipynb #674d27ba
 _number_modes = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
@@ -50,7 +51,9 @@ def read_mask(
     """Read the numbers of a mask.
 
     Raises `CorruptImageError` for a file that cannot be read, `ValueError` for colors or other numbers."""
-    mask = _open_mask(file)
+    check_integer("classes", classes, 1)
+    check_type("reduce_zero_label", reduce_zero_label, bool, "True or False")
+    mask = _open_mask(as_path("file", file))
     with reading_image(str(file)):
         numbers = np.asarray(mask).astype(np.int64)
     if reduce_zero_label:
@@ -266,6 +269,8 @@ class PhotometricDistortion(v2.Transform):
         hue: float = 18,  # of 180 for the whole circle
     ):
         super().__init__()
+        check_number("brightness", brightness, 0)
+        check_number("hue", hue, 0, 90)  # half of the circle to either side
         self.ranges = dict(brightness=(-brightness, brightness), contrast=contrast, saturation=saturation,
                            hue=(-hue / 180, hue / 180))
 
@@ -308,7 +313,8 @@ class _FillUp(v2.Transform):
 def segmentation_transforms(
     side: int = 512,  # pixels of the square
 ) -> v2.Compose:  # of (image, label map) to normalised floats (3, side, side) and a label map
-    "Return the published transforms for training."
+    "Return the published transforms for training. Raises `ValueError` for a side of no pixels."
+    check_size("side", side)
     return v2.Compose([
         ResizeByRatio(side, 4 * side),
         CropMixed(side),

@@ -15,7 +15,8 @@ import torch
 
 from .datasets import digit_canvases
 from .pathfinder import pathfinder_images
-from ..scan.checks import check_integer
+from ..models.checks import check_number, check_size, check_word, largest_size
+from ..scan.checks import check_integer, check_type, is_integer
 
 # %% ../../nbs/29_data.tasks.ipynb #3a686c2f
 _side = 5  # pixels of a glyph
@@ -95,10 +96,12 @@ def permutation_signs(
     """Generate images of crosses whose label is the sign of the permutation that they form.
 
     Raises `ValueError` naming a bad argument."""
-    check_integer("count", count, 1)
+    check_size("count", count)
+    check_integer("seed", seed)
     check_integer("marks", marks, 2, 6)
     check_integer("rings", rings, 0, 16)
-    check_integer("size", size, _side + marks * _least_gap)
+    check_type("chain", chain, bool, "True or False")
+    check_size("size", size, _side + marks * _least_gap)
     rng = np.random.default_rng([seed, size, marks, rings])
     rows, columns = (_spread(rng, count, marks, size) for _ in range(2))
     grid = np.stack(np.broadcast_arrays(rows[:, :, None], columns[:, None]), -1).reshape(count, -1, 2)
@@ -141,12 +144,13 @@ def textures(
     """Generate images of many glyphs whose label is the most frequent of four.
 
     Raises `ValueError` naming a bad argument."""
-    check_integer("count", count, 1)
+    check_size("count", count)
+    check_integer("seed", seed)
+    check_number("majority", majority, 0.28, 1)
+    check_number("noise", noise, 0, 4)
+    if not is_integer(size, 4 * _cell, largest_size) or size % _cell:
+        raise ValueError(f"size must be a multiple of {_cell} and at least {4 * _cell}, got {size!r}")
     cells = size // _cell
-    if size % _cell or cells < 4:
-        raise ValueError(f"size must be a multiple of {_cell} and at least {4 * _cell}, got {size}")
-    if not 0.28 <= majority <= 1 or not 0 <= noise <= 4:
-        raise ValueError(f"majority must be from 0.28 to 1 and noise from 0 to 4, got {majority} and {noise}")
     rng = np.random.default_rng([seed, size])
     labels, kinds = _draw_kinds(rng, count, cells, int(np.ceil(majority * cells * cells)))
     shapes = np.stack(list(glyphs.values()))
@@ -200,10 +204,10 @@ def task_set(
     """Generate one part of a task; the three parts have no random numbers in common.
 
     Raises `ValueError` for an unknown name or part."""
-    if name not in task_names:
-        raise ValueError(f"name must be one of {', '.join(task_names)}, got {name!r}")
-    if part not in _parts:
-        raise ValueError(f"part must be one of {', '.join(_parts)}, got {part!r}")
+    check_word("name", name, task_names)
+    check_word("part", part, _parts)
+    check_size("count", count)
+    check_size("size", size)
     make = {"pathfinder": pathfinder_images, "signs": permutation_signs, "textures": textures,
             "canvases": _canvases}
     classes = {"textures": 4, "canvases": 10}

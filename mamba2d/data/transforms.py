@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from .images import reading_image
 from .random import MIX_STREAM, entropy
+from ..models.checks import check_size, check_values
 from ..scan.checks import check_integer
 
 # %% ../../nbs/22_data.transforms.ipynb #fa4db60e
@@ -208,7 +209,10 @@ class _ResizeMiddle:
 def evaluation_transforms(
     size: int,  # pixels
 ) -> list:  # from an image to a tensor (3, size, size) of uint8
-    "Return transforms that resize the short side to `size`, bicubic, and cut out the middle."
+    """Return transforms that resize the short side to `size`, bicubic, and cut out the middle.
+
+    Raises `ValueError` for a size that is no integer of at least 1."""
+    check_size("size", size)
     return [_ResizeMiddle(size), v2.PILToTensor()]
 
 # %% ../../nbs/22_data.transforms.ipynb #7153d5dd
@@ -288,8 +292,11 @@ def mix_pairs(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # mixed images as given, (B, classes) float targets
     """Mix neighbours in the epoch's order by MixUp (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
 
-    Raises `ValueError` naming a bad argument."""
+    Raises `TypeError` or `ValueError` naming a bad argument."""
+    _check_batch(images, targets, classes)
     _check_mixing(mixup, cutmix, switch)
+    for name, number in (("seed", seed), ("epoch", epoch), ("position", position)):
+        check_integer(name, number)
     labels = torch.nn.functional.one_hot(targets.as_subclass(torch.Tensor), classes).float()
     if not mixup and not cutmix:
         return images, labels
@@ -305,8 +312,18 @@ def mix_pairs(
     of_images = torch.from_numpy(drawn.astype(np.float32).repeat(2, axis=0))
     return _blend(images, labels, of_images.to(images.device, non_blocking=True))
 
+def _check_batch(images, targets, classes):
+    check_values("images", images, "(B, C, H, W)", floats=True)
+    check_values("targets", targets, f"({len(images)},)")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be a tensor of torch.int64, got {targets.dtype}")
+    check_size("classes", classes)
+    if targets.device.type == "cpu" and not 0 <= targets.min() <= targets.max() < classes:
+        given = f"{targets.min()} to {targets.max()}"
+        raise ValueError(f"targets must hold classes from 0 to {classes - 1}, got {given}")
+
 def _check_mixing(mixup, cutmix, switch):
     for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
-        if not alpha >= 0:
-            raise ValueError(f"{name} must be at least 0, got {alpha}")
+        if not isinstance(alpha, Real) or not alpha >= 0:
+            raise ValueError(f"{name} must be at least 0, got {alpha!r}")
     _check_probability("switch", switch)

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arrays import Window, open_map, write_window
-from .network import features_in_tiles
+from .network import check_network, features_in_tiles, identity_of
 from mamba2d.large.tiles import (
     TiledRun,
     as_devices,
     as_tile,
-    fingerprint,
     locked_folder,
     read_as,
     replicas,
@@ -155,8 +154,9 @@ def segment_in_tiles(
     source, folder = open_map(source), None if folder is None else Path(folder)
     devices, tile = as_devices(devices, model), as_tile(tile)
     shape = (*source.shape[:2], 1)
-    identity = dict(model=fingerprint(model), source=str(tuple(source.shape)), tile=str(tile),
-                    attention_window=str(attention_window))
+    check_network(model.backbone, source, prepare, attention_window)
+    identity = {} if folder is None else identity_of(
+        model, source, prepare, tile=tile, attention_window=attention_window, device=devices[0])
     with locked_folder(folder, identity):
         features = features_in_tiles(
             model.backbone, source, None if folder is None else folder / "features", tile=tile,

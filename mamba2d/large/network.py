@@ -200,7 +200,7 @@ class TiledFeatures(NamedTuple):
     exact: tuple[bool, ...]  # whether each equals the map of the whole image, up to rounding
 
 # %% ../../nbs/47_large.network.ipynb #1e1ed1c1
-def _check_network(model, source, prepare):
+def check_network(model, source, prepare, attention_window):
     "Raise an error unless the network is one, in evaluation mode, and takes the image."
     if not isinstance(model, (Mamba2D, FeaturePyramid)):
         raise TypeError(f"model must be a Mamba2D or a FeaturePyramid, got {type(model).__name__}")
@@ -212,6 +212,8 @@ def _check_network(model, source, prepare):
     is_float = "float" in str(source.dtype)
     if prepare is None and not is_float:
         raise TypeError(f"source must hold floats, or prepare must make floats of it, got {source.dtype}")
+    if attention_window is not None:
+        check_integer("attention_window", attention_window, 1)
 
 # %% ../../nbs/47_large.network.ipynb #13a18ec1
 def _reader(source, prepare, dtype):
@@ -220,6 +222,14 @@ def _reader(source, prepare, dtype):
         x = read_window(source, window, 0, device).x
         return (x if prepare is None else prepare(x)).to(dtype)
     return read
+
+# %% ../../nbs/47_large.network.ipynb #0047e58a
+def identity_of(model, source, prepare, *, tile, attention_window, device) -> dict[str, str]:
+    "What the maps of a network of an image depend on, by name."
+    read = _reader(source, prepare, next(model.parameters()).dtype)
+    pixels = sampled_pixels(lambda window: read(window, device), source.shape[:2])
+    return dict(model=fingerprint(model), source=str(tuple(source.shape)), pixels=pixels, tile=str(tile),
+                attention_window=str(attention_window))
 
 # %% ../../nbs/47_large.network.ipynb #c9d8f258
 def features_in_tiles(
@@ -240,15 +250,10 @@ def features_in_tiles(
     where the disk is too small, and `IncompatibleRunError` or `RunLockedError` for a folder of another
     computation. Another image of the same size, or another `prepare`, is noticed by a sample of rows."""
     source, tile = open_map(source), as_tile(tile)
-    _check_network(model, source, prepare)
-    if attention_window is not None:
-        check_integer("attention_window", attention_window, 1)
+    check_network(model, source, prepare, attention_window)
     devices, folder = as_devices(devices, model), None if folder is None else Path(folder)
-    read = _reader(source, prepare, next(model.parameters()).dtype)
-    pixels = "" if folder is None else sampled_pixels(
-        lambda window: read(window, devices[0]), source.shape[:2])
-    identity = dict(model=fingerprint(model), source=str(tuple(source.shape)), pixels=pixels, tile=str(tile),
-                    attention_window=str(attention_window))
+    identity = {} if folder is None else identity_of(
+        model, source, prepare, tile=tile, attention_window=attention_window, device=devices[0])
     with locked_folder(folder, identity):
         write_journal(folder, identity)
         run = TiledRun(tile, devices, folder, progress)

@@ -307,11 +307,24 @@ def write_journal(folder: Path | None, identity: dict[str, str]):
         content = json.dumps(identity).encode()
         write_atomically(folder / "journal.json", lambda file: file.write(content))
 
+def _read_journal(path):
+    "What is computed in a folder; None where nothing has begun. Raises `IncompatibleRunError` if unknown."
+    if path.exists():
+        with contextlib.suppress(ValueError):  # neither JSON nor UTF-8
+            saved = json.loads(path.read_text())
+            if isinstance(saved, dict):
+                return saved
+        raise IncompatibleRunError(f"{str(path)!r} is damaged: delete the folder")
+    if any(path.parent.glob("*_borders")):
+        raise IncompatibleRunError(f"folder {str(path.parent)!r} has maps, but {path.name}, which says of "
+                                   "what they are, was deleted: delete the folder, or give another")
+    return None
+
 def _has_journal(path, identity):
     "Whether a computation has begun in the folder; raise `IncompatibleRunError` if it is another one."
-    if not path.exists():
+    saved = _read_journal(path)
+    if saved is None:
         return False
-    saved = json.loads(path.read_text())
     changed = [f"{name} was {saved.get(name)}, now {value}" for name, value in identity.items()
                if saved.get(name) != value]
     if changed:

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import Attention, Block, M2DMixer
 from .blocks import mixers as mixer_types
+from .checks import check_size
 from .controls import control_mixers, make_control
-from ..scan.checks import check_dense, check_fraction, check_integer, is_integer
+from ..scan.checks import check_dense, check_fraction, check_integer, check_type, is_integer
 
 # %% ../../nbs/11_models.backbone.ipynb #7480d7c0
 class Downsample(nn.Module):
@@ -143,8 +144,9 @@ def _check_stages(depths, dims, mixers):
     for name, values in (("depths", depths), ("dims", dims)):
         if not all(is_integer(value, 1) for value in values):
             raise ValueError(f"{name} must be integers of at least 1, got {values}")
+        check_size(name, max(values))
     for name, dim in zip(mixers, dims, strict=True):
-        if name not in mixer_types:
+        if not isinstance(name, str) or name not in mixer_types:
             raise ValueError(f"mixers must be among {', '.join(map(repr, mixer_types))}, got {name!r}")
         if name == "attention" and dim % 32:
             raise ValueError(f"dims must be multiples of 32 in stages of attention, got {dims}")
@@ -171,10 +173,10 @@ def _check_indices(out_indices, frozen_stages, stages):
     if isinstance(out_indices, str) or not isinstance(out_indices, Iterable):
         raise ValueError(f"out_indices must be a sequence of stage numbers, got {out_indices!r}")
     indices = tuple(out_indices)
-    if not indices or len(set(indices)) < len(indices):
-        raise ValueError(f"out_indices must name at least one stage, each once, got {indices}")
     for index in indices:
         check_integer("out_indices", index, 0, stages - 1)
+    if not indices or len(set(indices)) < len(indices):
+        raise ValueError(f"out_indices must name at least one stage, each once, got {indices}")
     check_integer("frozen_stages", frozen_stages, 0, stages)
     return tuple(sorted(map(int, indices)))
 
@@ -182,8 +184,8 @@ def _check_indices(out_indices, frozen_stages, stages):
 class FeaturePyramid(nn.Module):
     """The maps of chosen stages of a network, as a module: a dictionary from "0", "1", ... to (B, C, h, w).
 
-    It shares its parameters with the network it was made of. Raises `ValueError` for a stage that does not
-    exist."""
+    It shares its parameters with the network it was made of. Raises `TypeError` for a model that is no
+    `Mamba2D`, and `ValueError` for a stage that does not exist."""
     def __init__(
         self,
         model: nn.Module,  # a `Mamba2D`
@@ -191,6 +193,7 @@ class FeaturePyramid(nn.Module):
         frozen_stages: int = 0,  # the first so many stages are not trained
     ):
         super().__init__()
+        check_type("model", model, Mamba2D, "a Mamba2D")
         self.out_indices = _check_indices(out_indices, frozen_stages, len(model.stages))
         self.frozen_stages, self.config = int(frozen_stages), model.config
         self.in_channels, self.min_size = model.in_channels, model.min_size
@@ -264,7 +267,7 @@ class _Adaptable:
 
     def reset_classifier(self, num_classes: int):
         "Give the network a new head for that many classes, with the old norm; 0: the normalised mean."
-        check_integer("num_classes", num_classes, 0)
+        check_size("num_classes", num_classes, 0)
         head = Classifier(self.dims[-1], int(num_classes), self.config["head_dropout"])
         head.norm = self.head.norm
         self.head = head.to(self.head.norm.weight).train(self.training)
@@ -301,7 +304,7 @@ class Mamba2D(_Adaptable, nn.Module):
     ):
         arguments = {name: value for name, value in locals().items() if name in _argument_names()}
         super().__init__()
-        check_integer("num_classes", num_classes, 0)
+        check_size("num_classes", num_classes, 0)
         _check_sizes(in_channels=in_channels, expansion=expansion, states=states)
         _check_rates(drop_path=drop_path, head_dropout=head_dropout)
         depths, dims, mixers, scaled = _stage_tuples(depths, dims, mixers, residual_scale)
@@ -336,7 +339,7 @@ class Mamba2D(_Adaptable, nn.Module):
 def _check_sizes(**sizes):
     "Raise a `ValueError` that names the first size that is no integer of at least 1."
     for name, value in sizes.items():
-        check_integer(name, value, 1)
+        check_size(name, value)
 
 def _check_rates(**rates):
     "Raise a `ValueError` that names the first rate that is no number between 0 and 1."

@@ -22,7 +22,8 @@ from mamba2d.models.blocks import (
     SeparableConv,
     mixers,
 )
-from ..scan.checks import check_integer, check_type
+from .checks import check_size
+from ..scan.checks import check_type
 from ..scan.operator import selective_scan_2d
 
 # %% ../../nbs/19_models.controls.ipynb #939e0b42
@@ -202,7 +203,7 @@ def set_mlp_width(
 ):
     "Replace the MLPs of all blocks by MLPs of that hidden width, with new initial values."
     check_type("model", model, nn.Module, "a network")
-    check_integer("width", width, 1)
+    check_size("width", width)
     for block in model.modules():
         if isinstance(block, Block):
             dim = block.mlp.fc1.in_features
@@ -217,7 +218,7 @@ def match_parameters(
 
     Raises `ValueError` if the model has too many even with one hidden unit."""
     check_type("model", model, nn.Module, "a network")
-    check_integer("parameters", parameters, 1)
+    check_size("parameters", parameters)
     mlps = [module for module in model.modules() if isinstance(module, MLP)]
     if not mlps:
         raise ValueError("model must have MLPs, got one without")

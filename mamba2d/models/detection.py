@@ -33,6 +33,7 @@ from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastL
 from torchvision.transforms._presets import ObjectDetection
 
 from .backbone import FeaturePyramid
+from .checks import check_sides, check_values
 from mamba2d.models.sizes import (
     Mamba2D_N_Weights,
     Mamba2D_S_Weights,
@@ -244,7 +245,10 @@ def paste_masks(
     boxes: Tensor,  # (n, 4), pixels of the image
     size: tuple[int, int],  # height and width of the image
 ) -> Tensor:  # (n, 1, height, width), values in [0, 1]
-    "Masks of boxes as masks of the image."
+    "Masks of boxes as masks of the image. Raises `TypeError` or `ValueError` for what does not fit."
+    check_values("masks", masks, "(n, 1, h, w)", empty=True)
+    check_values("boxes", boxes, f"({len(masks)}, 4)", empty=True, floats=True)
+    check_sides("size", size)
     if len(masks) == 0:
         return masks.new_zeros(0, 1, *size)
     few = max(1, 2 ** 24 // (size[0] * size[1]))

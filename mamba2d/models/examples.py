@@ -17,6 +17,7 @@ from torch import nn
 
 from .backbone import Mamba2D
 from .blocks import MLP
+from .checks import check_word
 from .controls import add_local_paths, set_mlp_width
 
 # %% ../../nbs/18_models.examples.ipynb #e7a10006
@@ -82,10 +83,8 @@ def example_about(task: str = "canvases", mixer: str = "m2d") -> dict:
 def _path(task, mixer):
     "The file of an example."
     names = example_names()
-    if task not in names:
-        raise ValueError(f"task must be one of {', '.join(names)}, got {task!r}")
-    if mixer not in names[task]:
-        raise ValueError(f"mixer must be one of {', '.join(names[task])} for {task}, got {mixer!r}")
+    check_word("task", task, names)
+    check_word(f"mixer for {task}", mixer, names[task])
     return _folder / f"{task}-{mixer}.safetensors"
 
 # %% ../../nbs/18_models.examples.ipynb #f594d8db
@@ -115,6 +114,5 @@ def example_images(
     """Size, normalisation, classes and question of a task.
 
     Raises `ValueError` naming the tasks that there are, if this is none."""
-    if task not in _images:
-        raise ValueError(f"task must be one of {', '.join(_images)}, got {task!r}")
+    check_word("task", task, _images)
     return _images[task]

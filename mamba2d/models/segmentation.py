@@ -23,9 +23,10 @@ from torchvision.transforms._presets import SemanticSegmentation
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 from .backbone import FeaturePyramid, is_decayed
+from .checks import check_keys, check_number, check_size, check_word, largest_size
 from .sizes import features, find_weights, releases
 from .weights import load_named, pyramid_names, unwrapped
-from ..scan.checks import check_fraction, check_integer
+from ..scan.checks import check_dense, check_fraction, check_integer, check_type
 
 # %% ../../nbs/15_models.segmentation.ipynb #5db2564e
 def _conv(in_channels, channels, kernel_size):
@@ -152,6 +153,7 @@ class UPerNet(nn.Module):
         super().__init__()
         _check_network(backbone, dict(num_classes=num_classes, channels=channels, aux_channels=aux_channels))
         check_fraction("dropout", dropout)
+        check_type("aux_loss", aux_loss, bool, "True or False")
         widths = backbone.channels
         self.backbone, self.num_classes = backbone, int(num_classes)
         self.classifier = UPerHead(widths, num_classes, channels=channels, pool_sizes=pool_sizes,
@@ -187,7 +189,7 @@ def _check_network(backbone, sizes):
     if len(backbone.channels) < 2:
         raise ValueError(f"backbone must give at least 2 maps, got stages {backbone.out_indices}")
     for name, value in sizes.items():
-        check_integer(name, value, 1)
+        check_size(name, value)
 
 def _padded(images, least):
     "The images with zeros at the bottom and the right, where a side is shorter than `least` pixels."
@@ -217,10 +219,8 @@ def upernet_losses(
 ) -> dict[str, Tensor]:
     """The weighted losses of the heads by name; their sum is what training minimises.
 
-    Raises `ValueError` or `TypeError` for masks that do not fit."""
-    _check_masks(outputs["out"], masks, ignore_index)
-    if average not in ("all", "valid"):
-        raise ValueError(f'average must be "all" or "valid", got {average!r}')
+    Raises `ValueError` or `TypeError` naming an argument that does not fit."""
+    _check_losses(outputs, masks, average=average, aux_weight=aux_weight, ignore_index=ignore_index)
     weights = {"out": 1., "aux": aux_weight}
     options = dict(ignore_index=ignore_index, average=average)
     return {name: weights[name] * _cross_entropy(logits, masks, class_weights, **options)
@@ -231,14 +231,25 @@ def upernet_loss(outputs: Mapping[str, Tensor], masks: Tensor, **kwargs) -> Tens
     return sum(upernet_losses(outputs, masks, **kwargs).values())
 
 # %% ../../nbs/15_models.segmentation.ipynb #4495fa75
+def _check_losses(outputs, masks, *, average, aux_weight, ignore_index):
+    "Raise an error that names the argument of `upernet_losses` which does not fit."
+    check_keys("outputs", outputs, ["out"])
+    check_word("average", average, ("all", "valid"))
+    check_number("aux_weight", aux_weight, 0)
+    check_integer("ignore_index", ignore_index, -largest_size, largest_size)
+    _check_masks(outputs["out"], masks, ignore_index)
+
 def _check_masks(logits, masks, ignore_index):
     "Raise an error unless masks are labels for these logits; labels on a GPU are not looked at."
     if not isinstance(masks, Tensor) or masks.dtype != torch.int64:
         given = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
         raise TypeError(f"masks must be a tensor of torch.int64, got {given}")
+    check_dense("masks", masks)
     expected = (logits.shape[0], *logits.shape[2:])
     if masks.shape != expected:
         raise ValueError(f"masks must have shape {tuple(expected)}, as the images, got {tuple(masks.shape)}")
+    if masks.device != logits.device:
+        raise ValueError(f"masks must lie on {logits.device}, as the outputs, got {masks.device}")
     if masks.device.type == "cpu":
         classes = logits.shape[1]
         wrong = masks[(masks != ignore_index) & ((masks < 0) | (masks >= classes))]

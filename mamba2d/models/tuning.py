@@ -9,6 +9,7 @@ __all__ = ['layer_decay_groups']
 import re
 
 from .backbone import Mamba2D
+from .checks import check_number
 from ..scan.checks import check_fraction, check_type
 
 # %% ../../nbs/16_models.tuning.ipynb #f4f78062
@@ -35,9 +36,10 @@ def layer_decay_groups(
 ) -> list[dict]:  # parameter groups for a torch optimizer
     """Parameter groups whose learning rates fall from the head to the stem (BEiT, arXiv 2106.08254).
 
-    Parameters that are not trained are left out. Raises `ValueError` for a factor that is not between 0 and
-    1."""
+    Parameters that are not trained are left out. Raises `ValueError` for a learning rate below 0 or a factor
+    that is not between 0 and 1."""
     check_type("model", model, Mamba2D, "a Mamba2D")
+    check_number("lr", lr, 0)
     check_fraction("layer_decay", layer_decay)
     undecayed, last, groups = model.no_weight_decay(), 1 + sum(model.depths), {}
     for name, parameter in model.named_parameters():

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..models.checks import as_path
 from ..models.weights import why_compressed
 from ..scan.checks import check_type
 
@@ -473,13 +474,14 @@ def export_weights(
 ):
     """Write `weights.pth` (torch) and `weights.safetensors`, both with the configuration.
 
-    Raises `TypeError` for a configuration that JSON cannot hold, before anything is written."""
+    Raises `TypeError` for a configuration that JSON cannot hold or a folder that is no path, before anything
+    is written."""
     check_type("tensors", tensors, dict, "a state dict")
     try:
         metadata = {"config": json.dumps(config)}
     except TypeError as error:
         raise TypeError(f"config must hold plain values: {error}") from error
-    folder = Path(folder)
+    folder = as_path("folder", folder)
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     content = {"model": tensors, "config": config}
     write_atomically(folder / "weights.pth", lambda file: torch.save(content, file))

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import time
+from collections.abc import Sized
 from functools import partial
 from typing import NamedTuple
 
@@ -31,7 +32,9 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..data.loader import KeyedDL
 from ..data.random import keyed_random, seed_from
+from ..models.checks import check_keys, check_values
 from ..models.segmentation import segment, upernet_losses
+from ..scan.checks import check_fraction, check_type
 from .distributed import Distributed
 from .evaluation import evaluation_mode
 from .learner import mamba2d_learner, plain_tensors
@@ -57,6 +60,15 @@ def _as_bytes(
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 # %% ../../nbs/37_training.dense.ipynb #a7c1d001
+def _check_drawn(image, categories, labels=None):
+    "Raise an error unless this is an image, and these are names of all labels."
+    check_values("image", image, "(3, H, W)")
+    check_type("categories", categories, Sized, "a list of names")
+    if not len(categories):
+        raise ValueError(f"categories must be a list of at least one name, got {categories!r}")
+    if labels is not None and len(labels) and labels.max() >= len(categories):
+        raise ValueError(f"categories must name the labels up to {labels.max()}, got {len(categories)} names")
+
 def _write_names(image, boxes, names, colors):
     "Write a name above each box, or inside where there is no room; returns an image of bytes."
     canvas = to_pil_image(image)
@@ -75,7 +87,12 @@ def draw_detections(
     categories: list[str],  # names of the labels, the background first
     threshold: float = 0.5,  # objects with a lower score are not drawn
 ) -> Tensor:  # (3, H, W) uint8
-    "Draw boxes, masks, names and scores on an image."
+    """Draw boxes, masks, names and scores on an image.
+
+    Raises `TypeError` or `ValueError` naming an argument that does not fit."""
+    check_keys("objects", objects, ["boxes", "labels"])
+    _check_drawn(image, categories, objects["labels"])
+    check_fraction("threshold", threshold)
     objects = {name: value.cpu() for name, value in objects.items() if isinstance(value, Tensor)}
     scores = objects.get("scores", torch.ones(len(objects["boxes"])))
     keep, image, colors = scores >= threshold, _as_bytes(image), _colors(len(categories))
@@ -100,9 +117,14 @@ def draw_label_map(
     categories: list[str],  # names of the labels
     alpha: float = 0.6,  # how opaque the labels are
 ) -> Tensor:  # (3, H, W) uint8
-    "Draw a label map over an image of the same size."
+    """Draw a label map over an image of the same size.
+
+    Raises `TypeError` or `ValueError` naming an argument that does not fit."""
+    _check_drawn(image, categories)
+    check_values("label_map", label_map, f"({image.shape[1]}, {image.shape[2]})")
+    check_fraction("alpha", alpha)
     label_map, colors = label_map.cpu().as_subclass(Tensor), _colors(len(categories))
-    first = int(categories[0] == "background")  # it keeps the image's own colors
+    first = int(str(categories[0]) == "background")  # it keeps the image's own colors
     masks = torch.stack([label_map == label for label in range(first, len(categories))])
     return draw_segmentation_masks(_as_bytes(image), masks, alpha=alpha, colors=colors[first:])
 

@@ -57,7 +57,9 @@ def evaluate(
     limit: int | None = None,  # batches at most
     stop=None,  # called after each batch; where it returns true, no further batch follows
 ) -> Evaluation:
-    "Run `model` over `loader`. Every process gets the whole result."
+    """Run `model` over `loader`. Every process gets the whole result.
+
+    Raises `ValueError` where the loader has no images."""
     distributed = Distributed() if distributed is None else distributed
     start = time.perf_counter()
     if isinstance(loader, KeyedDL):
@@ -68,6 +70,8 @@ def evaluate(
     mine = _run_batches(model, loader, 5, precision=precision, limit=limit, stop=stop)
     index = torch.tensor(list(loader.get_idxs())[:len(mine[0])] if mine else [], dtype=torch.long)
     parts = [part for part in distributed.gather((index, mine)) if part[1]]
+    if not parts:
+        raise ValueError("loader has no images")
     index = torch.cat([part[0] for part in parts])
     order = index.argsort()
     columns = zip(*(part[1] for part in parts), strict=True)

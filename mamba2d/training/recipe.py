@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..models.backbone import is_decayed
-from ..scan.checks import is_integer
+from ..scan.checks import check_type, is_integer
 
 # %% ../../nbs/30_training.recipe.ipynb #bc61871e
 @dataclasses.dataclass
@@ -97,6 +97,11 @@ def _are_positive(values):
     listed = isinstance(values, (list, tuple)) and all(_is_number(v) and v > 0 for v in values)
     return listed and len(values) > 0
 
+def _one_of(*words):
+    "Return a rule that accepts these words, and no array, which would compare its elements with them."
+    *first, last = (f'"{word}"' for word in words)
+    return _Rule(f"{', '.join(first)} or {last}", lambda value: isinstance(value, str) and value in words)
+
 def _or_none(rule):
     "Return a rule that also accepts None."
     return _Rule(f"{rule.accepted}, or None", lambda value: value is None or rule.fits(value))
@@ -118,17 +123,18 @@ _fraction = _Rule("between 0 and 1", lambda v: _is_number(v) and 0 <= v <= 1)
 _positive_fraction = _Rule("above 0 and at most 1", lambda v: _is_number(v) and 0 < v <= 1)
 _fraction_below_1 = _Rule("at least 0 and below 1", lambda v: _is_number(v) and 0 <= v < 1)
 _switch = _Rule("true or false", lambda v: isinstance(v, bool))
-_schedule = _Rule('"linear" or "steps"', lambda v: v in ("linear", "steps"))
-_pipeline = _Rule('"1x", "3x" or "ade20k"', lambda v: v in ("1x", "3x", "ade20k"))
-_pixels = _Rule('"all" or "valid"', lambda v: v in ("all", "valid"))
+_schedule = _one_of("linear", "steps")
+_pipeline = _one_of("1x", "3x", "ade20k")
+_pixels = _one_of("all", "valid")
 _epochs = _Rule("a list of rising integers of at least 1", lambda v: _is_rising(v))
 _rates = _Rule("a list of positive numbers", lambda v: _are_positive(v))
 _weights = _Rule('"balanced" or a list of positive numbers',
                  lambda v: isinstance(v, str) and v == "balanced" or _are_positive(v))
-_stages = _Rule('"backbone" or an integer of at least 1', lambda v: v == "backbone" or is_integer(v, 1))
+_stages = _Rule('"backbone" or an integer of at least 1',
+                lambda v: isinstance(v, str) and v == "backbone" or is_integer(v, 1))
 _open_fraction = _Rule("above 0 and below 1", lambda v: _is_number(v) and 0 < v < 1)
 _metric = _Rule(", ".join(best_metrics), lambda v: isinstance(v, str) and v in best_metrics)
-_precision = _Rule('"fp32" or "bf16"', lambda v: v in ("fp32", "bf16"))
+_precision = _one_of("fp32", "bf16")
 
 _rules = dict(
     # schedule
@@ -315,7 +321,8 @@ def layer_groups(
 ) -> list[dict]:  # parameter groups for AdamW, with keys `layer` and `decay` besides its own
     """Return backbone (layer 0) and head (layer 1), each split by whether weight decay applies.
 
-    Raises `ValueError` as `frozen_parameters` does."""
+    Raises `TypeError` for what is no network, and `ValueError` as `frozen_parameters` does."""
+    check_type("model", model, nn.Module, "a torch.nn.Module")
     groups, frozen = {}, frozen_parameters(model, freeze)
     has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
     for name, parameter in model.named_parameters():
@@ -387,7 +394,9 @@ def recipe_schedule(
 ):  # -> function from the fraction of all steps that are done, 0 to 1, to the learning rate
     """Return the schedule: linear from lr · warmup_factor to lr, then the fall that the recipe names.
 
-    After a restart both come again. Raises `ValueError` where `warmup_steps` need `steps`."""
+    After a restart both come again. Raises `TypeError` for what is no `Recipe`, and `ValueError` where
+    `warmup_steps` need `steps`."""
+    check_type("recipe", recipe, Recipe, "a Recipe")
     if recipe.restarts:
         return _schedule_with_restarts(recipe, steps)
     warmup, fall = _warmup_fraction(recipe, steps), _fall(recipe)

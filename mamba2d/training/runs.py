@@ -934,6 +934,11 @@ def _thumbnail(image, side=256):
     return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.)
 
 # %% ../../nbs/35_training.runs.ipynb #193abed7
+def _check_evaluated(result):
+    "Raise a `ValueError` for the evaluation of no image."
+    if not len(result.targets):
+        raise ValueError("result must be the evaluation of at least one image, got one of no image")
+
 def plot_predictions(
     loader,  # of the images
     result: Evaluation,  # of that loader
@@ -943,7 +948,10 @@ def plot_predictions(
     columns: int = 8,  # at most
     figure: Figure | None = None,
 ) -> Figure:
-    "Draw the misclassified images first, in red, then the correct ones with the lowest probability."
+    """Draw the misclassified images first, in red, then the correct ones with the lowest probability.
+
+    Raises `ValueError` for the evaluation of no image."""
+    _check_evaluated(result)
     correct = result.predictions[:, 0] == result.targets
     order = torch.argsort(torch.where(correct, result.probabilities[:, 0], -result.losses))
     columns = max(min(columns, len(correct)), 1)
@@ -1006,7 +1014,10 @@ def plot_confusion(
     most: int = 25,  # classes of a matrix; of more, the pairs that were confused most often are drawn
     figure: Figure | None = None,
 ) -> Figure:
-    "Draw the confusion matrix, or the most frequent confusions where there are too many classes."
+    """Draw the confusion matrix, or the most frequent confusions where there are too many classes.
+
+    Raises `ValueError` for the evaluation of no image."""
+    _check_evaluated(result)
     counts, names = _confusion(result, len(classes)), [_short(name).replace("$", r"\$") for name in classes]
     small = len(names) <= most
     side = 2.5 + 0.4 * len(names) if small else 6
@@ -1039,10 +1050,11 @@ def write_evaluation(
     loader,  # that was evaluated
     classes,  # their names
 ):
-    """Write tables and figures of an evaluation.
+    """Write tables and figures of an evaluation. Raises `ValueError` if it is one of no image.
 
     `predictions.csv` has a row per image, `classes.csv` one per class, `confusion.csv` one per class and
     prediction that came together; `top_losses.png` and `confusion.png` are drawn of them."""
+    _check_evaluated(result)
     folder, names = Path(folder), [table_cell(c) for c in classes]
     folder.mkdir(parents=True, exist_ok=True)
     head = ["image", "class", *prediction_columns(result.predictions.shape[1]), "loss"]

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-from ..scan.checks import check_integer
+from ..models.checks import check_size
 from mamba2d.viz.plots import (
     computed_until,
     even_colors,
@@ -62,9 +62,9 @@ def load_image(
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if size is not None:
-        height, width = size if isinstance(size, tuple) else (size, size)
-        check_integer("size", height, 1)
-        check_integer("size", width, 1)
+        height, width = _both_sides(size)
+        check_size("size", height)
+        check_size("size", width)
     centre, spread = _normalisation(mean, std, channels)
     opened = _open(image, "L" if channels == 1 else "RGB")
     if size is not None:
@@ -90,6 +90,13 @@ def _without_far_ends(image, height, width):
     return image.crop((left, top, left + sides[0], top + sides[1]))
 
 # %% ../../nbs/42_viz.explorer.ipynb #a10c3a26
+def _both_sides(size):
+    "Height and width of what may be the side of a square."
+    sides = size if isinstance(size, tuple) else (size, size)
+    if len(sides) != 2:
+        raise ValueError(f"size must be pixels, or a height and a width, got {size}")
+    return sides
+
 def _normalisation(mean, std, channels):
     "Mean and standard deviation as tensors (1 or C, 1, 1)."
     found = {}

@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ..models.checks import check_values
 from ..scan.checks import check_integer
 from .plots import image_to_rgb
 from .states import evaluation_mode
@@ -20,7 +21,10 @@ from .states import evaluation_mode
 def reshape_transform(
     features: Tensor,  # (B, h, w, C), what a hook on a stage or a block sees
 ) -> Tensor:  # (B, C, h, w)
-    "A channels-last map with the channels first, for libraries that hook a stage, as grad-cam does."
+    """A channels-last map with the channels first, for libraries that hook a stage, as grad-cam does.
+
+    Raises `TypeError` for what is no tensor, and `ValueError` for another shape."""
+    check_values("features", features, "(B, h, w, C)")
     return features.permute(0, 3, 1, 2)
 
 # %% ../../nbs/43_viz.gradcam.ipynb #3a621d47
@@ -30,7 +34,8 @@ def _class_gradient(model, image, target, stage):
     hook = model.stages[stage].register_forward_hook(lambda module, inputs, output: kept.append(output))
     try:
         with evaluation_mode(model), torch.enable_grad():
-            logits = model(image.detach()[None].clone().requires_grad_())[0]
+            images = image.detach()[None].clone().to(next(model.parameters(), image))
+            logits = model(images.requires_grad_())[0]
             if target is not None:
                 check_integer("target", target, 0, len(logits) - 1)
             chosen = logits.argmax() if target is None else target
@@ -40,17 +45,24 @@ def _class_gradient(model, image, target, stage):
     return kept[0][0].detach(), gradient[0]
 
 # %% ../../nbs/43_viz.gradcam.ipynb #c35d3fd8
+def _check_network(model, image):
+    "Raise an error unless the network has stages and takes images of these channels."
+    if not isinstance(model, nn.Module) or not hasattr(model, "stages"):
+        raise TypeError(f"model must be a Mamba2D, got {type(model).__name__}")
+    channels = getattr(model, "in_channels", "C")
+    check_values("image", image, f"({channels}, H, W)", floats=True)
+
 def grad_cam(
     model: nn.Module,  # a `Mamba2D` with classes
-    image: Tensor,  # (C, H, W), normalised as the model expects it
+    image: Tensor,  # (C, H, W), normalised as the model expects it; moved to its device
     target: int | None = None,  # class; None: the predicted one
     stage: int | None = None,  # counted from 0; None: the last
 ) -> Tensor:  # (H, W), between 0 and 1
     """Where a class is seen (Grad-CAM, arXiv 1610.02391): brightness at the pixels of the image.
 
-    Raises `ValueError` for an image that is no (C, H, W), a class or a stage that does not exist."""
-    if image.dim() != 3:
-        raise ValueError(f"image must have shape (C, H, W), got {tuple(image.shape)}")
+    Raises `TypeError` for a model without stages, and `ValueError` for an image that is no (C, H, W), a class
+    or a stage that does not exist."""
+    _check_network(model, image)
     stage = len(model.stages) - 1 if stage is None else stage
     check_integer("stage", stage, 0, len(model.stages) - 1)
     features, gradient = _class_gradient(model, image, target, stage)
@@ -72,7 +84,7 @@ def plot_grad_cam(
     cam = grad_cam(model, image, target, stage)
     if ax is None:
         ax = plt.subplots(figsize=(3.4, 3.2), constrained_layout=True)[1]
-    shown = image_to_rgb(image.mean(0, keepdim=True))
+    shown = image_to_rgb(image.float().mean(0, keepdim=True))
     ax.imshow(shown, cmap="gray")
     drawn = ax.imshow(cam.cpu(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
     ax.set(title=f"class {'predicted' if target is None else target}",

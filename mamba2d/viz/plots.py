@@ -8,6 +8,7 @@ __all__ = ['mark_pixel', 'draw_map', 'image_to_rgb', 'plot_states', 'varied_chan
 
 # %% ../../nbs/41_viz.plots.ipynb #ce867ddd
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,15 +22,16 @@ from torch import Tensor
 
 from ..models.backbone import Mamba2D
 from ..models.blocks import Attention, M2DMixer, SeparableConv
-from ..scan.checks import check_integer, is_integer
+from ..models.checks import check_number, check_sides, check_values
+from ..scan.checks import check_integer, check_type, is_integer
 from mamba2d.viz.states import (
     HiddenStates,
     carried,
+    check_circle,
     check_index,
     check_model,
     check_question,
     check_states,
-    check_values,
     decay_curves,
     decay_length,
     field_radius,
@@ -70,9 +72,8 @@ def draw_map(
     limit: float | None = None,  # end of the colors; None: the largest magnitude
 ) -> Figure:
     "Draw a map with its color bar. Raises `ValueError` for another shape, and for the log of a signed map."
-    values = torch.as_tensor(values).detach().float().cpu()
-    if values.dim() != 2:
-        raise ValueError(f"values must have shape (H, W), got {tuple(values.shape)}")
+    values = _as_map(values)
+    _check_scale(image_size, limit, log)
     signed = bool((values < 0).any()) if signed is None else signed
     if log and signed:
         raise ValueError("log must be False for a signed map, got True")
@@ -88,6 +89,23 @@ def draw_map(
     return ax.figure
 
 # %% ../../nbs/41_viz.plots.ipynb #fa332578
+def _as_map(values):
+    "The values of a map (H, W), floats on the CPU."
+    try:
+        values = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"values must be a tensor or an array, got {type(values).__name__}") from None
+    check_values("values", values, "(H, W)")
+    return values.detach().float().cpu()
+
+def _check_scale(image_size, limit, log):
+    "Raise an error for a size of an image that is none, an end of the colors below 0, or no flag."
+    check_type("log", log, bool, "True or False")
+    if image_size is not None:
+        check_sides("image_size", image_size)
+    if limit is not None:
+        check_number("limit", limit, 0)
+
 def _color_scale(values, limit, log, signed):
     "The scale of a map whose colors end at a limit."
     if log:
@@ -124,9 +142,7 @@ def image_to_rgb(
     image: Tensor,  # (C, H, W) with one or three channels, in any range
 ) -> np.ndarray:  # (H, W) or (H, W, 3), between 0 and 1
     "Stretch an image to the range from 0 to 1. Raises `ValueError` for another number of channels."
-    check_values("image", image)
-    if image.dim() != 3 or image.shape[0] not in (1, 3):
-        raise ValueError(f"image must have shape (1, H, W) or (3, H, W), got {tuple(image.shape)}")
+    check_values("image", image, "(1, H, W)", "(3, H, W)")
     image = image.detach().float().cpu()
     image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-30)
     return image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
@@ -145,10 +161,9 @@ def plot_states(
 
     Raises `ValueError` naming the argument that does not fit."""
     check_states(states, "h")
-    if image is not None and np.ndim(image) not in (2, 3):
-        raise ValueError(f"image must be an array (H, W) or (H, W, 3), got {type(image).__name__}")
-    channels = varied_channels(states.h) if channels is None else channels
-    there = [n for n in which if n < states.h.shape[3]]
+    _check_shown(image)
+    channels = varied_channels(states.h) if channels is None else _as_list("channels", channels)
+    there = [n for n in _as_list("which", which) if not is_integer(n) or n < states.h.shape[3]]
     _check_numbers("channels", channels, channels, states.h.shape[2])
     _check_numbers("which", which, there, states.h.shape[3])
     rows, columns = len(channels), len(there) + (image is not None)
@@ -187,6 +202,19 @@ def _show_image(ax, image, image_size, fontsize=10):
     ax.set_title("the image", fontsize=fontsize)
 
 # %% ../../nbs/41_viz.plots.ipynb #e7731781
+def _check_shown(image):
+    "Raise a `ValueError` for what is no image to be shown beside the maps."
+    if image is None:
+        return
+    values = np.asarray(image)
+    if values.ndim not in (2, 3) or values.dtype.kind not in "biuf" or 0 in values.shape:
+        raise ValueError(f"image must be an array (H, W) or (H, W, 3), got {type(image).__name__}")
+
+def _as_list(name, numbers):
+    "A list of numbers that are still to be checked."
+    check_type(name, numbers, (Sequence, np.ndarray, Tensor), "a list of integers")
+    return list(numbers)
+
 def _check_numbers(name, given, numbers, size):
     "Raise a `ValueError` unless there are numbers, all from 0 to size - 1."
     if not len(numbers):
@@ -202,7 +230,7 @@ def varied_channels(
     """Choose the channels whose states vary most over the map, each state relative to its own size.
 
     Raises `ValueError` for another shape, of several images for example."""
-    check_values("h", h)
+    check_values("h", h, floats=True)
     check_integer("count", count, 1)
     if h.dim() != 4:
         raise ValueError(f"h must be of one image, (H, W, E, N), got {tuple(h.shape)}")
@@ -240,6 +268,7 @@ def plot_gates(
 
     Raises `ValueError` naming the argument that does not fit."""
     check_states(states, "delta_t", "delta_l", "gate_t", "gate_l", channel=channel, state=state)
+    _check_shown(image)
     columns = 2 if image is None else 3
     if axes is None:
         axes = _new_axes(3.6 * columns + 0.5, 6, 2, columns)
@@ -409,7 +438,11 @@ def plot_receptive_fields(
 ) -> Figure:
     """Draw receptive fields over four decades, each with the circle that holds a fraction of it.
 
-    Raises `ValueError` if there are none."""
+    Raises `TypeError` or `ValueError` naming the argument that does not fit, also if there are none."""
+    check_type("fields", fields, Mapping, "a dictionary of titles and fields")
+    for field in fields.values():
+        check_values("each of fields", field, "(H, W)")
+    check_circle(fraction, centre)
     if not fields:
         raise ValueError("fields must hold at least one field, got none")
     axes = _field_axes(len(fields)) if axes is None else np.asarray(axes, dtype=object).ravel()

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.blocks import SelectiveScan
+from ..models.checks import check_number, check_open_fraction, check_values, largest_size
 from ..models.controls import SequenceScan, WithLocalPath
-from ..scan.checks import check_integer
+from ..scan.checks import check_integer, check_type
 from ..scan.operator import selective_scan_2d
 
 # %% ../../nbs/40_viz.states.ipynb #6fa2ab34
@@ -88,6 +89,8 @@ def hidden_states(
     Raises `TypeError` for a model that is no `Mamba2D`, `ValueError` for an argument that does not fit."""
     _check_mixer(model, stage, block, scan)
     _check_options(image, reverse, keep)
+    channels = model.in_channels
+    check_values("image", image, f"({channels}, H, W)", f"(B, {channels}, H, W)")
     images = _for_model(model, image[None] if image.dim() == 3 else image)
     chosen = model.stages[stage].blocks[block]
     mixer = _scanning_mixer(chosen)
@@ -239,17 +242,6 @@ def _check_mixer(model, stage, block, scan):
                          f"got {(stage, block)}")
     check_index("scan", scan, scan_count(model, stage, block))
 
-# %% ../../nbs/40_viz.states.ipynb #371176a9
-def check_values(name, value):
-    "Raise a `TypeError` that names what is no tensor of real numbers, one after the other in memory."
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    kinds = {"a nested": value.is_nested, "a meta": value.is_meta, "a complex": value.is_complex(),
-             "a sparse or mkldnn": value.layout is not torch.strided}
-    wrong = [kind for kind, is_one in kinds.items() if is_one]
-    if wrong:
-        raise TypeError(f"{name} must be a dense tensor of real numbers, got {wrong[0]} one")
-
 # %% ../../nbs/40_viz.states.ipynb #ba0ab4ac
 def _check_options(image, reverse, keep):
     "Raise a `ValueError` that names the argument of `hidden_states` which does not fit."
@@ -260,7 +252,6 @@ def _check_options(image, reverse, keep):
         raise ValueError(f"reverse must be True, False or None, got {reverse!r}")
     if not isinstance(image, Tensor) or image.dim() not in (3, 4):
         raise ValueError(f"image must be a tensor (C, H, W) or (B, C, H, W), got {_shape_of(image)}")
-    check_values("image", image)
 
 def _shape_of(value):
     "The type of a value and its shape, if it has one, for messages."
@@ -411,7 +402,8 @@ def check_question(
     accepted_orders = (None, *orders, "columns") if by_columns else (None, *orders)
     words = (("of", of, readouts), ("meaning", meaning, meanings), ("order", order, accepted_orders))
     for name, value, accepted in words:
-        if value not in accepted:
+        is_word = value is None or isinstance(value, str)
+        if not is_word or value not in accepted:
             listed = ", ".join(repr(word) for word in accepted if word)
             raise ValueError(f"{name} must be one of {listed}, got {value!r}")
     indices = dict(channel=channel, state=state)
@@ -568,7 +560,8 @@ def decay_curves(
     """Measure how a response falls with the distance, as far as whole anti-diagonals lie on the map.
 
     Raises `ValueError` for a pixel outside the map."""
-    check_values("response", response)
+    check_values("response", response, "(H, W, ...)")
+    check_type("reverse", reverse, bool, "True or False")
     _check_pixel(pixel, response.shape[:2])
     row, column = pixel
     if reverse:
@@ -585,7 +578,7 @@ def decay_length(
     curve: Tensor,  # (K, ...), falling from 1 at distance 0
 ) -> Tensor:  # (...), in map pixels; infinite where the curve ends above 1/e
     "Find where a curve has fallen to 1/e for the first time, interpolated on a logarithmic scale."
-    check_values("curve", curve)
+    check_values("curve", curve, "(K, ...)")
 
     def log_at(k):
         return curve.gather(0, k[None])[0].clamp_min(1e-30).log()
@@ -604,6 +597,9 @@ def local_decay_length(
     "Compute the decay length for gates as they are at this pixel: -1 / ln of the mean of both."
     check_values("gate_t", gate_t)
     check_values("gate_l", gate_l)
+    if gate_t.shape != gate_l.shape:
+        raise ValueError(f"gate_l must have the shape of gate_t, {tuple(gate_t.shape)}, "
+                         f"got {tuple(gate_l.shape)}")
     return -1 / ((gate_t + gate_l) / 2).log()
 
 # %% ../../nbs/40_viz.states.ipynb #7172d0b8
@@ -620,6 +616,8 @@ def state_composite(
         raise ValueError(f"clip must be at least 0 and below 0.5, got {clip}")
     if h.dim() not in (3, 4):
         raise ValueError(f"h must be of one image, (H, W, E, N) or (H, W, E), got {tuple(h.shape)}")
+    if not h.isfinite().all():
+        raise ValueError("h must be finite, got infinite values or NaN")
     scores, fractions = _three_components(h.detach().flatten(2).flatten(0, 1).double())
     low, high = scores.quantile(clip, 0), scores.quantile(1 - clip, 0)
     rounding = 1e-7 * (high - low).max() + 1e-30  # a smaller range is rounding of float32
@@ -679,10 +677,11 @@ def _squared_gradient(feature, source, probes, seed):
 def _check_field(model, images, stage, blocks, probes):
     "Raise an error that names the argument of `effective_receptive_field` which does not fit."
     check_model(model)
+    if isinstance(images, Tensor):
+        check_values("images", images, empty=True)
     if not isinstance(images, Tensor) or images.dim() != 4 or not len(images):
         raise ValueError("images must be a tensor (B, C, H, W) of at least one image, "
                          f"got {_shape_of(images)}")
-    check_values("images", images)
     stages = len(model.stages)
     check_integer("stage", stage, -stages, stages - 1)
     if blocks is not None:
@@ -696,16 +695,21 @@ def field_radius(
     centre: tuple[float, float] | None = None,  # row and column in pixels of the image; None: its middle
 ) -> float:  # pixels
     "Find the radius of the disc around the centre that holds a fraction of the field's sum."
-    check_values("field", field)
-    if field.dim() != 2:
-        raise ValueError(f"field must have shape (H, W), got {tuple(field.shape)}")
-    if not isinstance(fraction, Real) or not 0 < fraction < 1:
-        raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
-    if centre is not None and (len(centre) != 2 or not all(isinstance(part, Real) for part in centre)):
-        raise ValueError(f"centre must be a row and a column in pixels, got {centre!r}")
+    check_values("field", field, "(H, W)")
+    check_circle(fraction, centre)
     axes = [torch.arange(side, dtype=torch.float64) for side in field.shape]
     rows, columns = torch.meshgrid(*axes, indexing="ij")
-    row, column = [side / 2 for side in field.shape] if centre is None else centre
+    row, column = [side / 2 for side in field.shape] if centre is None else map(float, centre)
     distance, order = (rows - row).hypot(columns - column).flatten().sort()
     total = field.double().cpu().flatten()[order].cumsum(0)
     return distance[(total >= fraction * total[-1]).int().argmax()].item()
+
+# %% ../../nbs/40_viz.states.ipynb #5a7fee04
+def check_circle(fraction, centre):
+    "Raise a `ValueError` unless a circle around the centre can hold this fraction of a field."
+    check_open_fraction("fraction", fraction)
+    is_pair = isinstance(centre, (tuple, list)) and len(centre) == 2
+    if centre is not None and not (is_pair and all(isinstance(part, Real) for part in centre)):
+        raise ValueError(f"centre must be a row and a column in pixels, got {centre!r}")
+    for part in centre or ():
+        check_number("centre", part, -largest_size, largest_size)

@@ -12,6 +12,7 @@ import traceback
 from enum import Enum
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from api_calls import good_calls, known, make_things, repetitions
@@ -241,6 +242,8 @@ def run(things, seed):
         word = "accepted"
     except Exception as error:
         word = check_error(call, error, arguments, changed)
+    finally:
+        plt.close("all")
     return f"{word}: {call.name}.{changed}"
 
 
