@@ -7,8 +7,8 @@ __all__ = ['probe_sizes', 'learning_rates', 'contestants', 'grid_tasks', 'Trial'
            'normalise', 'train_together', 'right_answers', 'pack_bits', 'unpack_bits', 'result_of', 'rotated',
            'probe_jobs', 'measure_step', 'grid_cells', 'first_phase', 'best_rates', 'trial_of', 'chance_of',
            'at_chance', 'next_seed', 'changed_trials', 'append_result', 'read_results', 'save_trained',
-           'network_settings', 'Runner', 'bootstrap_interval', 'answers_by_cell', 'paired_difference', 'make_sets',
-           'to_device', 'run_grid', 'main']
+           'network_settings', 'Runner', 'bootstrap_interval', 't_interval', 'bounded_interval', 'sign_flip_p',
+           'answers_by_cell', 'SeedDifference', 'paired_difference', 'make_sets', 'to_device', 'run_grid', 'main']
 
 # %% ../nbs/61_evidence.ipynb #508a7ba3
 import argparse
@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -486,6 +487,47 @@ def bootstrap_interval(
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(right.mean()), float(low), float(high)
 
+# %% ../nbs/61_evidence.ipynb #a17e0002
+def t_interval(values) -> tuple[float, float, float]:  # mean, lower and upper end
+    """Mean of one number for each seed and its 95 % t interval, for seeds that scatter like a normal distribution.
+
+    A single seed says nothing about others: its interval is infinite."""
+    values = np.asarray(values, dtype=float)
+    mean = values.mean()
+    if len(values) < 2:
+        return float(mean), -math.inf, math.inf
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(mean), float(mean - half), float(mean + half)
+
+# %% ../nbs/61_evidence.ipynb #a17e0005
+def _lower_end(values, least, weight):
+    "The mean of the values if the largest ones, with this weight together, were `least`."
+    values = np.sort(values)
+    kept = np.clip((1 - weight) - np.arange(len(values)) / len(values), 0, 1 / len(values))
+    return least * weight + float(kept @ values)
+
+def bounded_interval(
+    values,  # one for each seed, all from `least` to `most`
+    least: float,
+    most: float,
+) -> tuple[float, float, float]:  # mean, lower and upper end
+    """Mean and 95 % interval that holds for any distribution between two bounds (Anderson 1969).
+
+    It is wide for few seeds. Raises `ValueError` for a value that is out of bounds."""
+    values = np.asarray(values, dtype=float)
+    if not len(values) or values.min() < least or values.max() > most:
+        raise ValueError(f"values must be at least one number from {least} to {most}, got {values.tolist()}")
+    weight = stats.ksone.ppf(0.975, len(values))
+    low, high = _lower_end(values, least, weight), -_lower_end(-values, -most, weight)
+    return float(values.mean()), low, high
+
+# %% ../nbs/61_evidence.ipynb #a17e0010
+def sign_flip_p(differences) -> float:
+    "The exact two-sided p-value of a paired randomisation test: one difference for each seed (Fisher 1935)."
+    differences = np.asarray(differences, dtype=float)
+    signs = np.array(list(product((1, -1), repeat=len(differences))))
+    return float((np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9).mean())
+
 # %% ../nbs/61_evidence.ipynb #9f7d5521
 def answers_by_cell(
     results: list[dict],
@@ -498,15 +540,36 @@ def answers_by_cell(
             answers[trial.cell][trial.seed] = unpack_bits(result["right"], result["test_count"])
     return dict(answers)
 
+# %% ../nbs/61_evidence.ipynb #a17e0013
+@dataclass(frozen=True)
+class SeedDifference:
+    "A difference in accuracy of two mixers, paired by seed, with three intervals (lower and upper end) and a p-value."
+    each: tuple[float, ...]  # of each seed that both have, in order
+    mean: float
+    bounded: tuple[float, float]  # holds for any trainings
+    t: tuple[float, float]  # for seeds that scatter like a normal distribution
+    bootstrap: tuple[float, float]  # over seeds and images; too narrow for few seeds
+    p: float  # of the exact sign-flip test
+
+# %% ../nbs/61_evidence.ipynb #a17e0014
 def paired_difference(
     one: dict[int, np.ndarray],  # seed -> (images,) of bool
     other: dict[int, np.ndarray],
-) -> tuple[float, float, float]:
-    "Mean and interval of the difference in accuracy, over the seeds that both have."
+    chance: float = 0.5,  # the accuracy of a random answer
+) -> SeedDifference:
+    """The difference in accuracy over the seeds that both have.
+
+    Raises `ValueError` if they have no seed in common."""
     seeds = sorted(one.keys() & other.keys())
     if not seeds:
         raise ValueError("one and other must have at least one seed in common")
-    return bootstrap_interval(np.stack([one[s].astype(float) - other[s] for s in seeds]))
+    right = np.stack([one[seed].astype(float) - other[seed] for seed in seeds])
+    above = [np.maximum([each[seed].mean() for seed in seeds], chance) for each in (one, other)]
+    each = right.mean(1)
+    _, *bounded = bounded_interval(above[0] - above[1], chance - 1, 1 - chance)
+    _, *t = t_interval(each)
+    mean, *bootstrap = bootstrap_interval(right)
+    return SeedDifference(tuple(each.tolist()), mean, tuple(bounded), tuple(t), tuple(bootstrap), sign_flip_p(each))
 
 # %% ../nbs/61_evidence.ipynb #895309b3
 grid_tasks = {
