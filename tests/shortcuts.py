@@ -128,11 +128,12 @@ def about_dots(images, dots):
 
 
 def on_the_line(images, dots):
-    "Ink on the straight line between two dots, and their distance: a local cue."
+    "Ink along the straight line between two dots, three pixels wide, and their distance: a local cue."
+    smooth = F.avg_pool2d(images.double(), 3, 1, 1)
     steps = torch.linspace(0.25, 0.75, 15, dtype=torch.float64)[:, None]
     points = (dots[:, :1] + (dots[:, 1:] - dots[:, :1]) * steps).round().long()
-    ink = images[torch.arange(len(images))[:, None], 0, points[..., 0], points[..., 1]].double().mean(1)
-    return torch.stack([ink, (dots[:, 0] - dots[:, 1]).norm(dim=1)], 1).numpy()
+    ink = smooth[torch.arange(len(images))[:, None], 0, points[..., 0], points[..., 1]]
+    return torch.stack([ink.mean(1), ink.amin(1), (dots[:, 0] - dots[:, 1]).norm(dim=1)], 1).numpy()
 
 
 def crosses_at(places, size, side=4):

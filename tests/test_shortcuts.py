@@ -142,7 +142,6 @@ known_shortcuts = {  # right answers with 6000 images for training and 6000 for 
     ("signs", pooled, linear_score): (0.75, 0.85),
     ("signs", raw, linear_score): (0.75, 0.85),
     ("pathfinder", pooled, linear_score): (0.44, 0.57),
-    ("pathfinder", sums, trees_score): (0.53, 0.66),
     ("pathfinder", global_numbers, trees_score): (0.74, 0.87),
     ("textures", sums, linear_score): (0.38, 0.50),  # chance is 0.25
 }
@@ -240,4 +239,4 @@ def test_moments_about_the_dots_of_twins_tell_little(twins):
 def test_the_straight_line_is_a_local_cue_of_twins(twins):
     "Short contours can be seen on the straight line between the dots. This is no leak, and it is written down."
     train, test = ((on_the_line(task.images, task.dots), task.labels) for task in twins)
-    assert trees_score(train, test) > 0.7
+    assert trees_score(train, test) > 0.7  # 0.5 would be chance
