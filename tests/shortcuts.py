@@ -93,7 +93,7 @@ def covariance(images):
 
 
 def global_numbers(images):
-    "Amount and spread of the ink, determinant of its covariance, offset of its center: all moments of the image."
+    "Amount and spread of the ink, determinant of its covariance, offset of its center, and all moments."
     mass, row, column, of_rows, of_columns, both = covariance(images).T
     turned = [mass, of_rows + of_columns, of_rows * of_columns - both ** 2, np.hypot(row, column)]
     return np.stack([*turned, row, column, of_rows, of_columns, both], 1)
@@ -124,7 +124,8 @@ def about_dots(images, dots):
     a, b = mean(along), mean(across)
     spreads = [mean(along ** 2) - a ** 2, mean(across ** 2) - b ** 2, (mean(along * across) - a * b).abs()]
     size = mean(along ** 2 + across ** 2)
-    return torch.stack([way.norm(dim=1), mass, a.abs(), b.abs(), torch.hypot(a, b), *spreads, size], 1).numpy()
+    center = [a.abs(), b.abs(), torch.hypot(a, b)]
+    return torch.stack([way.norm(dim=1), mass, *center, *spreads, size], 1).numpy()
 
 
 def on_the_line(images, dots):

@@ -1,8 +1,8 @@
 """A sceptic's checks of the tasks.
 
 Whoever looks at small patches or at statistics of pixels must be at chance where a task is said to need long
-distances, and be good where a task is said to need none. The settings that networks were trained on do not meet
-this: their shortcuts are written down here as figures. The tasks that were made anew must meet it.
+distances, and be good where a task is said to need none. The settings that networks were trained on do not
+meet this: their shortcuts are written down here as figures. The newer tasks must meet it.
 """
 import numpy as np
 import pytest
@@ -126,7 +126,7 @@ def trained():
     def sets_of(task):
         if task not in made:
             options = dict(grid_tasks[task].get("options", ()))
-            images = 1536 if task == "pathfinder" else 3 * count  # three whole chunks, which take long to draw
+            images = 1536 if task == "pathfinder" else 3 * count  # three whole chunks, slow to draw
             made[task] = [task_set(task, part, images, **options) for part in ("train", "test")]
         return made[task]
     return sets_of
@@ -136,7 +136,8 @@ def with_labels(parts, features):
     return [(features(part.images), part.labels) for part in parts]
 
 
-known_shortcuts = {  # right answers with 6000 images for training and 6000 for the test, Pathfinder with 1536
+# right answers with 6000 images for training and 6000 for the test, Pathfinder with 1536
+known_shortcuts = {
     ("signs", sums, linear_score): (0.45, 0.55),  # none: this is what the proof says
     ("signs", covariance, trees_score): (0.76, 0.86),
     ("signs", pooled, linear_score): (0.75, 0.85),
@@ -155,7 +156,8 @@ def test_known_shortcuts_of_the_trained_tasks(trained, task, features, score):
 
 
 def test_one_cross_of_a_trained_chain_tells_the_label():
-    parts = [[permutation_signs(count, seed, marks=marks, chain=True) for marks in (2, 3, 4)] for seed in (1, 3)]
+    parts = [[permutation_signs(count, seed, marks=marks, chain=True) for marks in (2, 3, 4)]
+             for seed in (1, 3)]
 
     def one_cross(task):
         "The place of a cross that is drawn for each image."
@@ -174,7 +176,7 @@ def test_dots_and_moments_of_trained_pathfinder_tell_the_label():
     assert trees_score(*moments) > 0.95
 
 
-# The tasks that were made anew.
+# The newer tasks.
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +202,8 @@ pair_features = {
     "moments and covariance of the ink, trees": (lambda task: covariance(task.images), trees_score),
     "pixels, linear": (lambda task: pooled(task.images), linear_score),
     "places of all crosses, linear": (lambda task: crosses_at(task.crosses, 64), linear_score),
-    "place of one cross, trees": (lambda task: task.crosses[np.arange(count), np.arange(count) % 2], trees_score),
+    "place of one cross, trees": (
+        lambda task: task.crosses[np.arange(count), np.arange(count) % 2], trees_score),
 }
 
 
@@ -237,6 +240,6 @@ def test_moments_about_the_dots_of_twins_tell_little(twins):
 
 
 def test_the_straight_line_is_a_local_cue_of_twins(twins):
-    "Short contours can be seen on the straight line between the dots. This is no leak, and it is written down."
+    "Short contours can be seen on the straight line between the dots. This is no leak."
     train, test = ((on_the_line(task.images, task.dots), task.labels) for task in twins)
     assert trees_score(train, test) > 0.7  # 0.5 would be chance

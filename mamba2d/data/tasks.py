@@ -294,7 +294,7 @@ def task_set(
             "canvases": _canvases, "pairs": cross_pairs, "twins": pathfinder_twins}
     classes = {"textures": 4, "canvases": 10}
     scale = {"pathfinder": (0.05, 0.16), "signs": (0.024, 0.15), "textures": (0.27, 0.22),
-             "canvases": (0.054, 0.2), "pairs": (0.018, 0.13), "twins": (0.1, 0.25)}
+             "canvases": (0.054, 0.2), "pairs": (0.018, 0.13), "twins": (0.037, 0.145)}
     if name == "canvases":
         options["held_out"] = part != "train"
     tasks = [make[name](number, _parts[part], size, **one) for number, one in _mixture(count, options)]
