@@ -242,4 +242,4 @@ def test_moments_about_the_dots_of_twins_tell_little(twins):
 def test_the_straight_line_is_a_local_cue_of_twins(twins):
     "Short contours can be seen on the straight line between the dots. This is no leak."
     train, test = ((on_the_line(task.images, task.dots), task.labels) for task in twins)
-    assert trees_score(train, test) > 0.7  # 0.5 would be chance
+    assert 0.6 < trees_score(train, test) < 0.9
