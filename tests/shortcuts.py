@@ -3,9 +3,13 @@
 Simple classifiers look at statistics of pixels, or at small patches wherever they are. They are trained and
 tested like any network.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from mamba2d.evidence import normalise, right_answers
@@ -58,3 +62,97 @@ def statistics_score(train, test, features=pixel_statistics):
     model = HistGradientBoostingClassifier(max_iter=80, max_depth=3, random_state=0)
     model.fit(features(train.images), train.labels)
     return model.score(features(test.images), test.labels)
+
+
+def sums(images):
+    "Sums of rows and of columns (n, 2 · size)."
+    pixels = images[:, 0].double() / 255
+    return torch.cat([pixels.sum(1), pixels.sum(2)], 1).numpy()
+
+
+def pooled(images, side=4):
+    "Means of squares of pixels, for a linear model: (n, features)."
+    return F.avg_pool2d(images.float() / 255, side).flatten(1).numpy()
+
+
+def raw(images):
+    "All pixels (n, size²)."
+    return pooled(images, 1)
+
+
+def covariance(images):
+    "Mean, variances and covariance of row and column of the ink: the covariance comes last (n, 6)."
+    ink = images[:, 0].double()
+    mass = ink.sum((1, 2))
+    place = torch.arange(ink.shape[1], dtype=torch.float64) - (ink.shape[1] - 1) / 2
+    row, column = (ink.sum(2) @ place) / mass, (ink.sum(1) @ place) / mass
+    of_rows = (ink.sum(2) @ place ** 2) / mass - row ** 2
+    of_columns = (ink.sum(1) @ place ** 2) / mass - column ** 2
+    both = torch.einsum("nhw,h,w->n", ink, place, place) / mass - row * column
+    return torch.stack([mass / mass.mean(), row, column, of_rows, of_columns, both], 1).numpy()
+
+
+def global_numbers(images):
+    "Amount and spread of the ink, determinant of its covariance, offset of its center, and all moments."
+    mass, row, column, of_rows, of_columns, both = covariance(images).T
+    turned = [mass, of_rows + of_columns, of_rows * of_columns - both ** 2, np.hypot(row, column)]
+    return np.stack([*turned, row, column, of_rows, of_columns, both], 1)
+
+
+def dot_places(dots):
+    "Distance of two dots (n, 2, 2), their places, their middle and the way between them, signs left out."
+    way, middle = (dots[:, 0] - dots[:, 1]).abs(), dots.mean(1)
+    about = (middle - middle.mean()).abs()
+    return torch.cat([way.norm(dim=1, keepdim=True), way, about, dots.flatten(1)], 1).numpy()
+
+
+def about_dots(images, dots):
+    """Nine moments of the ink, dots painted over, in the frame of the dots: (n, 9).
+
+    Distance, amount, the center along and across (and its distance), and the spreads."""
+    ink = images[:, 0].double() * (images[:, 0] < 0.9 * 255)
+    place = torch.arange(ink.shape[1], dtype=torch.float64)
+    offset = torch.stack(torch.meshgrid(place, place, indexing="ij"), -1) - dots.mean(1)[:, None, None]
+    way = dots[:, 1] - dots[:, 0]
+    unit = way / way.norm(dim=1, keepdim=True)
+    along = torch.einsum("nhwc,nc->nhw", offset, unit)
+    across = torch.einsum("nhwc,nc->nhw", offset, torch.stack([-unit[:, 1], unit[:, 0]], 1))
+    mass = ink.sum((1, 2))
+
+    def mean(values):
+        return (ink * values).sum((1, 2)) / mass
+    a, b = mean(along), mean(across)
+    spreads = [mean(along ** 2) - a ** 2, mean(across ** 2) - b ** 2, (mean(along * across) - a * b).abs()]
+    size = mean(along ** 2 + across ** 2)
+    center = [a.abs(), b.abs(), torch.hypot(a, b)]
+    return torch.stack([way.norm(dim=1), mass, *center, *spreads, size], 1).numpy()
+
+
+def on_the_line(images, dots):
+    "Ink along the straight line between two dots, three pixels wide, and their distance: a local cue."
+    smooth = F.avg_pool2d(images.double(), 3, 1, 1)
+    steps = torch.linspace(0.25, 0.75, 15, dtype=torch.float64)[:, None]
+    points = (dots[:, :1] + (dots[:, 1:] - dots[:, :1]) * steps).round().long()
+    ink = smooth[torch.arange(len(images))[:, None], 0, points[..., 0], points[..., 1]]
+    return torch.stack([ink.mean(1), ink.amin(1), (dots[:, 0] - dots[:, 1]).norm(dim=1)], 1).numpy()
+
+
+def crosses_at(places, size, side=4):
+    "How many crosses (n, marks, 2) lie in each square of the image: (n, squares)."
+    cells = -(-size // side)
+    found = np.zeros((len(places), cells, cells))
+    for place in places.transpose(1, 0, 2):
+        found[np.arange(len(places)), place[:, 0] // side, place[:, 1] // side] += 1
+    return found.reshape(len(places), -1)
+
+
+def trees_score(train, test):
+    "The accuracy of boosted trees: train and test are (features, labels)."
+    model = HistGradientBoostingClassifier(max_iter=80, max_depth=3, random_state=0).fit(*train)
+    return model.score(*test)
+
+
+def linear_score(train, test):
+    "The accuracy of a logistic regression: train and test are (features, labels)."
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=100)).fit(*train)
+    return model.score(*test)

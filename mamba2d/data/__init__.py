@@ -17,8 +17,8 @@ from .datasets import (
     make_image_tree,
 )
 from .scenes import DetectionScenes, digit_scenes, DigitScenes, Scene, SegmentationScenes
-from .pathfinder import Pathfinder, pathfinder_images
-from .tasks import permutation_signs, task_names, task_set, TaskSet, textures
+from .pathfinder import Pathfinder, pathfinder_images, pathfinder_twins
+from .tasks import cross_pairs, permutation_signs, task_names, task_set, TaskSet, textures
 
 # These modules are loaded when one of their names is first used: they import torchvision's detectors.
 _modules = {
@@ -36,12 +36,13 @@ _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
     "Augmentation", "canvas_dls", "canvas_mean", "canvas_std", "Canvases", "check_images",
-    "check_masks", "CorruptImageError", "CropBetween", "CropMixed", "detection_dls",
-    "detection_transforms", "DetectionData", "DetectionDL", "DetectionScenes", "digit_canvases",
-    "digit_images", "digit_scenes", "digits_dls", "DigitScenes", "evaluation_transforms",
-    "find_detection", "find_images", "find_segmentation", "ImageList", "imagenet_dls", "images_dl",
-    "KeyedDL", "list_images", "make_detection_tree", "make_image_tree", "make_segmentation_tree",
-    "mix_pairs", "no_class", "open_image", "Pathfinder", "pathfinder_images", "permutation_signs",
+    "check_masks", "CorruptImageError", "CropBetween", "CropMixed", "cross_pairs",
+    "detection_dls", "detection_transforms", "DetectionData", "DetectionDL", "DetectionScenes",
+    "digit_canvases", "digit_images", "digit_scenes", "digits_dls", "DigitScenes",
+    "evaluation_transforms", "find_detection", "find_images", "find_segmentation", "ImageList",
+    "imagenet_dls", "images_dl", "KeyedDL", "list_images", "make_detection_tree",
+    "make_image_tree", "make_segmentation_tree", "mix_pairs", "no_class", "open_image",
+    "Pathfinder", "pathfinder_images", "pathfinder_twins", "permutation_signs",
     "PhotometricDistortion", "read_mask", "ResizeByRatio", "ResizeToFit", "Scene",
     "segmentation_dls", "segmentation_transforms", "SegmentationData", "SegmentationDL",
     "SegmentationScenes", "task_names", "task_set", "TaskSet", "textures", "trainable",
