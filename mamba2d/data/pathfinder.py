@@ -472,6 +472,7 @@ def pathfinder_twins(
 
     Raises `ValueError` naming a bad argument."""
     check_integer("count", count, 1)
+    check_integer("seed", seed)
     check_integer("size", size, 48)
     check_integer("length", length, 2, 10)
     dashes = distractors

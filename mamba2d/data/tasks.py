@@ -159,9 +159,10 @@ def _boxes_and_clutter(rng, steps, rings, period):
 # %% ../../nbs/29_data.tasks.ipynb #a17f0007
 _least_step = 6  # pixels between the rows, and between the columns, of a pair
 
-def _check_pairs(count, size, reach, rings):
-    check_integer("count", count, 1)
-    check_integer("size", size, 48)
+def _check_pairs(count, seed, size, reach, rings):
+    check_size("count", count)
+    check_integer("seed", seed)
+    check_size("size", size, 48)
     check_integer("reach", reach, _least_step, (size - _side) // 2 - 1)
     check_integer("rings", rings, 0, 8)
 
@@ -187,7 +188,7 @@ def cross_pairs(
     """Generate images with a pair of crosses that falls or rises and a pair of pluses that does the opposite.
 
     Raises `ValueError` naming a bad argument."""
-    _check_pairs(count, size, reach, rings)
+    _check_pairs(count, seed, size, reach, rings)
     rng = np.random.default_rng([seed, size, reach, rings, 1])
     drawn, made = [], 0
     while made < count:

@@ -13,7 +13,7 @@ packages = ("scan", "models", "data", "training", "viz")
 # Public names that are not called, by the reason.
 left_out = {
     "it is a constant, an error, or a record of what another function returns": """
-        KernelError builders control_mixers mixers test_scales unseen_shapes canvas_mean canvas_std
+        KernelError builders compile_options control_mixers mixers test_scales unseen_shapes canvas_mean canvas_std
         no_class task_names dashboards recipes ExampleImages CorruptImageError RankZeroError
         IncompatibleRunError RunLockedError StopRequestedError FileCheck ScanInputs HiddenStates
         DecayCurves Influence Canvases Pathfinder Scene TaskSet ImageList Evaluation DenseEvaluation
@@ -42,8 +42,9 @@ left_out = {
         MaskRCNN mask_rcnn_names upernet_names animate_wavefront StateExplorer ExplorerFigure train_run
         accuracies mamba2d_learner detection_learner segmentation_learner evaluate_dense plot_dense
         plot_predictions write_evaluation canvas_dls digits_dls imagenet_dls images_dl detection_dls
-        segmentation_dls check_images check_masks pathfinder_images find_detection find_segmentation
-        trainable make_detection_tree make_segmentation_tree evaluate predict segment sliding_logits
+        segmentation_dls check_images check_masks pathfinder_images pathfinder_twins find_detection
+        find_segmentation trainable make_detection_tree make_segmentation_tree evaluate
+        predict segment sliding_logits
         example example_images
     """,
     "the fuzzer of weights, images or run folders tries it": """
@@ -228,6 +229,7 @@ def of_data(things):
             cutmix=1.0,
             switch=0.5,
         ),
+        "cross_pairs": lambda t: dict(count=1, seed=0, size=64, reach=16, rings=3),
         "permutation_signs": lambda t: dict(count=1, seed=0, size=64, marks=3, rings=6, chain=False),
         "PhotometricDistortion": lambda t: dict(
             brightness=32, contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=18
