@@ -46,6 +46,7 @@ from mamba2d.scan.reference import (
     backward_with_borders,
     check_arguments,
     check_borders,
+    check_flags,
     compute_dtype,
     forward_by_diagonals,
     forward_with_borders,
@@ -601,6 +602,8 @@ def selective_scan_2d(
     whatever is forced."""
     tensors = ScanTensors(x, delta_t, delta_l, A_t, A_l, B_t, B_l, C, D, delta_bias_t, delta_bias_l)
     check_arguments(tensors)
+    check_flags(delta_softplus=delta_softplus, reverse=reverse, return_states=return_states,
+                return_borders=return_borders)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active() and _differentiates_functions():
         return selective_scan_2d_ref(*tensors[:9], delta_bias_t=delta_bias_t, delta_bias_l=delta_bias_l,
                                      delta_softplus=delta_softplus, reverse=reverse,

@@ -265,6 +265,13 @@ def check_borders(tensors: ScanTensors, before: ScanBorders):
             raise ValueError(f"{name} must have shape {meaning} = {shape} for x {tuple(x.shape)} "
                              f"and A_t {tuple(A_t.shape)}, got {tuple(value.shape)}")
 
+# %% ../../nbs/00_scan.reference.ipynb #f1a90002
+def check_flags(**flags):
+    "Raise a `TypeError` naming the first flag that is neither True nor False."
+    for name, value in flags.items():
+        if value is not True and value is not False:
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
 # %% ../../nbs/00_scan.reference.ipynb #f5e257d4
 def _borders_from_corner(borders, reverse, dtype):
     "Borders in `dtype` and in the order of a scan from its corner, or from that order back to the image's."
@@ -315,6 +322,8 @@ def selective_scan_2d_naive(
     before = ScanBorders(initial_top, initial_left)
     check_arguments(tensors)
     check_borders(tensors, before)
+    check_flags(delta_softplus=delta_softplus, reverse=reverse, return_states=return_states,
+                return_borders=return_borders)
     dtype = compute_dtype(*tensors, *before)
     cast = ScanTensors(*[None if t is None else t.to(dtype) for t in tensors])
     before = _borders_from_corner(before, reverse, dtype)
@@ -507,6 +516,8 @@ def selective_scan_2d_ref(
     before = ScanBorders(initial_top, initial_left)
     check_arguments(tensors)
     check_borders(tensors, before)
+    check_flags(delta_softplus=delta_softplus, reverse=reverse, return_states=return_states,
+                return_borders=return_borders)
     results = forward_with_borders(tensors, before, delta_softplus=delta_softplus, reverse=reverse,
                                    return_states=return_states, return_borders=return_borders)
     return results.asked_for(return_states, return_borders)

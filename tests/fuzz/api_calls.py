@@ -58,15 +58,10 @@ left_out = {
 
 # Arguments that are refused, but by an error of Python or PyTorch that does not name them. `make fuzz` fails
 # where an entry no longer holds: whoever names the argument takes it out.
-flags = "delta_softplus reverse return_states"  # what is no bool
 known = {
     "find_images": "path",  # what lies in the folder is wrong: the errors call it data, as the commands do
     "random_problem": "delta_range device optional seed shape strided",
     "scan_flops": "backward shape skip states",
-    "scan_step": "delta_softplus",
-    "selective_scan_2d": flags,
-    "selective_scan_2d_naive": flags,
-    "selective_scan_2d_ref": flags,
 }
 
 # Arguments that say how often something is done: a huge one takes long, as it was asked for.
