@@ -302,17 +302,23 @@ def _kind_of(kernel):
     return "other"
 
 # %% ../nbs/60_bench.ipynb #7a5ce24c
-def _profile_step(step, repeats=3):
-    "Return what the kernels of one step take, in milliseconds by kind."
+def _profile_kernels(step, repeats=3):
+    "Return (milliseconds, launches, name) of the kernels of one step, the slowest first."
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(repeats):
             step()
         torch.cuda.synchronize()
+    kernels = [event for event in profiler.key_averages()
+               if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sorted(((event.self_device_time_total / repeats / 1e3, event.count // repeats, event.key)
+                   for event in kernels), reverse=True)
+
+def _profile_step(step, repeats=3):
+    "Return what the kernels of one step take, in milliseconds by kind."
     found = dict.fromkeys([*_kernel_kinds, "other"], 0.)
-    for event in profiler.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found[_kind_of(event.key)] += event.self_device_time_total / repeats / 1e3
+    for milliseconds, _, name in _profile_kernels(step, repeats):
+        found[_kind_of(name)] += milliseconds
     return found
 
 # %% ../nbs/60_bench.ipynb #2e974577
@@ -324,6 +330,10 @@ def _builder(name):
     return found[name]
 
 # %% ../nbs/60_bench.ipynb #2ca6e3bf
+def _options_of(mode):
+    "Return `compile_options`, and those of a mode of torch.compile if one is given."
+    return (torch._inductor.list_mode_options(mode) if mode else {}) | compile_options
+
 def bench_model(
     name: str = "mamba2d_t",  # a function of `mamba2d.models`: one of `builders`
     batch: int = 128,
@@ -351,8 +361,7 @@ def bench_model(
     images = torch.randn(batch, 3, size, size, device=device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
-    options = {**(torch._inductor.list_mode_options(mode) if mode else {}), **compile_options}
-    forward = torch.compile(model, fullgraph=True, options=options) if compiled else model
+    forward = torch.compile(model, fullgraph=True, options=_options_of(mode)) if compiled else model
     step = _make_step(model, forward, images, labels, dtype)
     with torch._functorch.config.patch(activation_memory_budget=memory_budget):
         step()  # compiles

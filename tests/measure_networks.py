@@ -23,7 +23,8 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
+
+from mamba2d.bench import _make_step, _options_of, _profile_kernels, _time_steps, _wait
 
 single = ("graphs1", "eager1")  # of one image
 kinds = ("infer", "train", *single)
@@ -48,106 +49,71 @@ def compiled_as(model, what, arguments):
     mode = "reduce-overhead" if what == "graphs1" else None
     if not arguments.keep_layout:
         return torch.compile(model, mode=mode)
-    from mamba2d.models import compile_options
-    options = torch._inductor.list_mode_options(mode) if mode else {}
-    return torch.compile(model, options=options | compile_options)
+    return torch.compile(model, options=_options_of(mode))
 
 
 def make_step(model, forward, what, arguments):
-    "A function of no arguments: forward, or forward + backward and then no gradients."
+    "A function of no arguments: a step of the bench, by a batch or one image of noise."
     device, batch = torch.device(arguments.device), 1 if what in single else arguments.batch
     images = torch.randn(batch, 3, arguments.size, arguments.size, device=device)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
-
-    def infer():
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            return forward(images)
-
-    def train():
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = F.cross_entropy(forward(images), labels)
-        loss.backward()
-
-    return train if what == "train" else infer
+    return _make_step(model, forward, images, labels, torch.bfloat16)
 
 
-def wait(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def time_steps(step, model, device, repeats):
+def time_steps(step, device, repeats):
     "Milliseconds of a step, and of the host in it: medians."
     times, hosts = [], []
     for _ in range(repeats):
-        wait(device)
+        _wait(device)
         start = time.perf_counter()
         step()
         hosts.append(time.perf_counter() - start)
-        wait(device)
+        _wait(device)
         times.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
     return 1e3 * statistics.median(times), 1e3 * statistics.median(hosts)
 
 
-def time_queued(step, model, repeats):
-    "Milliseconds of a step where the host runs ahead of the GPU: the median, by events."
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        model.zero_grad(set_to_none=True)
-        event.record()
-    torch.cuda.synchronize()
-    pairs = zip(events, events[1:], strict=False)
-    return statistics.median(first.elapsed_time(second) for first, second in pairs)
-
-
-def profile_kernels(step, model, repeats=3, most=60):
+def profile_kernels(step, most=60):
     "Milliseconds and launches of all kernels of a step, and [milliseconds, launches, name] of the slowest."
-    from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(repeats):
-            step()
-            model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-    kernels = [event for event in profiled.key_averages()
-               if event.device_type == torch.autograd.DeviceType.CUDA]
-    rows = sorted(((event.self_device_time_total / 1e3 / repeats, event.count // repeats, event.key[:90])
-                   for event in kernels), reverse=True)
+    rows = _profile_kernels(step)
     return {"kernel_ms": sum(row[0] for row in rows), "launches": sum(row[1] for row in rows),
-            "kernels": [[round(row[0], 3), *row[1:]] for row in rows[:most]]}
+            "kernels": [[round(ms, 3), launches, name[:90]] for ms, launches, name in rows[:most]]}
 
 
 def without_gradient(step, model):
     "Names of the parameters that a step gives no gradient, or nothing but zeros."
-    model.zero_grad(set_to_none=True)
+    reached = set()
+
+    def look(parameter):
+        if parameter.grad.any():
+            reached.add(parameter)
+
+    hooks = [parameter.register_post_accumulate_grad_hook(look) for parameter in model.parameters()]
     step()
-    found = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    model.zero_grad(set_to_none=True)
-    return found
+    for hook in hooks:
+        hook.remove()
+    return [name for name, parameter in model.named_parameters() if parameter not in reached]
 
 
 def measure(model, forward, what, arguments):
     "A row: what a step takes."
-    device = arguments.device
+    device = torch.device(arguments.device)
     step = make_step(model.train(what == "train"), forward, what, arguments)
     start = time.perf_counter()
     for _ in range(4):
         step()
-        model.zero_grad(set_to_none=True)
-    wait(device)
+    _wait(device)
     row = {"what": what, "compile_seconds": time.perf_counter() - start}
     if what == "train":
         row["without_gradient"] = without_gradient(step, model)
-    if device == "cuda":
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    row["ms"], row["host_ms"] = time_steps(step, model, device, arguments.repeats)
-    if device == "cuda":
-        row["ms"] = time_queued(step, model, arguments.repeats)
+    row["ms"], row["host_ms"] = time_steps(step, device, arguments.repeats)
+    if device.type == "cuda":
+        row["ms"] = 1e3 * _time_steps(step, device, arguments.repeats)  # the host runs ahead of the GPU
         row["gib"] = torch.cuda.max_memory_allocated() / 2**30
-        row |= profile_kernels(step, model) if what != "eager1" else {}
+        row |= profile_kernels(step) if what != "eager1" else {}
     row["images_per_second"] = 1e3 * (1 if what in single else arguments.batch) / row["ms"]
     return row
 

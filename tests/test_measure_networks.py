@@ -26,6 +26,9 @@ def test_lost_gradients_are_named(model):
     model.stages[0].blocks[0].mixer.in_proj.register_forward_hook(lambda layer, given, out: out.detach())
     lost = measure(model, model, "train", arguments)["without_gradient"]
     assert lost == [f"stages.0.blocks.0.mixer.in_proj.{name}" for name in ("weight", "bias")]
+    model.head.fc2.register_full_backward_hook(lambda layer, grads, given: (0 * grads[0],))  # zeros before it
+    lost = measure(model, model, "train", arguments)["without_gradient"]
+    assert set(lost) == {name for name, _ in model.named_parameters() if not name.startswith("head.fc2")}
 
 
 def test_drop_path():

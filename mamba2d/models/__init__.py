@@ -38,9 +38,8 @@ _lazy = {name: module for module, names in _modules.items() for name in names}
 
 __all__ = [
     "add_local_paths", "Attention", "AuxiliaryHead", "Block", "builders", "check_file", "Classifier",
-    "compile_options",
-    "control_mixers", "count_parameters", "DeltaProjection", "Downsample", "example", "example_about",
-    "example_images", "example_names", "ExampleImages", "export_model", "FeaturePyramid", "features",
+    "compile_options", "control_mixers", "count_parameters", "DeltaProjection", "Downsample", "example",
+    "example_about", "example_images", "example_names", "ExampleImages", "export_model", "FeaturePyramid", "features",
     "FileCheck", "GatedConv", "layer_decay_groups", "load_published", "M2DMixer", "Mamba2D", "mamba2d_n",
     "Mamba2D_N_Weights", "mamba2d_s", "Mamba2D_S_Weights", "mamba2d_t", "mamba2d_t_v1",
     "Mamba2D_T_V1_Weights", "Mamba2D_T_Weights", "mask_rcnn_m2d_n", "mask_rcnn_m2d_s", "mask_rcnn_m2d_t",

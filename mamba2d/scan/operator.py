@@ -515,6 +515,11 @@ def is_recorded():
     # the function `is_exporting` says yes to torch.compile too (until torch 2.12); torch 2.6 has no such flag
     return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
 
+def _keeps_states(tensors):
+    "Whether the forward pass has to keep states, for a backward pass that may come."
+    return (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+            and not is_recorded())
+
 # %% ../../nbs/05_scan.operator.ipynb #d1ec7002
 _ordinary_types = {Tensor, torch.nn.Parameter}
 
@@ -549,8 +554,7 @@ class _DirectScan(torch.autograd.Function):
 # %% ../../nbs/05_scan.operator.ipynb #d1ec7005
 def _scan(tensors, delta_softplus, reverse, return_states):
     "y and h of checked arguments."
-    for_backward = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-                    and not is_recorded())
+    for_backward = _keeps_states(tensors)
     arguments = (*tensors, delta_softplus, reverse, return_states, for_backward, _forced_backend)
     if not _is_direct(tensors):
         return scan_operators.scan_forward(*arguments)[:2]
@@ -561,8 +565,7 @@ def _scan_with_borders(tensors, before, *, delta_softplus, reverse, return_state
     "`selective_scan_2d` of a piece of an image."
     check_borders(tensors, before)
     given = (*tensors, *before)
-    for_backward = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-                    and not is_recorded())
+    for_backward = _keeps_states(given)
     y, *states, _ = scan_operators.scan_borders_forward(
         *given, delta_softplus, reverse, return_states, return_borders, for_backward, _forced_backend)
     return ScanResults(y, *states).asked_for(return_states, return_borders)
