@@ -21,19 +21,10 @@ import time
 from pathlib import Path
 
 import torch
+from emulated_cuda import output_tolerances, tolerances
 
 from mamba2d.scan import random_problem, selective_scan_2d, selective_scan_2d_ref
-
-tolerances = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-output_tolerances = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
-
-
-def error(found, expected):
-    "The norm of the difference, relative to the norm of what was expected; NaN is infinite."
-    found, expected = found.double(), expected.double()
-    value = ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
-    return value if value == value else float("inf")
-
+from mamba2d.scan.reference import relative_error
 
 # ------------------------------------------------------------------------------------------ one problem
 
@@ -88,7 +79,7 @@ def check(seed, shape, dtype, device, repeats=2):
     expected = run(selective_scan_2d_ref, exact, weights, options)
     worst = 0
     for name, value in found.items():
-        off = error(value, expected[name])
+        off = relative_error(value, expected[name])
         where = f"{name}, seed {seed}, {shape}, {dtype}, {options}, {list(problem)}"
         assert off < limit_of(name, dtype), f"{where}: {off:.1e}"
         worst = max(worst, off)

@@ -9,7 +9,14 @@ import re
 import subprocess
 from pathlib import Path
 
+import torch
+
+from mamba2d.scan import cuda
 from mamba2d.scan.build import source_folder
+
+# errors that the kernels may make, relative to float64: of gradients, of the output, of the states
+tolerances = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+output_tolerances = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
 # function in csrc/cuda -> its body here
 replacements = {
@@ -184,3 +191,20 @@ def entry_points(source):
     for name, arguments in kernels[source].items():
         head = f'extern "C" int run_{name}(unsigned g, unsigned b, unsigned s, const void* p)'
         yield f"{head} {{ return run<{arguments}>({name}, g, b, s, p); }}"
+
+
+def an_h100(processors=132):
+    "What `_card` says of an H100: compute capability, shared memory of a block, multiprocessors."
+    return lambda index: (90, 232448, processors)
+
+
+def emulate(monkeypatch, folder):
+    "The CUDA backend compiles for the CPU, for an H100, into a folder, and its plans are made again."
+    driver = EmulatedDriver()
+    replaced = dict(
+        _load_kernel=load_kernel(folder), _card=an_h100(), _stream=lambda index: 0,
+        cuda_driver=lambda: driver, _plans={},
+    )
+    for name, value in replaced.items():
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from emulated_cuda import EmulatedDriver, load_kernel
+from emulated_cuda import emulate, output_tolerances, tolerances
 
 from mamba2d.scan import (
     cuda,
@@ -13,12 +13,10 @@ from mamba2d.scan import (
     selective_scan_2d_naive,
     selective_scan_2d_ref,
 )
-from mamba2d.scan.reference import ScanBorders, ScanTensors
+from mamba2d.scan.reference import ScanBorders, ScanTensors, relative_error
 
 names = ScanTensors._fields
 bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-tolerances = {f64: 1e-11, f32: 1e-5, bf16: 1e-2, fp16: 1e-2}
-output_tolerances = {f64: 1e-11, f32: 1e-5, bf16: 5e-3, fp16: 5e-3}
 state_tolerances = {f64: 1e-11, f32: 1e-5, bf16: 1e-5, fp16: 1e-5}
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ to compile the kernels with")
@@ -31,20 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def emulated(folder, monkeypatch):
-    "Within a test the CUDA backend compiles for the CPU, for an H100, and its plans are made again."
-    driver = EmulatedDriver()
-    replaced = dict(
-        _load_kernel=load_kernel(folder), _card=lambda index: (90, 232448, 132), _stream=lambda index: 0,
-        cuda_driver=lambda: driver, _plans={},
-    )
-    for name, value in replaced.items():
-        monkeypatch.setattr(cuda, name, value)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-
-
-def error(found, expected):
-    "The norm of the difference, relative to the norm of what was expected."
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+    emulate(monkeypatch, folder)
 
 
 def in_float64(tensors):
@@ -80,19 +65,19 @@ def check_case(shape, dtype, *, has_top, has_left, returned=True, softplus=True,
 
     leaves = in_float64((*tensors, *before))
     expected_y, expected_h, *expected_borders = loop(leaves, **flags)
-    assert error(y, expected_y) < output_tolerances[dtype]
-    assert not states or error(h, expected_h) < state_tolerances[dtype]
+    assert relative_error(y, expected_y) < output_tolerances[dtype]
+    assert not states or relative_error(h, expected_h) < state_tolerances[dtype]
     loss = (expected_y * grad_y.double()).sum()
     if returned:
         for found, expected, grad in zip((bottom, right), expected_borders, incoming, strict=True):
-            assert error(found, expected) < state_tolerances[dtype]
+            assert relative_error(found, expected) < state_tolerances[dtype]
             loss = loss + (expected * grad.double()).sum()
     expected_grads = gradients_of(loss, leaves)
     for name, found, expected in zip((*names, "top", "left"), grads, expected_grads, strict=True):
         if expected is None:
             assert not found.numel(), name
         else:
-            assert error(found, expected) < tolerances[dtype], name
+            assert relative_error(found, expected) < tolerances[dtype], name
 
 
 def loop(leaves, **flags):
@@ -245,7 +230,7 @@ def test_the_operator_runs_the_kernels(emulated_operator):
         found = scan_and_gradients(selective_scan_2d, problem, before, weights, f32)
         expected = scan_and_gradients(selective_scan_2d_ref, problem, before, weights, f64)
         for value, wanted in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
-            assert error(value, wanted) < tolerances[f32]
+            assert relative_error(value, wanted) < tolerances[f32]
 
 
 def test_the_operator_knows_what_the_kernels_keep(emulated_operator):

@@ -3,21 +3,14 @@ import shutil
 
 import pytest
 import torch
-from emulated_cuda import EmulatedDriver, load_kernel
+from emulated_cuda import an_h100, emulate, output_tolerances, tolerances
 
 from mamba2d.scan import cuda, random_problem
-from mamba2d.scan.reference import ScanTensors, backward_by_diagonals, forward_by_diagonals
+from mamba2d.scan.reference import ScanTensors, backward_by_diagonals, forward_by_diagonals, relative_error
 
 names = ScanTensors._fields
 bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-tolerances = {f64: 1e-11, f32: 1e-5, bf16: 1e-2, fp16: 1e-2}
-output_tolerances = {f64: 1e-11, f32: 1e-5, bf16: 5e-3, fp16: 5e-3}
 state_tolerance = 1e-5
-
-
-def an_h100(processors=132):
-    "What `_card` says of an H100: compute capability, shared memory of a block, multiprocessors."
-    return lambda index: (90, 232448, processors)
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def emulated(folder, monkeypatch):
-    "Within a test the CUDA backend compiles for the CPU, and its plans are made again."
-    driver = EmulatedDriver()
-    replaced = dict(
-        _load_kernel=load_kernel(folder), _card=an_h100(), _stream=lambda index: 0,
-        cuda_driver=lambda: driver, _plans={},
-    )
-    for name, value in replaced.items():
-        monkeypatch.setattr(cuda, name, value)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-
-
-def error(found, expected):
-    "The norm of the difference, relative to the norm of what was expected."
-    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+    emulate(monkeypatch, folder)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ to compile the kernels with")
@@ -73,9 +53,9 @@ def test_kernels_equal_the_reference(emulated, monkeypatch, shape, dtype, option
     y, h, saved = cuda.cuda_forward(*arguments, softplus, reverse, states, True)
     expected_y, expected_h = forward_by_diagonals(
         exact, delta_softplus=softplus, reverse=reverse, return_states=states)
-    assert error(y, expected_y) < output_tolerances[dtype]
+    assert relative_error(y, expected_y) < output_tolerances[dtype]
     if states:
-        assert error(h, expected_h) < state_tolerance
+        assert relative_error(h, expected_h) < state_tolerance
 
     grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     grads = cuda.cuda_backward(grad_y, *arguments, saved, softplus, reverse)
@@ -83,7 +63,7 @@ def test_kernels_equal_the_reference(emulated, monkeypatch, shape, dtype, option
         grad_y.double(), exact, delta_softplus=softplus, reverse=reverse)
     for name, found, expected in zip(names, grads, expected_grads, strict=True):
         if expected is not None:
-            assert error(found, expected) < tolerances[dtype], name
+            assert relative_error(found, expected) < tolerances[dtype], name
 
 
 def choose_plan(monkeypatch, options):
