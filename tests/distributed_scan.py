@@ -1,5 +1,11 @@
-"""Two processes on the CPU scan one image, forward and backward, as one process does; run by torchrun."""
+"""Several processes scan one image, forward and backward, as one process does; run by torchrun.
+
+    torchrun --nproc-per-node 2 tests/distributed_scan.py
+    torchrun --nproc-per-node 2 tests/distributed_scan.py --measure
+    torchrun --nproc-per-node 4 tests/distributed_scan.py --device cuda --measure --size 4096 --channels 64
+"""
 import argparse
+import math
 import time
 
 import torch
@@ -9,10 +15,13 @@ from mamba2d.large import pipeline_speedup, split_mixer, split_scan
 from mamba2d.models.blocks import M2DMixer, SelectiveScan
 from mamba2d.training import Distributed
 
-parser = argparse.ArgumentParser(description=__doc__)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: a GPU for each process")
 parser.add_argument("--measure", action="store_true", help="print the times of one process and of all")
 parser.add_argument("--size", type=int, default=512, help="with --measure: side of the image in pixels")
-parser.add_argument("--pieces", type=int, default=8, help="with --measure: pieces of each process")
+parser.add_argument("--pieces", type=int, nargs="+", default=[8],
+                    help="with --measure: pieces of each process")
+parser.add_argument("--channels", type=int, default=32, help="with --measure: of the image")
 
 
 def output_and_gradients(layer, call, x):
@@ -33,7 +42,7 @@ def rows_of(image, rank, world):
 def compare(layer, call, me, width):
     "The worst difference to one process, as a fraction of the largest magnitude; NaN where one is NaN."
     torch.manual_seed(1)
-    image = torch.randn(2, 9, width, 32)
+    image = torch.randn(2, 9, width, 32).to(me.device)
     rows = rows_of(image, me.rank, me.world)
     expected = output_and_gradients(layer, layer, image)
     y, grad_x, *grads = output_and_gradients(layer, call, image[:, rows])
@@ -49,8 +58,8 @@ def compare_all(me):
     found = []
     for reverse in (False, True):
         torch.manual_seed(0)
-        scan = SelectiveScan(32, 2, reverse=reverse)
-        mixers = [M2DMixer(32, reverse=reverse), M2DMixer(32, scans=2)]
+        scan = SelectiveScan(32, 2, reverse=reverse).to(me.device)
+        mixers = [M2DMixer(32, reverse=reverse).to(me.device), M2DMixer(32, scans=2).to(me.device)]
         for piece in (3, 7, 100):
             found.append(compare(scan, lambda x: split_scan(scan, x, piece=piece), me, 13))  # noqa: B023
         for mixer in mixers:
@@ -60,43 +69,53 @@ def compare_all(me):
     print(f"rank {me.rank}: worst difference {worst:.1e}", flush=True)
 
 
-def seconds(call, repeats=3):
-    "The least time of a call, forward and backward."
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call, device, repeats=5):
+    "The least time of a call, forward and backward; the first call is not counted."
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
+        wait(device)
         dist.barrier()
         start = time.perf_counter()
         call()
+        wait(device)
         times.append(time.perf_counter() - start)
-    return min(times)
+    return min(times[1:])
 
 
-def measure(me, size, pieces):
+def measure(me, size, pieces, channels):
     "Times of one process and of all, forward and backward."
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    scan, image = SelectiveScan(32, 2), torch.randn(1, size, size, 32)
-    rows = slice(me.rank * size // me.world, (me.rank + 1) * size // me.world)
-    piece = -(-size // pieces)
+    scan = SelectiveScan(channels, math.ceil(channels / 16)).to(me.device)
+    image = torch.randn(1, size, size, channels).to(me.device)
+    band = image[:, me.rank * size // me.world:(me.rank + 1) * size // me.world]
 
     def alone():
         if me.rank == 0:
             output_and_gradients(scan, scan, image)
 
-    one = seconds(alone)
-    band = image[:, rows]
-    all_together = seconds(
-        lambda: output_and_gradients(scan, lambda x: split_scan(scan, x, piece=piece), band))
-    if me.rank == 0:
-        print(f"{size}², 1 process {one:.3f} s, {me.world} processes {all_together:.3f} s: "
-              f"{one / all_together:.2f} times as fast, predicted {pipeline_speedup(me.world, pieces):.2f}")
+    def together(piece):
+        output_and_gradients(scan, lambda x: split_scan(scan, x, piece=piece), band)
+
+    one = seconds(alone, me.device)
+    for count in pieces:
+        all_together = seconds(lambda: together(-(-size // count)), me.device)  # noqa: B023
+        if me.rank == 0:
+            print(f"{size}² × {channels}, {count} pieces: 1 process {one:.4f} s, {me.world} processes "
+                  f"{all_together:.4f} s: {one / all_together:.2f} times as fast, "
+                  f"predicted {pipeline_speedup(me.world, count):.2f}", flush=True)
 
 
 if __name__ == "__main__":
     args = parser.parse_args()
-    process = Distributed.init("cpu")
+    process = Distributed.init(args.device)
     if args.measure:
-        measure(process, args.size, args.pieces)
+        measure(process, args.size, args.pieces, args.channels)
     else:
         compare_all(process)
     process.destroy()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Attention, Block, M2DMixer
+from .blocks import Attention, Block, M2DMixer, _opaque
 from .blocks import mixers as mixer_types
 from .checks import check_size
 from .controls import control_mixers, make_control
@@ -43,7 +43,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, in_channels) -> (B, h, w, dim)
         if self.pre_norm is not None:
             x = self.pre_norm(x)
-        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = _opaque(self.conv)(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x if self.post_norm is None else self.post_norm(x)
 
 # %% ../../nbs/11_models.backbone.ipynb #2375a04a

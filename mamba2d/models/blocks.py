@@ -33,7 +33,9 @@ def _has_hooks(layer):
                 or layer._backward_pre_hooks or _has_any_global_hook())
 
 def _is_plain(layer):
-    "Whether calling `layer` computes `F.linear` or the convolution of its own parameters and nothing else."
+    "Whether calling `layer` computes `F.linear` or `F.conv2d` with its own parameters and nothing else."
+    if getattr(layer, "padding_mode", "zeros") != "zeros" or isinstance(getattr(layer, "padding", 0), str):
+        return False
     return (type(layer) in _plain_types and type(layer.weight) is nn.Parameter and not _has_hooks(layer)
             and "forward" not in vars(layer))
 
@@ -41,6 +43,56 @@ def _is_plain(layer):
 def _may_fuse():
     "Whether layers may be taken together: only in a graph for `torch.compile`, and not under `torch.func`."
     return torch.compiler.is_compiling() and not (is_recorded() or _are_functorch_transforms_active())
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000026
+def _autocast_dtype(weight):
+    "The dtype to which autocast casts `weight`, None where it does not."
+    device = weight.device.type
+    if weight.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000021
+@torch.library.custom_op("mamba2d::convolve", mutates_args=())
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
+              dilation: list[int], groups: int) -> Tensor:
+    "`F.conv2d` of a map (B, C, H, W), for compiled graphs."
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+@_convolve.register_fake
+def _(x, weight, bias, stride, padding, dilation, groups):
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000022
+def _keep_for_backward(ctx, inputs, output):
+    x, weight, bias, *ctx.settings = inputs
+    ctx.bias_size = None if bias is None else list(bias.shape)
+    ctx.save_for_backward(x, weight)
+
+def _convolve_backward(ctx, grad):
+    "The gradients of x, weight and bias, by the operator that `F.conv2d` uses."
+    stride, padding, dilation, groups = ctx.settings
+    wanted = [*ctx.needs_input_grad[:2], ctx.bias_size is not None and ctx.needs_input_grad[2]]
+    grads = torch.ops.aten.convolution_backward(
+        grad, *ctx.saved_tensors, ctx.bias_size, stride, padding, dilation, False, [0, 0], groups, wanted)
+    return *grads, None, None, None, None
+
+_convolve.register_autograd(_convolve_backward, setup_context=_keep_for_backward)
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000023
+def _convolved(layer, weight, bias, x):
+    "What a convolution without a padding mode computes with these parameters, by `_convolve`."
+    dtype = _autocast_dtype(layer.weight)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return _convolve(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+def _opaque(layer: nn.Module) -> Callable:
+    "A plain convolution as a function that leaves layouts alone, in a compiled graph; any other layer as it is."
+    if _may_fuse() and type(layer) is nn.Conv2d and _is_plain(layer):
+        return partial(_convolved, layer, layer.weight, layer.bias)
+    return layer
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000005
 def _cast(dtype, tensors):
@@ -52,28 +104,21 @@ def _cast(dtype, tensors):
     return tuple(copies)
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000006
-def _autocast_dtype(weight):
-    "The dtype to which autocast casts `weight`, None where it does not."
-    device = weight.device.type
-    if weight.dtype != torch.float32 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
 def _with_parameters(layer, weight, bias):
     "What `layer` computes, with these parameters in place of its own."
     if isinstance(layer, nn.Conv2d):
-        return partial(layer._conv_forward, weight=weight, bias=bias)
+        return partial(_convolved, layer, weight, bias)
     return partial(F.linear, weight=weight, bias=bias)
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000007
 def _cast_together(*layers: nn.Module) -> list[Callable]:
     """The layers, plain ones replaced by functions with parameters that have been cast by one operation.
 
-    All are returned as they are where autocast casts nothing."""
+    Where autocast casts nothing, all are returned as `_opaque` returns them."""
     plain = [layer for layer in layers if _is_plain(layer)] if _may_fuse() else []
     dtype = _autocast_dtype(plain[0].weight) if len(plain) > 1 else None
     if dtype is None:
-        return list(layers)
+        return [_opaque(layer) for layer in layers]
     plain = [layer for layer in plain
              if all(p.dtype == torch.float32 and p.requires_grad == plain[0].weight.requires_grad
                     for p in layer.parameters())]
@@ -81,7 +126,7 @@ def _cast_together(*layers: nn.Module) -> list[Callable]:
     copies = iter(_cast(dtype, parameters))
     replaced = {layer: _with_parameters(layer, next(copies), None if layer.bias is None else next(copies))
                 for layer in plain}
-    return [replaced.get(layer, layer) for layer in layers]
+    return [replaced[layer] if layer in replaced else _opaque(layer) for layer in layers]
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000010
 def _recomputed(function: Callable, x: Tensor) -> Tensor:

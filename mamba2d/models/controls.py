@@ -20,6 +20,7 @@ from mamba2d.models.blocks import (
     ScanInputs,
     SelectiveScan,
     SeparableConv,
+    _opaque,
     mixers,
 )
 from .checks import check_size
@@ -143,7 +144,7 @@ class GatedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, D) -> (B, H, W, D)
         gate, value = self.widen(x).chunk(2, -1)
-        value = self.depthwise(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        value = _opaque(self.depthwise)(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.narrow(F.gelu(gate) * value)
 
 # %% ../../nbs/19_models.controls.ipynb #2982abe2
