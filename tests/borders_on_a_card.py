@@ -5,10 +5,11 @@
     compute-sanitizer --tool memcheck python tests/borders_on_a_card.py few
     MAMBA2D_LOCKSTEP=1 compute-sanitizer --tool racecheck python tests/borders_on_a_card.py few
     python tests/borders_on_a_card.py time
+    python tests/borders_on_a_card.py large --size 16384 --tile 2048
     python tests/borders_on_a_card.py host --other CHECKOUT_BEFORE
 
-`--device cpu` tries the program itself on the CPU kernel. The last part compares two checkouts without
-borders.
+`--device cpu` tries the program itself on the CPU kernel. `large` holds an image of 64 channels in the host's
+memory and scans it in tiles. The last part compares two checkouts without borders.
 """
 import argparse
 import json
@@ -23,6 +24,8 @@ from pathlib import Path
 import torch
 from emulated_cuda import output_tolerances, tolerances
 
+from mamba2d.large import scan_in_tiles
+from mamba2d.models.blocks import SelectiveScan
 from mamba2d.scan import random_problem, selective_scan_2d, selective_scan_2d_ref
 from mamba2d.scan.reference import relative_error
 
@@ -194,6 +197,8 @@ def measure_time(arguments):
 
 measured_without = """
 import json, time, torch
+from mamba2d.large import scan_in_tiles
+from mamba2d.models.blocks import SelectiveScan
 from mamba2d.scan import random_problem, selective_scan_2d
 from mamba2d.bench import time_graph
 found = {}
@@ -230,8 +235,39 @@ def compare_host(arguments):
         print(f"{key}: here {ours:.4f}, there {others:.4f}, ratio {ours / others:.4f}")
 
 
+# -------------------------------------------------------------------------------------- a large image
+
+def fill_with_noise(image, device):
+    "Fill an image (H, W, C) with numbers of a normal distribution, rows by rows."
+    torch.manual_seed(0)
+    for rows in image.split(64):
+        rows.copy_(torch.randn(rows.shape, device=device))
+
+
+def scan_large(arguments):
+    "Time and memory of one image in tiles, and the error where it begins, across four tiles."
+    device, size, tile = torch.device(arguments.device), arguments.size, arguments.tile
+    torch.manual_seed(0)
+    layer = SelectiveScan(64, 4).to(device)
+    source = torch.empty(size, size, 64, dtype=torch.float16)
+    target = torch.full_like(source, torch.nan)  # its pages are there when the time is taken
+    fill_with_noise(source, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    scan_in_tiles(layer, source, target, tile=tile)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    corner = tile * 5 // 4
+    with torch.no_grad():
+        expected = layer(source[None, :corner, :corner].to(device, torch.float32))[0]
+    error = relative_error(target[:corner, :corner].to(device, torch.float32), expected)
+    print(json.dumps(dict(size=size, channels=64, states=16, tile=tile, seconds=seconds, peak_gib=peak,
+                          error=float(error))))
+
+
 parts = {"few": check_few, "random": check_random, "tiles": check_tiles, "time": measure_time,
-         "host": compare_host}
+         "large": scan_large, "host": compare_host}
 
 
 def main():
@@ -241,6 +277,8 @@ def main():
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=60, help="for random")
     parser.add_argument("--seed", type=int, default=0, help="for random: of the first problem")
+    parser.add_argument("--size", type=int, default=16384, help="for large: pixels of a side")
+    parser.add_argument("--tile", type=int, default=2048, help="for large: pixels of a side")
     parser.add_argument("--other", help="for host: a checkout of the version before")
     arguments = parser.parse_args()
     parts[arguments.part](arguments)

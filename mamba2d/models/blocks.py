@@ -9,6 +9,7 @@ __all__ = ['mixers', 'ScanInputs', 'DeltaProjection', 'SelectiveScan', 'StarReLU
 # %% ../../nbs/10_models.blocks.ipynb #fb7959a6
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -369,21 +370,30 @@ def _is_ordinary():
     return not (_are_functorch_transforms_active() or _get_current_dispatch_mode() or is_recorded()
                 or torch.compiler.is_compiling())
 
+def _make_in_a_thread(function, *arguments):
+    "function(*arguments), finished, in memory that belongs to no CUDA graph."
+    def make():
+        result = function(*arguments)
+        if result.is_cuda:  # another stream may use it next
+            torch.cuda.current_stream(result.device).synchronize()
+        return result
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(make).result()
+
 def _stored(function, height, width, head_dim, device):
     "function(height, width, head_dim, device), a tensor, which is stored for the next call."
-    key = function, height, width, head_dim, device
-    is_ordinary = _is_ordinary()
-    if is_ordinary and key in _stored_tables:
-        return _stored_tables[key]
-    with torch.inference_mode(False):
-        table = function(height, width, head_dim, device)
-    if is_ordinary and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        if device.type == "cuda":  # another stream may use it next
-            torch.cuda.current_stream(device).synchronize()
+    arguments = height, width, head_dim, device
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    key = function, *arguments
+    if not _is_ordinary() or (is_captured and key not in _stored_tables):
+        with torch.inference_mode(False):
+            return function(*arguments)
+    if key not in _stored_tables:
         if len(_stored_tables) >= 64:
             _stored_tables.clear()
-        _stored_tables[key] = table
-    return table
+        _stored_tables[key] = _make_in_a_thread(function, *arguments)
+    return _stored_tables[key]
 
 def _turns(height, width, head_dim, device):
     "cos + i sin of `_rotary_table`: complex numbers (height·width, head_dim // 2)."
