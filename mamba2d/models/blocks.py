@@ -283,9 +283,12 @@ class SeparableConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         widen, depthwise, narrow = _cast_together(self.widen, self.depthwise, self.narrow)
-        x = self.act1(widen(x))
-        x = depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = depthwise(_recomputed(self.activated, widen(x))).permute(0, 2, 3, 1)
         return narrow(self.act2(x))
+
+    def activated(self, x):
+        "What the depthwise convolution works on: the first StarReLU of x (B, H, W, C), as (B, C, H, W)."
+        return self.act1(x).to(x.dtype).permute(0, 3, 1, 2)
 
 # %% ../../nbs/10_models.blocks.ipynb #dcb04eb4
 class M2DMixer(nn.Module):
@@ -413,18 +416,21 @@ def _rotated(
     return torch.view_as_real(turned).flatten(-2).unbind()
 
 # %% ../../nbs/10_models.blocks.ipynb #c0000002
-def _swap_pairs(x):
-    "Each two neighbouring channels exchanged."
-    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+def _even_first(x):
+    "The channels, the last axis: the even ones first, then the odd ones."
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+def _swap_halves(x):
+    "The second half of the channels, then the first."
+    return x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
 
 def _turn(x, cosine, sine):
-    "`_rotate` for tables that have one entry per channel, the sine with its sign."
-    return x * cosine + _swap_pairs(x) * sine
+    "`_rotate` for channels in the order of `_even_first`, with tables of `_channel_tables`."
+    return x * cosine + _swap_halves(x) * sine
 
 def _channel_tables(cosine, sine):
     "The tables of `_rotary_table` with one entry per channel, for `_turn`: (positions, 1, head_dim)."
-    signed = torch.stack([-sine, sine], -1).flatten(-2)
-    return cosine.repeat_interleave(2, -1)[:, None], signed[:, None]
+    return torch.cat([cosine, cosine], -1)[:, None], torch.cat([-sine, sine], -1)[:, None]
 
 # %% ../../nbs/10_models.blocks.ipynb #e0000006
 def _signed_table(height, width, head_dim, device):
@@ -442,8 +448,8 @@ def _(height, width, head_dim, device):
 
 # %% ../../nbs/10_models.blocks.ipynb #c0000004
 def _rotate_normalise(
-    x: Tensor,  # (B, positions, heads, head_dim)
-    weight: Tensor,  # (head_dim,)
+    x: Tensor,  # (B, positions, heads, head_dim), in the order of `_even_first`
+    weight: Tensor,  # (head_dim,), in this order too
     bias: Tensor,  # (head_dim,)
     tables: Tensor,  # (2, positions, 1, head_dim), from `_signed_table`
     eps: float,
@@ -452,6 +458,13 @@ def _rotate_normalise(
     turned = _turn(x.float(), *tables.unbind())
     variance, mean = torch.var_mean(turned, -1, correction=0, keepdim=True)
     return ((turned - mean) * (variance + eps).rsqrt() * weight + bias).to(x.dtype)
+
+# %% ../../nbs/10_models.blocks.ipynb #b0000031
+def _even_queries_keys(weight, head_dim):
+    "A projection to queries, keys and values (3·C, C), of queries and keys in the order of `_even_first`."
+    queries_keys, values = weight.split([2 * weight.shape[0] // 3, weight.shape[0] // 3])
+    pairs = queries_keys.unflatten(0, (-1, head_dim // 2, 2))
+    return torch.cat([pairs.transpose(1, 2).flatten(0, 2), values])
 
 # %% ../../nbs/10_models.blocks.ipynb #c986ad12
 class Attention(nn.Module):
@@ -476,10 +489,6 @@ class Attention(nn.Module):
 
     def place(self, heads, height, width):
         "Queries and keys, rotated and normalised, of heads (B, positions, 3, heads, head_dim)."
-        if self.can_place_compiled():
-            tables = _rotary_tables(height, width, self.head_dim, heads.device)
-            return [self.place_compiled(heads[:, :, part], norm, tables)
-                    for part, norm in enumerate((self.q_norm, self.k_norm))]
         if is_recorded() or torch.compiler.is_compiling():  # plain steps, which formats of programs know
             tables = _rotary_table(height, width, self.head_dim, device=heads.device)
             q, k = (_rotate(heads[:, :, part].transpose(1, 2), *tables) for part in range(2))
@@ -488,27 +497,39 @@ class Attention(nn.Module):
         return [norm(t.to(norm.weight.dtype)).to(heads.dtype)
                 for t, norm in ((q, self.q_norm), (k, self.k_norm))]
 
-    def place_compiled(self, t, norm, tables):
-        "Queries or keys (B, positions, heads, head_dim), placed by `_rotate_normalise`."
-        arguments = t, norm.weight, norm.bias, tables, norm.eps
-        if torch.is_grad_enabled():
-            return checkpoint(_rotate_normalise, *arguments, use_reentrant=False).transpose(1, 2)
-        return _rotate_normalise(*arguments).transpose(1, 2)
+    def place_compiled(self, heads, height, width):
+        "The same, of heads whose queries and keys have the order of `_even_first`, which it keeps."
+        tables = _rotary_tables(height, width, self.head_dim, heads.device)
+        parameters = [p for norm in (self.q_norm, self.k_norm) for p in (norm.weight, norm.bias)]
+        parameters = _even_first(torch.stack(parameters)).unbind()
+        placed = []
+        for part, norm in enumerate((self.q_norm, self.k_norm)):
+            arguments = heads[:, :, part], *parameters[2 * part:2 * part + 2], tables, norm.eps
+            if torch.is_grad_enabled():
+                t = checkpoint(_rotate_normalise, *arguments, use_reentrant=False)
+            else:
+                t = _rotate_normalise(*arguments)
+            placed.append(t.transpose(1, 2))
+        return placed
 
     def can_place_compiled(self):
-        "Whether a graph is compiled in which both norms are plain LayerNorms in float32."
-        return _may_fuse() and all(
+        "Whether a graph is compiled in which the projection and both norms, in float32, are plain layers."
+        return self.rotary and _may_fuse() and _is_plain(self.qkv) and all(
             type(norm) is nn.LayerNorm and not _has_hooks(norm) and norm.weight.dtype == torch.float32
             for norm in (self.q_norm, self.k_norm))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1:3]
-        # (B, H·W, 3, heads, head_dim)
         qkv, proj = _cast_together(self.qkv, self.proj)
+        is_compiled = self.can_place_compiled()
+        if is_compiled:
+            qkv = partial(F.linear, weight=_even_queries_keys(self.qkv.weight, self.head_dim))
+        # (B, H·W, 3, heads, head_dim)
         heads = qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
-            q, k = self.place(heads, height, width)
+            place = self.place_compiled if is_compiled else self.place
+            q, k = place(heads, height, width)
         y = F.scaled_dot_product_attention(q, k, v)
         return proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
 
