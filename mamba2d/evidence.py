@@ -581,7 +581,7 @@ grid_tasks = {
     "pathfinder": dict(options=(("length", (2, 3, 4)), ("distractors", False)), images=20000, steps=3000,
                        batch_size=32),
 }
-next_tasks = {  # made after shortcuts were found in signs and pathfinder
+next_tasks = {  # made after shortcuts were found in signs and pathfinder, then made easier
     "pairs": dict(options=(("reach", (6, 8, 10, 16, 24)),), images=20000, steps=3000, batch_size=32),
     "twins": dict(options=(("length", 2), ("distractors", False)), images=20000, steps=6000, batch_size=32),
 }
@@ -644,7 +644,7 @@ def run_grid(
     seeds: int = 5,
     mixers=contestants,
 ) -> bool:  # whether everything was trained
-    "Go through the grid in the order in which every prefix is balanced."
+    "Go through the grid: for each width every learning rate first, then the other seeds, one after another."
     for dim in dims:
         cells = grid_cells(tasks, dim, mixers)
         if not runner.run(first_phase(cells)):

@@ -6,6 +6,8 @@ tested like any network.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
+from sklearn.cluster import MiniBatchKMeans
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -31,11 +33,30 @@ class PatchBag(nn.Module):
         return self.head(self.patches(images).mean((2, 3)))
 
 
+class OneConvolution(nn.Sequential):
+    "One 5 × 5 convolution, means of squares of 4 × 4 pixels, and a linear readout that knows the places."
+
+    def __init__(self, num_classes, size=64, width=8):
+        squares = (size // 4) ** 2
+        super().__init__(nn.Conv2d(1, width, 5, padding=2), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(),
+                         nn.Linear(width * squares, num_classes))
+
+
 def train_patch_bag(train, test, steps=200, batch_size=32, seed=0):
     "The accuracy on `test` of a `PatchBag` trained on `train`."
+    return train_network(PatchBag, train, test, steps=steps, batch_size=batch_size, seed=seed)
+
+
+def train_network(kind, train, test, *, steps, batch_size=32, seed=0):
+    "The accuracy on `test` of a network trained on `train`: `PatchBag` or `OneConvolution`."
+    return trained_answers(kind, train, test, steps=steps, batch_size=batch_size, seed=seed).mean().item()
+
+
+def trained_answers(kind, train, test, *, steps, batch_size=32, seed=0):
+    "Which images of `test` a network trained on `train` gets right, as 0 and 1."
     torch.manual_seed(seed)
     device = train.images.device
-    model = PatchBag(train.num_classes).to(device)
+    model = kind(train.num_classes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
     for _ in range(steps):
@@ -45,7 +66,7 @@ def train_patch_bag(train, test, steps=200, batch_size=32, seed=0):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return right_answers(model, test, 250).float().mean().item()
+    return right_answers(model, test, 250).float()
 
 
 def pixel_statistics(images):
@@ -135,6 +156,43 @@ def on_the_line(images, dots):
     points = (dots[:, :1] + (dots[:, 1:] - dots[:, :1]) * steps).round().long()
     ink = smooth[torch.arange(len(images))[:, None], 0, points[..., 0], points[..., 1]]
     return torch.stack([ink.mean(1), ink.amin(1), (dots[:, 0] - dots[:, 1]).norm(dim=1)], 1).numpy()
+
+
+def same_component(images, dots, threshold=0):
+    "Whether both dots lie in one 8-connected component of the pixels above a threshold: (n,) of 0 and 1."
+    same = np.zeros(len(images), dtype=np.int64)
+    for k, (image, places) in enumerate(zip(images[:, 0].numpy(), dots.round().long().numpy(), strict=True)):
+        components, _ = ndimage.label(image > threshold, np.ones((3, 3)))
+        one, other = components[places[:, 0], places[:, 1]]
+        same[k] = one == other
+    return same
+
+
+def patch_words(images, side=9, words=100, patches=20000, seed=0):
+    "A dictionary of patches (words, 1, side, side) from k-means on patches with ink."
+    rng = np.random.default_rng(seed)
+    corners = rng.integers(images.shape[-1] - side + 1, size=(4 * patches, 2))
+    which = rng.integers(len(images), size=4 * patches)
+    inside = np.arange(side)
+    rows, columns = corners[:, :1] + inside, corners[:, 1:] + inside
+    found = images[:, 0].numpy()[which[:, None, None], rows[:, :, None], columns[:, None]] / 255
+    found = found.reshape(len(found), -1)
+    found = found[found.sum(1) > 0.5][:patches]
+    means = MiniBatchKMeans(words, n_init=1, batch_size=2048, random_state=seed).fit(found)
+    return torch.from_numpy(means.cluster_centers_).float().view(words, 1, side, side)
+
+
+def bag_of_words(images, dictionary):
+    "How often each patch of a dictionary is the nearest one, over all patches with ink: (n, words)."
+    offset = dictionary.square().sum((1, 2, 3)) / 2
+    ones = torch.ones_like(dictionary[:1])
+    counts = []
+    for part in images.split(100):
+        part = part.float() / 255
+        nearest = F.conv2d(part, dictionary, -offset).argmax(1).flatten(1)
+        inked = (F.conv2d(part, ones) > 0.5).flatten(1).float()
+        counts.append(torch.zeros(len(part), len(dictionary)).scatter_add_(1, nearest, inked))
+    return torch.cat(counts).numpy()
 
 
 def crosses_at(places, size, side=4):
