@@ -200,7 +200,9 @@ def test_dots_line_and_moments_of_trained_twins_tell_the_label():
     parts = [(part.images, part.dots) for part in (train, test)]
 
     def score(features):
-        return trees_score(*((features(*part), task.labels) for part, task in zip(parts, (train, test))))
+        sets = zip(parts, (train, test), strict=True)
+        return trees_score(*((features(*part), task.labels) for part, task in sets))
+
     assert score(on_the_line) > 0.94
     assert score(about_dots) > 0.94
     # both images of a drawing have the same distance, but for rounding in the sixth digit

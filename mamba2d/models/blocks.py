@@ -55,28 +55,27 @@ def _autocast_dtype(weight):
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000021
 @torch.library.custom_op("mamba2d::convolve", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int],
-              dilation: list[int], groups: int) -> Tensor:
-    "`F.conv2d` of a map (B, C, H, W), for compiled graphs."
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], groups: int) -> Tensor:
+    "`F.conv2d` of a map (B, C, H, W), for compiled graphs; geometry: stride, padding, dilation, two each."
+    return F.conv2d(x, weight, bias, geometry[:2], geometry[2:4], geometry[4:], groups)
 
 @_convolve.register_fake
-def _(x, weight, bias, stride, padding, dilation, groups):
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+def _(x, weight, bias, geometry, groups):
+    return F.conv2d(x, weight, bias, geometry[:2], geometry[2:4], geometry[4:], groups)
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000022
 def _keep_for_backward(ctx, inputs, output):
-    x, weight, bias, *ctx.settings = inputs
+    x, weight, bias, ctx.geometry, ctx.groups = inputs
     ctx.bias_size = None if bias is None else list(bias.shape)
     ctx.save_for_backward(x, weight)
 
 def _convolve_backward(ctx, grad):
     "The gradients of x, weight and bias, by the operator that `F.conv2d` uses."
-    stride, padding, dilation, groups = ctx.settings
+    stride, padding, dilation = ctx.geometry[:2], ctx.geometry[2:4], ctx.geometry[4:]
     wanted = [*ctx.needs_input_grad[:2], ctx.bias_size is not None and ctx.needs_input_grad[2]]
     grads = torch.ops.aten.convolution_backward(
-        grad, *ctx.saved_tensors, ctx.bias_size, stride, padding, dilation, False, [0, 0], groups, wanted)
-    return *grads, None, None, None, None
+        grad, *ctx.saved_tensors, ctx.bias_size, stride, padding, dilation, False, [0, 0], ctx.groups, wanted)
+    return *grads, None, None
 
 _convolve.register_autograd(_convolve_backward, setup_context=_keep_for_backward)
 
@@ -87,10 +86,11 @@ def _convolved(layer, weight, bias, x):
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return _convolve(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    geometry = [*layer.stride, *layer.padding, *layer.dilation]
+    return _convolve(x, weight, bias, geometry, layer.groups)
 
 def _opaque(layer: nn.Module) -> Callable:
-    "A plain convolution as a function that leaves layouts alone, in a compiled graph; any other layer as it is."
+    "In a compiled graph, a plain convolution as a function that leaves layouts alone; else the layer."
     if _may_fuse() and type(layer) is nn.Conv2d and _is_plain(layer):
         return partial(_convolved, layer, layer.weight, layer.bias)
     return layer
@@ -466,6 +466,28 @@ def _even_queries_keys(weight, head_dim):
     pairs = queries_keys.unflatten(0, (-1, head_dim // 2, 2))
     return torch.cat([pairs.transpose(1, 2).flatten(0, 2), values])
 
+# %% ../../nbs/10_models.blocks.ipynb #b0000032
+def _can_place_compiled(attention):
+    "Whether a graph is compiled in which the projection and both norms, in float32, are plain layers."
+    return _may_fuse() and _is_plain(attention.qkv) and all(
+        type(norm) is nn.LayerNorm and not _has_hooks(norm) and norm.weight.dtype == torch.float32
+        for norm in (attention.q_norm, attention.k_norm))
+
+def _place_compiled(attention, heads, height, width):
+    "`Attention.place` of heads whose queries and keys have the order of `_even_first`, which it keeps."
+    tables = _rotary_tables(height, width, attention.head_dim, heads.device)
+    norms = attention.q_norm, attention.k_norm
+    parameters = _even_first(torch.stack([p for norm in norms for p in (norm.weight, norm.bias)])).unbind()
+    placed = []
+    for part, norm in enumerate(norms):
+        arguments = heads[:, :, part], *parameters[2 * part:2 * part + 2], tables, norm.eps
+        if torch.is_grad_enabled():
+            t = checkpoint(_rotate_normalise, *arguments, use_reentrant=False)
+        else:
+            t = _rotate_normalise(*arguments)
+        placed.append(t.transpose(1, 2))
+    return placed
+
 # %% ../../nbs/10_models.blocks.ipynb #c986ad12
 class Attention(nn.Module):
     """Multi-head attention over all pixels of a map, with rotary positions and normalised queries and keys.
@@ -497,39 +519,17 @@ class Attention(nn.Module):
         return [norm(t.to(norm.weight.dtype)).to(heads.dtype)
                 for t, norm in ((q, self.q_norm), (k, self.k_norm))]
 
-    def place_compiled(self, heads, height, width):
-        "The same, of heads whose queries and keys have the order of `_even_first`, which it keeps."
-        tables = _rotary_tables(height, width, self.head_dim, heads.device)
-        parameters = [p for norm in (self.q_norm, self.k_norm) for p in (norm.weight, norm.bias)]
-        parameters = _even_first(torch.stack(parameters)).unbind()
-        placed = []
-        for part, norm in enumerate((self.q_norm, self.k_norm)):
-            arguments = heads[:, :, part], *parameters[2 * part:2 * part + 2], tables, norm.eps
-            if torch.is_grad_enabled():
-                t = checkpoint(_rotate_normalise, *arguments, use_reentrant=False)
-            else:
-                t = _rotate_normalise(*arguments)
-            placed.append(t.transpose(1, 2))
-        return placed
-
-    def can_place_compiled(self):
-        "Whether a graph is compiled in which the projection and both norms, in float32, are plain layers."
-        return self.rotary and _may_fuse() and _is_plain(self.qkv) and all(
-            type(norm) is nn.LayerNorm and not _has_hooks(norm) and norm.weight.dtype == torch.float32
-            for norm in (self.q_norm, self.k_norm))
-
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1:3]
         qkv, proj = _cast_together(self.qkv, self.proj)
-        is_compiled = self.can_place_compiled()
+        is_compiled = self.rotary and _can_place_compiled(self)
         if is_compiled:
             qkv = partial(F.linear, weight=_even_queries_keys(self.qkv.weight, self.head_dim))
         # (B, H·W, 3, heads, head_dim)
         heads = qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
-            place = self.place_compiled if is_compiled else self.place
-            q, k = place(heads, height, width)
+            q, k = (_place_compiled if is_compiled else Attention.place)(self, heads, height, width)
         y = F.scaled_dot_product_attention(q, k, v)
         return proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
 
