@@ -197,8 +197,6 @@ def measure_time(arguments):
 
 measured_without = """
 import json, time, torch
-from mamba2d.large import scan_in_tiles
-from mamba2d.models.blocks import SelectiveScan
 from mamba2d.scan import random_problem, selective_scan_2d
 from mamba2d.bench import time_graph
 found = {}

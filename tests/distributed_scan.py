@@ -11,6 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from mamba2d.bench import _wait
 from mamba2d.large import pipeline_speedup, split_mixer, split_scan
 from mamba2d.models.blocks import M2DMixer, SelectiveScan
 from mamba2d.training import Distributed
@@ -69,20 +70,15 @@ def compare_all(me):
     print(f"rank {me.rank}: worst difference {worst:.1e}", flush=True)
 
 
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(call, device, repeats=5):
     "The least time of a call, forward and backward; the first call is not counted."
     times = []
     for _ in range(repeats + 1):
-        wait(device)
+        _wait(device)
         dist.barrier()
         start = time.perf_counter()
         call()
-        wait(device)
+        _wait(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 

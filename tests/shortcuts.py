@@ -49,11 +49,6 @@ def train_patch_bag(train, test, steps=200, batch_size=32, seed=0):
 
 def train_network(kind, train, test, *, steps, batch_size=32, seed=0):
     "The accuracy on `test` of a network trained on `train`: `PatchBag` or `OneConvolution`."
-    return trained_answers(kind, train, test, steps=steps, batch_size=batch_size, seed=seed).mean().item()
-
-
-def trained_answers(kind, train, test, *, steps, batch_size=32, seed=0):
-    "Which images of `test` a network trained on `train` gets right, as 0 and 1."
     torch.manual_seed(seed)
     device = train.images.device
     model = kind(train.num_classes).to(device)
@@ -66,7 +61,7 @@ def trained_answers(kind, train, test, *, steps, batch_size=32, seed=0):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return right_answers(model, test, 250).float()
+    return right_answers(model, test, 250).float().mean().item()
 
 
 def pixel_statistics(images):

@@ -54,14 +54,12 @@ def _autocast_dtype(weight):
     return torch.get_autocast_dtype(device)
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000021
-@torch.library.custom_op("mamba2d::convolve", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], groups: int) -> Tensor:
-    "`F.conv2d` of a map (B, C, H, W), for compiled graphs; geometry: stride, padding, dilation, two each."
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], groups: int) -> Tensor:
+    "`F.conv2d` of a map (B, C, H, W); geometry: stride, padding, dilation, two each."
     return F.conv2d(x, weight, bias, geometry[:2], geometry[2:4], geometry[4:], groups)
 
-@_convolve.register_fake
-def _(x, weight, bias, geometry, groups):
-    return F.conv2d(x, weight, bias, geometry[:2], geometry[2:4], geometry[4:], groups)
+_convolve = torch.library.custom_op("mamba2d::convolve", _conv2d, mutates_args=())  # for compiled graphs
+_convolve.register_fake(_conv2d)
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000022
 def _keep_for_backward(ctx, inputs, output):
@@ -521,15 +519,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B, H, W, C)
         height, width = x.shape[1:3]
-        qkv, proj = _cast_together(self.qkv, self.proj)
         is_compiled = self.rotary and _can_place_compiled(self)
         if is_compiled:
+            proj = self.proj
             qkv = partial(F.linear, weight=_even_queries_keys(self.qkv.weight, self.head_dim))
+        else:
+            qkv, proj = _cast_together(self.qkv, self.proj)
         # (B, H·W, 3, heads, head_dim)
         heads = qkv(x).flatten(1, 2).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = heads.permute(2, 0, 3, 1, 4)
         if self.rotary:
-            q, k = (_place_compiled if is_compiled else Attention.place)(self, heads, height, width)
+            place = partial(_place_compiled, self) if is_compiled else self.place
+            q, k = place(heads, height, width)
         y = F.scaled_dot_product_attention(q, k, v)
         return proj(y.transpose(1, 2).flatten(-2).unflatten(1, (height, width)))
 
