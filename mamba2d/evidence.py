@@ -396,13 +396,15 @@ def changed_trials(
 
 # %% ../nbs/61_evidence.ipynb #458502fc
 def append_result(path: str | Path, result: dict):
-    "Write a result as one more line of a file."
+    "Write a result as one more line of a file, also where the last line is cut off."
+    path = Path(path)
+    is_cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+        file.write("\n" * is_cut_off + json.dumps(result) + "\n")
         file.flush()
 
 def read_results(*paths: str | Path) -> list[dict]:
-    "The results of all files, without a last line that is cut off."
+    "The results of all files, without lines that are cut off."
     results = []
     for path in paths:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
