@@ -336,11 +336,14 @@ def best_rates(
 
     Where no rate is above chance the best one would be noise, and the middle one is taken."""
     found = defaultdict(list)
-    for result in results:
-        trial = trial_of(result)
+    for trial, result in _trainings(results):
         if trial.seed == 0:
             found[trial.cell].append((-result["valid"], trial.lr))
     return {cell: _choose_rate(cell.task, scores) for cell, scores in found.items()}
+
+def _trainings(results):
+    "(trial, result) of each training; measured steps, which have no trial, are left out."
+    return [(trial_of(result), result) for result in results if "trial" in result]
 
 def _choose_rate(task, scores):
     "The learning rate of the best of (-accuracy, learning rate), or the middle one if all are at chance."
@@ -393,13 +396,15 @@ def changed_trials(
 
 # %% ../nbs/61_evidence.ipynb #458502fc
 def append_result(path: str | Path, result: dict):
-    "Write a result as one more line of a file."
+    "Write a result as one more line of a file, also where the last line is cut off."
+    path = Path(path)
+    is_cut_off = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
+        file.write("\n" * is_cut_off + json.dumps(result) + "\n")
         file.flush()
 
 def read_results(*paths: str | Path) -> list[dict]:
-    "The results of all files, without a last line that is cut off."
+    "The results of all files, without lines that are cut off."
     results = []
     for path in paths:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -434,8 +439,9 @@ def network_settings(trial: Trial, num_classes: int) -> dict:
 class Runner:
     "Trains lists of trials within a time, a group at once, and appends the results to a file."
     def __init__(self, path, tasks: dict[str, dict[str, TaskSet]], *, seconds: float, together: int = 8,
-                 known=(), device="cuda", weights=None):
+                 known=(), device="cuda", weights=None, progress=False):
         self.path, self.tasks, self.together, self.device = path, tasks, together, device
+        self.progress = progress  # whether to print a line for each group
         self.weights = weights  # folder for the trained weights, or None
         self.results = list(known)
         self.end = time.monotonic() + seconds
@@ -444,15 +450,25 @@ class Runner:
 
     def run(self, trials: list[Trial]) -> bool:
         "Train those that have not been trained yet; returns False if the time was over before."
-        done = {trial_of(result) for result in self.results}
+        done = {trial for trial, _ in _trainings(self.results)}
         todo = [trial for trial in trials if trial not in done]
-        for steps in sorted({trial.steps for trial in todo}):
-            group = [trial for trial in todo if trial.steps == steps]
-            for first in range(0, len(group), self.together):
-                if time.monotonic() + 1.1 * self.longest > self.end:
-                    return False
-                self.train(group[first:first + self.together])
+        trained = 0
+        for group in self._groups(todo):
+            if time.monotonic() + 1.1 * self.longest > self.end:
+                return False
+            self.train(group)
+            trained += len(group)
+            if self.progress:
+                seconds = self.results[-1]["group_seconds"]
+                print(f"{trained} of {len(todo)} trained, these {len(group)} in {seconds:.0f} s", flush=True)
         return True
+
+    def _groups(self, trials):
+        "What trains at once: trials of equal steps, those with fewer steps first."
+        for steps in sorted({trial.steps for trial in trials}):
+            group = [trial for trial in trials if trial.steps == steps]
+            for first in range(0, len(group), self.together):
+                yield group[first:first + self.together]
 
     def train(self, trials):
         "Train a group and write its results."
@@ -535,8 +551,7 @@ def answers_by_cell(
 ) -> dict[Trial, dict[int, np.ndarray]]:  # cell -> seed -> (images,) of bool
     "The answers of each cell at its best learning rate, by seed."
     rates, answers = best_rates(results), defaultdict(dict)
-    for result in results:
-        trial = trial_of(result)
+    for trial, result in _trainings(results):
         if trial.lr == rates.get(trial.cell):
             answers[trial.cell][trial.seed] = unpack_bits(result["right"], result["test_count"])
     return dict(answers)
@@ -665,7 +680,7 @@ def main(arguments=None):
     print(f"sets after {time.monotonic() - start:.0f} s", flush=True)
     known = read_results(*given.known)
     runner = Runner(given.out, sets, seconds=given.seconds - (time.monotonic() - start), known=known,
-                    together=given.together, device=given.device, weights=given.weights)
+                    together=given.together, device=given.device, weights=given.weights, progress=True)
     done = _run_changed(runner, tasks, given) if given.change or given.again else run_grid(
         runner, tasks, given.dims, given.seeds, given.mixers)
     print("all trained" if done else "the time is over", flush=True)
