@@ -4,17 +4,19 @@
     python tests/borders_on_a_card.py tiles
     compute-sanitizer --tool memcheck python tests/borders_on_a_card.py few
     MAMBA2D_LOCKSTEP=1 compute-sanitizer --tool racecheck python tests/borders_on_a_card.py few
-    python tests/borders_on_a_card.py time
-    python tests/borders_on_a_card.py large --size 16384 --tile 2048
+    python tests/borders_on_a_card.py times
+    python tests/borders_on_a_card.py large --sizes 4096 8192 16384 --tile 2048
     python tests/borders_on_a_card.py host --other CHECKOUT_BEFORE
 
-`--device cpu` tries the program itself on the CPU kernel. `large` holds an image of 64 channels in the host's
-memory and scans it in tiles. The last part compares two checkouts without borders.
+`--device cpu` tries the program itself on the CPU kernel. `times` and `large` print a line of JSON as soon as
+they have it; `large` holds neither the image nor the output. `host` compares two checkouts without borders.
 """
 import argparse
+import contextlib
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,9 +26,12 @@ from pathlib import Path
 import torch
 from emulated_cuda import output_tolerances, tolerances
 
-from mamba2d.large import scan_in_tiles
+from mamba2d.bench import _scan_arguments, _wait, extra_memory, time_eager, time_graph
+from mamba2d.large import Tile, Window, scan_in_tiles, scan_tile, tile_grid
+from mamba2d.large.tiles import Borders, sweep
 from mamba2d.models.blocks import SelectiveScan
-from mamba2d.scan import random_problem, selective_scan_2d, selective_scan_2d_ref
+from mamba2d.scan import cuda, random_problem, selective_scan_2d, selective_scan_2d_ref
+from mamba2d.scan.operator import scan_operators
 from mamba2d.scan.reference import relative_error
 
 # ------------------------------------------------------------------------------------------ one problem
@@ -174,25 +179,73 @@ shapes = [(128, 56, 56, 64, 16), (1, 56, 56, 64, 16), (1, 512, 512, 64, 16), (1,
           (1, 2048, 2048, 64, 16)]
 
 
-def measure_time(arguments):
+def calls_of(shape, device):
+    "Forward and backward passes of a scan without borders and with all of them, by name."
+    *shape, n = shape
+    b, h, w, e = shape
+    tensors, grad_y = _scan_arguments(shape, n, torch.bfloat16, device)
+    top, left = torch.randn(b, w, e, n, device=device), torch.randn(b, h, e, n, device=device)
+    flags = True, False  # softplus, reverse
+
+    def without(for_backward=False):
+        return scan_operators.scan_forward(*tensors, *flags, False, for_backward, "auto")
+
+    def within(for_backward=False):
+        return scan_operators.scan_borders_forward(*tensors, top, left, *flags, False, True, for_backward,
+                                                   "auto")
+
+    saved, saved_within = without(True)[-1], within(True)[-1]
+
+    def backward():
+        return scan_operators.scan_backward(grad_y, *tensors, saved, *flags, "auto")
+
+    def backward_within():
+        return scan_operators.scan_borders_backward(grad_y, top, left, *tensors, top, left, saved_within,
+                                                    *flags, "auto")
+
+    return {"forward": (without, within),
+            "forward that keeps states": (lambda: without(True), lambda: within(True)),
+            "backward": (backward, backward_within)}
+
+
+@contextlib.contextmanager
+def one_channel_a_lane():
+    "Forward passes have one channel a lane."
+    cuda._forward_tile_override.update(channels=1)
+    cuda._plans.clear()
+    try:
+        yield
+    finally:
+        cuda._forward_tile_override.clear()
+        cuda._plans.clear()
+
+
+@torch.no_grad()
+def measure_times(arguments):
     "Device time and memory with borders beside those without, bf16: replayed CUDA graphs, turn by turn."
-    from mamba2d.bench import extra_memory, time_graph
-    for shape in shapes:
-        problem = random_problem(shape, dtype=torch.bfloat16, device="cuda", requires_grad=False)
-        b, h, w, e, n = shape
-        given = dict(initial_top=torch.randn(b, w, e, n, device="cuda"),
-                     initial_left=torch.randn(b, h, e, n, device="cuda"), return_borders=True)
+    device = torch.device(arguments.device)
+    on_card = device.type == "cuda"
 
-        def without(problem=problem):
-            return selective_scan_2d(**problem, delta_softplus=True)
+    def clock(call):
+        return time_graph(call, [()], 0.05) if on_card else time_eager(call, [()], device, 0.05)
 
-        def within(problem=problem, given=given):
-            return selective_scan_2d(**problem, **given, delta_softplus=True)
-
-        times = [[time_graph(call, [()]) for call in (without, within)] for _ in range(3)]
-        a, c = (statistics.median(column) for column in zip(*times, strict=True))
-        print(shape, f"forward without {a:.4f} ms, with borders {c:.4f} ms ({c / a:.3f}); extra memory "
-              f"{extra_memory(without, ()):.1f} and {extra_memory(within, ()):.1f} MiB", flush=True)
+    for shape in shapes if on_card else [(1, 24, 20, 16, 16)]:
+        for name, (without, within) in calls_of(shape, device).items():
+            times = []
+            for _ in range(3):
+                turn = [clock(without), clock(within)]
+                if name == "forward":
+                    with one_channel_a_lane():
+                        turn += [clock(without), clock(within)]
+                times.append(turn)
+            medians = map(statistics.median, zip(*times, strict=True))
+            names = "without_ms", "with_ms", "one_channel_without_ms", "one_channel_with_ms"
+            found = dict(zip(names, medians, strict=False))
+            if on_card:
+                found |= dict(without_mib=extra_memory(without, ()), with_mib=extra_memory(within, ()))
+            found = {key: round(value, 4) for key, value in found.items()}
+            print(json.dumps(dict(shape=shape, call=name, **found,
+                                  ratio=round(found["with_ms"] / found["without_ms"], 3))), flush=True)
 
 
 measured_without = """
@@ -235,36 +288,159 @@ def compare_host(arguments):
 
 # -------------------------------------------------------------------------------------- a large image
 
-def fill_with_noise(image, device):
-    "Fill an image (H, W, C) with numbers of a normal distribution, rows by rows."
-    torch.manual_seed(0)
-    for rows in image.split(64):
-        rows.copy_(torch.randn(rows.shape, device=device))
+class Drawn:
+    "An image (size, size, C) that is made where it is read: the numbers of a row times those of a column."
+
+    def __init__(self, size, channels, device):
+        self.shape, self.dtype = (size, size, channels), torch.float32
+        generator = torch.Generator(device).manual_seed(0)
+        self.rows, self.columns = torch.randn(2, size, channels, generator=generator, device=device)
+
+    def __getitem__(self, window):
+        rows, columns = window
+        return self.rows[rows, None] * self.columns[None, columns]
 
 
-def scan_large(arguments):
-    "Time and memory of one image in tiles, and the error where it begins, across four tiles."
-    device, size, tile = torch.device(arguments.device), arguments.size, arguments.tile
-    torch.manual_seed(0)
-    layer = SelectiveScan(64, 4).to(device)
-    source = torch.empty(size, size, 64, dtype=torch.float16)
-    target = torch.full_like(source, torch.nan)  # its pages are there when the time is taken
-    fill_with_noise(source, device)
+class Part:
+    "A map of which one window is kept. What is written beside it is dropped."
+
+    def __init__(self, shape, window, device="cpu"):
+        self.shape, self.dtype, self.window = shape, torch.float32, window
+        self.values = torch.full((*window.size, shape[2]), torch.nan, device=device)
+
+    def __getitem__(self, window):
+        raise NotImplementedError("the map is only written to")
+
+    def __setitem__(self, window, values):
+        (top, bottom, left, right), (rows, columns) = self.window, window
+        first_row, last_row = max(rows.start, top), min(rows.stop, bottom)
+        first_column, last_column = max(columns.start, left), min(columns.stop, right)
+        if first_row < last_row and first_column < last_column:
+            values = torch.as_tensor(values)[first_row - rows.start:last_row - rows.start,
+                                             first_column - columns.start:last_column - columns.start]
+            self.values[first_row - top:last_row - top, first_column - left:last_column - left] = values
+
+
+def other_grid(size, tile, corner):
+    "Tiles that are cut at other places, so that the last `corner` rows and columns are one tile."
+    edges = sorted({0, size, *range(size - corner, 0, -tile)})
+    parts = list(zip(edges, edges[1:], strict=False))
+    return [[Tile(r, c, Window(*row, *column)) for c, column in enumerate(parts)]
+            for r, row in enumerate(parts)]
+
+
+def timed(device, call):
+    "Seconds of a call, and the peak of memory on a GPU, GiB; None on the CPU."
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    _wait(device)
     start = time.perf_counter()
-    scan_in_tiles(layer, source, target, tile=tile)
+    call()
+    _wait(device)
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    corner = tile * 5 // 4
-    with torch.no_grad():
-        expected = layer(source[None, :corner, :corner].to(device, torch.float32))[0]
-    error = relative_error(target[:corner, :corner].to(device, torch.float32), expected)
-    print(json.dumps(dict(size=size, channels=64, states=16, tile=tile, seconds=seconds, peak_gib=peak,
-                          error=float(error))))
+    return seconds, torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
 
 
-parts = {"few": check_few, "random": check_random, "tiles": check_tiles, "time": measure_time,
+def generate(layer, source, grid):
+    "Make the pixels of each tile, and nothing else."
+    for row in grid:
+        for tile in row:
+            source[tile.window.slices].to(layer.D.dtype)
+
+
+def scan_drawn(layer, source, grid, parts=()):
+    "Scan an image that is made on the device by tiles; of the output only parts are kept."
+    def step(tile, top, left, device):
+        y, bottom, right = scan_tile(layer, source[tile.window.slices][None].to(layer.D.dtype), top, left)
+        for part in parts:
+            part[tile.window.slices] = y[0]
+        return bottom, right
+
+    sweep(step, grid, Borders(), [layer.D.device], progress="tiles")
+
+
+def where_tiles_meet(tile):
+    "Pixels of the first four tiles, around the place where they meet."
+    return Window(*2 * (tile * 3 // 4, tile * 5 // 4))
+
+
+def untiled(layer, source, window):
+    "The output in a window, from one scan of everything above it and to its left."
+    x = source[:window.bottom, :window.right][None]
+    return layer(x.to(layer.D.device, layer.D.dtype))[0][window.slices].float()
+
+
+def errors_of(layer, source, tile):
+    """The errors where the first four tiles meet and in the last corner of the image.
+
+    The first are compared with one scan from the corner on; the last pixels with those of one scan as well,
+    whose borders come from tiles that are cut at other places."""
+    size, corner, device = source.shape[0], tile * 5 // 4, layer.D.device
+    windows = where_tiles_meet(tile), Window(*2 * (size - corner, size))
+    first, last, expected = [Part(source.shape, window, device) for window in (*windows, windows[1])]
+    scan_drawn(layer, source, tile_grid((size, size), (tile, tile)), (first, last))
+    scan_drawn(layer, source, other_grid(size, tile, corner), (expected,))
+    return dict(first_error=largest_error(first.values, untiled(layer, source, windows[0])),
+                last_error=largest_error(last.values, expected.values))
+
+
+def measure_untiled(layer, source, tile):
+    "Seconds and GiB that one scan of the whole image would need, from one of as many pixels as a tile."
+    x = source[:tile, :tile][None].to(layer.D.dtype)
+    layer(x)
+    seconds, peak = timed(layer.D.device, lambda: layer(x))
+    tiles = (source.shape[0] / tile)**2
+    return dict(untiled_s=tiles * seconds, untiled_gib=peak and tiles * peak)
+
+
+def measure_on_device(layer, size, tile):
+    "Times, memory and errors of an image that is made on the device, and what an untiled scan would need."
+    device = layer.D.device
+    source, grid = Drawn(size, layer.D.shape[0], device), tile_grid((size, size), (tile, tile))
+    found = measure_untiled(layer, source, tile)
+    scan_drawn(layer, source, tile_grid((2 * tile, 2 * tile), (tile, tile)))  # compiles what is missing
+    found["seconds_of_making_pixels"], _ = timed(device, lambda: generate(layer, source, grid))
+    found["seconds"], found["peak_gib"] = timed(device, lambda: scan_drawn(layer, source, grid))
+    return found | errors_of(layer, source, tile)
+
+
+def measure_through_host(layer, size, tile):
+    "The same for an image and an output in the host's memory. The image is one row, repeated."
+    device = layer.D.device
+    row = torch.randn(layer.D.shape[0] * size, generator=torch.Generator().manual_seed(0))
+    source = row.view(1, size, -1).to(layer.D.dtype).expand(size, -1, -1)
+    target = Part(source.shape, where_tiles_meet(tile))
+    seconds, peak = timed(device, lambda: scan_in_tiles(layer, source, target, tile=tile, progress=True))
+    expected = untiled(layer, source, target.window).cpu()
+    return dict(seconds=seconds, peak_gib=peak, first_error=largest_error(target.values, expected))
+
+
+# where the image is, the dtype of the layer, the largest error
+stages = [(measure_on_device, torch.float32, 1e-5), (measure_on_device, torch.bfloat16, 3e-2),
+          (measure_through_host, torch.float16, 1e-2)]
+
+
+@torch.no_grad()
+def scan_large(arguments):
+    "Images in tiles, the smallest first: on the device alone, then from and to the host's memory."
+    if min(arguments.sizes) < 2 * arguments.tile:
+        raise SystemExit(f"--sizes must be at least two tiles, {2 * arguments.tile}, got {arguments.sizes}")
+    wrong = []
+    for measured, dtype, limit in stages:
+        torch.manual_seed(0)
+        layer = SelectiveScan(64, 4).to(arguments.device, dtype)
+        for size in sorted(arguments.sizes):
+            found = measured(layer, size, arguments.tile)
+            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            line = json.dumps(dict(part=measured.__name__, size=size, dtype=str(dtype), tile=arguments.tile,
+                                   **found, host_gib_until_now=host))
+            print(line, flush=True)
+            wrong += [line] * any(not found[key] < limit for key in found if key.endswith("_error"))
+    assert not wrong, wrong
+
+
+parts = {"few": check_few, "random": check_random, "tiles": check_tiles, "times": measure_times,
          "large": scan_large, "host": compare_host}
 
 
@@ -275,7 +451,8 @@ def main():
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=60, help="for random")
     parser.add_argument("--seed", type=int, default=0, help="for random: of the first problem")
-    parser.add_argument("--size", type=int, default=16384, help="for large: pixels of a side")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192, 16384],
+                        help="for large: pixels of a side")
     parser.add_argument("--tile", type=int, default=2048, help="for large: pixels of a side")
     parser.add_argument("--other", help="for host: a checkout of the version before")
     arguments = parser.parse_args()

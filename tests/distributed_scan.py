@@ -1,7 +1,7 @@
 """Several processes scan one image, forward and backward, as one process does; run by torchrun.
 
     torchrun --nproc-per-node 2 tests/distributed_scan.py
-    torchrun --nproc-per-node 2 tests/distributed_scan.py --measure
+    torchrun --nproc-per-node 2 tests/distributed_scan.py --measure --size 1024 --channels 64 --pieces 4 8 16
     torchrun --nproc-per-node 4 tests/distributed_scan.py --device cuda --measure --size 4096 --channels 64
 """
 import argparse
@@ -23,6 +23,8 @@ parser.add_argument("--size", type=int, default=512, help="with --measure: side 
 parser.add_argument("--pieces", type=int, nargs="+", default=[8],
                     help="with --measure: pieces of each process")
 parser.add_argument("--channels", type=int, default=32, help="with --measure: of the image")
+parser.add_argument("--repeats", type=int, default=5,
+                    help="with --measure: calls of which the median is taken")
 
 
 def output_and_gradients(layer, call, x):
@@ -70,8 +72,8 @@ def compare_all(me):
     print(f"rank {me.rank}: worst difference {worst:.1e}", flush=True)
 
 
-def seconds(call, device, repeats=5):
-    "The least time of a call, forward and backward; the first call is not counted."
+def seconds(call, device, repeats):
+    "The median time of a call until the last process is done with it; the first call is not counted."
     times = []
     for _ in range(repeats + 1):
         _wait(device)
@@ -80,38 +82,57 @@ def seconds(call, device, repeats=5):
         call()
         _wait(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    times = torch.tensor(times[1:], dtype=torch.float64, device=device)
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return times.median().item()
 
 
-def measure(me, size, pieces, channels):
-    "Times of one process and of all, forward and backward."
-    torch.set_num_threads(1)
+def forward_only(layer, call, x):
+    "The output, without a graph."
+    with torch.no_grad():
+        return call(x)
+
+
+def measure(me, size, count, channels, repeats):
+    """Times of a scan cut into pieces: forward, then forward and backward.
+
+    One process scans the whole image at once, then all rows in the pieces that the processes have; then all
+    processes scan together. The prediction compares the last two."""
     torch.manual_seed(0)
     scan = SelectiveScan(channels, math.ceil(channels / 16)).to(me.device)
     image = torch.randn(1, size, size, channels).to(me.device)
     band = image[:, me.rank * size // me.world:(me.rank + 1) * size // me.world]
+    alone = [dist.new_group([rank]) for rank in range(me.world)][me.rank]
+    piece = -(-size // count)
+    for name, compute in (("forward", forward_only), ("forward and backward", output_and_gradients)):
 
-    def alone():
+        def whole():
+            if me.rank == 0:
+                compute(scan, scan, image)  # noqa: B023
+
+        def one_by_one():
+            for _ in range(me.world if me.rank == 0 else 0):  # a band takes as long as any other
+                compute(scan, lambda x: split_scan(scan, x, piece=piece, group=alone), band)  # noqa: B023
+
+        def together():
+            compute(scan, lambda x: split_scan(scan, x, piece=piece), band)  # noqa: B023
+
+        calls = (whole, one_by_one, together)
+        at_once, in_pieces, split = (seconds(call, me.device, repeats) for call in calls)
         if me.rank == 0:
-            output_and_gradients(scan, scan, image)
-
-    def together(piece):
-        output_and_gradients(scan, lambda x: split_scan(scan, x, piece=piece), band)
-
-    one = seconds(alone, me.device)
-    for count in pieces:
-        all_together = seconds(lambda: together(-(-size // count)), me.device)  # noqa: B023
-        if me.rank == 0:
-            print(f"{size}² × {channels}, {count} pieces: 1 process {one:.4f} s, {me.world} processes "
-                  f"{all_together:.4f} s: {one / all_together:.2f} times as fast, "
-                  f"predicted {pipeline_speedup(me.world, count):.2f}", flush=True)
+            print(f"{size}² × {channels}, {name}, {count} pieces: 1 process {at_once:.4f} s, in pieces "
+                  f"{in_pieces:.4f} s, {me.world} processes {split:.4f} s: {at_once / split:.2f} and "
+                  f"{in_pieces / split:.2f} times as fast, predicted "
+                  f"{pipeline_speedup(me.world, count):.2f}", flush=True)
 
 
 if __name__ == "__main__":
     args = parser.parse_args()
     process = Distributed.init(args.device)
     if args.measure:
-        measure(process, args.size, args.pieces, args.channels)
+        torch.set_num_threads(1)
+        for pieces in args.pieces:
+            measure(process, args.size, pieces, args.channels, args.repeats)
     else:
         compare_all(process)
     process.destroy()
