@@ -7,7 +7,6 @@ __all__ = ['mixers', 'ScanInputs', 'DeltaProjection', 'SelectiveScan', 'StarReLU
            'MLP', 'Block']
 
 # %% ../../nbs/10_models.blocks.ipynb #fb7959a6
-import importlib.util
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -103,31 +102,28 @@ def _cast(dtype, tensors):
     return tuple(copies)
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000006
-def _plus(y, bias):
-    "y (..., channels) plus a bias, or y where there is none."
-    return y if bias is None else y + bias.to(y.dtype)
-
 def _with_parameters(layer, weight, bias):
-    "What a plain layer computes, with these parameters in place of its own."
+    "What `layer` computes, with these parameters in place of its own."
     if isinstance(layer, nn.Conv2d):
         return partial(_convolved, layer, weight, bias)
-    return lambda x: _plus(F.linear(x, weight), bias)
+    return partial(F.linear, weight=weight, bias=bias)
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000007
 def _cast_together(*layers: nn.Module) -> list[Callable]:
-    """The layers, plain ones replaced by functions with weights that have been cast by one operation.
+    """The layers, plain ones replaced by functions with parameters that have been cast by one operation.
 
     Where autocast casts nothing, all are returned as `_opaque` returns them."""
     plain = [layer for layer in layers if _is_plain(layer)] if _may_fuse() else []
-    dtype = _autocast_dtype(plain[0].weight) if plain else None
+    dtype = _autocast_dtype(plain[0].weight) if len(plain) > 1 else None
     if dtype is None:
         return [_opaque(layer) for layer in layers]
     plain = [layer for layer in plain
              if all(p.dtype == torch.float32 and p.requires_grad == plain[0].weight.requires_grad
                     for p in layer.parameters())]
-    weights = _cast(dtype, [layer.weight for layer in plain])
-    replaced = {layer: _with_parameters(layer, weight, layer.bias)
-                for layer, weight in zip(plain, weights, strict=True)}
+    parameters = [p for layer in plain for p in layer.parameters()]
+    copies = iter(_cast(dtype, parameters))
+    replaced = {layer: _with_parameters(layer, next(copies), None if layer.bias is None else next(copies))
+                for layer in plain}
     return [replaced[layer] if layer in replaced else _opaque(layer) for layer in layers]
 
 # %% ../../nbs/10_models.blocks.ipynb #b0000010
@@ -291,49 +287,6 @@ class SeparableConv(nn.Module):
         "What the depthwise convolution works on: the first StarReLU of x (B, H, W, C), as (B, C, H, W)."
         return self.act1(x).to(x.dtype).permute(0, 3, 1, 2)
 
-# %% ../../nbs/10_models.blocks.ipynb #b0000041
-def _is_own(module, kind):
-    "Whether a module is one of ours, of that very class, that nobody has changed."
-    return type(module) is kind and not _has_hooks(module) and "forward" not in vars(module)
-
-def _can_join(mixer):
-    "Whether the last two products of a mixer may be one: compiled, without gradients, layers plain."
-    path = mixer.local_path
-    if torch.is_grad_enabled() or not _may_fuse() or not _is_own(path, SeparableConv) or path.narrow.bias is not None:
-        return False
-    layers = mixer.out_proj, path.widen, path.depthwise, path.narrow
-    return all(map(_is_plain, layers)) and all(_is_own(act, StarReLU) for act in (path.act1, path.act2))
-
-def _side_by_side(path, y, convolved):
-    "What the last product reads: GELU of y (B, H, W, E), then the second StarReLU of (B, I, H, W)."
-    return torch.cat([F.gelu(y), path.act2(convolved.permute(0, 2, 3, 1)).to(y.dtype)], -1)
-
-def _joined(mixer, x, y):
-    "The output of a mixer for its input x (B, H, W, D) and y (B, H, W, E), which its scan returned."
-    path = mixer.local_path
-    [widen] = _cast_together(path.widen)
-    wide = widen(mixer.local_norm(x))
-    if _can_activate(path, y, wide):
-        from .fused import activated_side_by_side  # imports Triton
-        both = activated_side_by_side(y, wide, path.depthwise.weight, path.act1, path.act2)
-    else:
-        both = _side_by_side(path, y, _opaque(path.depthwise)(path.activated(wide)))
-    weight = torch.cat([mixer.out_proj.weight, path.narrow.weight], 1)
-    return _plus(F.linear(both, weight), mixer.out_proj.bias)
-
-# %% ../../nbs/10_models.blocks.ipynb #b0000043
-@torch._dynamo.assume_constant_result
-def _runs_triton():
-    "Whether Triton's kernels run here."
-    return (importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
-            and torch.cuda.get_device_capability() >= (8, 0))
-
-def _can_activate(path, y, wide):
-    "Whether the kernel of `models.fused` may be called: on a GPU."
-    return (y.is_cuda and path.depthwise.kernel_size == (3, 3)
-            and y.dtype == wide.dtype and y.dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and _runs_triton())
-
 # %% ../../nbs/10_models.blocks.ipynb #dcb04eb4
 class M2DMixer(nn.Module):
     """In-projection, GELU, scan, GELU, out-projection, plus a local path of the same input.
@@ -369,18 +322,13 @@ class M2DMixer(nn.Module):
         return self.scans[scan].inputs(F.gelu(self.in_proj(features)))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, D) -> (B, H, W, D)
-        if _can_join(self):
-            [in_proj] = _cast_together(self.in_proj)
-            return _joined(self, x, self.scanned(in_proj, x))
         in_proj, out_proj = _cast_together(self.in_proj, self.out_proj)
-        y = out_proj(_recomputed(F.gelu, self.scanned(in_proj, x)))
-        return y if self.local_path is None else y + self.local_path(self.local_norm(x))
-
-    def scanned(self, in_proj, x):
-        "What the scan makes of GELU(in_proj(x)), or the average of two scans: (B, H, W, E)."
         inner = _recomputed(F.gelu, in_proj(x))
         y = self.scans[0](inner)
-        return y if len(self.scans) == 1 else (y + self.scans[1](inner)) / 2
+        if len(self.scans) == 2:
+            y = (y + self.scans[1](inner)) / 2
+        y = out_proj(_recomputed(F.gelu, y))
+        return y if self.local_path is None else y + self.local_path(self.local_norm(x))
 
 # %% ../../nbs/10_models.blocks.ipynb #f85155b4
 def _rotary_table(
