@@ -111,6 +111,7 @@ def test_borders_equal_the_loop(emulated, shape, dtype, options, has_top, has_le
 @pytest.mark.parametrize("shape, dtype, options", [
     ((1, 9, 12, 16, 16), bf16, dict(strided=True, optional=False)),
     ((1, 67, 3, 5, 4), f32, dict(reverse=True)),  # strips that follow each other
+    ((1, 67, 6, 5, 16), bf16, {}),  # ... with four columns staged together
     ((1, 10, 9, 5, 3), f64, dict(softplus=False, reverse=True)),
 ])
 def test_other_kernels_take_borders(emulated, shape, dtype, options):

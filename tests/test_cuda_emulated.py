@@ -11,6 +11,7 @@ from mamba2d.scan.reference import ScanTensors, backward_by_diagonals, forward_b
 names = ScanTensors._fields
 bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 state_tolerance = 1e-5
+two_channels = dict(channels=2, warps=4, rows=4, columns=4)  # the tile of large images, in short strips
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,8 @@ def emulated(folder, monkeypatch):
     ((1, 17, 1, 33, 16), bf16, dict(reverse=True)),
     ((2, 16, 9, 20, 16), bf16, dict(processors=1)),  # the forward pass's tile for large batches
     ((1, 67, 3, 5, 4), f32, dict(reverse=True)),  # strips that follow each other
+    ((1, 67, 6, 9, 16), bf16, {}),  # ... and four columns staged together
+    ((1, 35, 7, 34, 16), bf16, dict(reverse=True, states=True, tile=two_channels)),  # two channels
     ((1, 3, 4, 2, 20), f64, dict(card=(75, 65536, 40))),  # tiles of one column
     ((1, 3, 9, 3, 40), f64, {}),  # two channels a block
 ])
@@ -72,6 +75,8 @@ def choose_plan(monkeypatch, options):
         monkeypatch.setattr(cuda, "_apart_pixels", 0)
     if "processors" in options:
         monkeypatch.setattr(cuda, "_card", an_h100(options["processors"]))
+    if "tile" in options:
+        monkeypatch.setattr(cuda, "_forward_tile_override", options["tile"])
     if "card" in options:
         monkeypatch.setattr(cuda, "_card", lambda index: options["card"])
 

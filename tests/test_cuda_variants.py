@@ -143,7 +143,8 @@ def can_compile():
     (90, 16, bf16, small, {}, dict(NS=1, NG=16, COLS=4)),
     (75, 16, bf16, batch, {}, dict(MMA=0, ROWS=7, CHAINED=0)),
     (120, 16, bf16, tall, dict(is_aligned=False), dict(MMA=1, VECTOR=1, CHAINED=1)),
-    (80, 16, bf16, huge, {}, dict(MMA=1, OFFSET="i64", CH=2, ROWS=4)),
+    (80, 16, bf16, huge, {}, dict(MMA=1, OFFSET="i64", CH=2, ROWS=4, COLS=1)),
+    (90, 16, bf16, large, {}, dict(CH=2, ROWS=4, COLS=4, CHAINED=1, BLOCKS=2)),
     # bf16 tensors whose parameters are float64
     (90, 16, bf16, small, dict(vectors=f64), dict(REAL="double", X_T="bf16", SAVED_T="f64")),
     (90, 3, fp16, tall, {}, dict(X_T="fp16", VECTOR=1)),
