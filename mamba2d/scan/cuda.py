@@ -452,7 +452,7 @@ class _ForwardTile(NamedTuple):
 
 # %% ../../nbs/04_scan.cuda.ipynb #66d38c2d
 def _stage_four_columns(problem, tile):
-    """The tile, with the inputs of four columns staged together where that was faster: 9 to 16 states, 16 bits.
+    """The tile, with four columns staged together where that was faster: 9 to 16 states, 16 bits.
 
     Two blocks must still fit into a multiprocessor, as on an H100."""
     wide = tile._replace(columns=4)
@@ -476,7 +476,8 @@ def _fastest_forward_tile(problem):
         is_tiny = problem.n in range(9, 17) and chains <= problem.processors // 8
         tile = _ForwardTile(lanes, 1, 4, min(16, -(-height // 4)))
         return tile._replace(lanes=_Lanes(1, 16), columns=4) if is_tiny else tile
-    return _stage_four_columns(problem, _ForwardTile(lanes, 2 if chains * height * width > 2**21 else 1, 4, 8))
+    channels = 2 if chains * height * width > 2**21 else 1
+    return _stage_four_columns(problem, _ForwardTile(lanes, channels, 4, 8))  # many strips at once
 
 # %% ../../nbs/04_scan.cuda.ipynb #796f3cb7
 def _forward_tile(problem):
