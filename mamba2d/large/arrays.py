@@ -181,10 +181,13 @@ def read_window(
     grown = Window(max(0, window.top - halo), min(height, window.bottom + halo),
                    max(0, window.left - halo), min(width, window.right + halo))
     found = source[grown.slices]
-    x = found.clone() if isinstance(found, Tensor) else torch.from_numpy(np.array(found))
+    if isinstance(found, Tensor):
+        x = found.to(device, copy=True)
+    else:
+        x = torch.from_numpy(np.array(found)).to(device)
     give_back(source)
     reach = tuple(abs(edge - inner) for edge, inner in zip(grown, window, strict=True))
-    return Piece(x[None].to(device), reach)
+    return Piece(x[None], reach)
 
 # %% ../../nbs/45_large.arrays.ipynb #f4dc3d91
 def write_window(
