@@ -182,6 +182,7 @@ class _Kernel:
 
 # %% ../../nbs/04_scan.cuda.ipynb #06722848
 _loaded, _loading = {}, threading.Lock()
+_reserved = 2048  # bytes of shared memory for what a block needs beside its storage, at most
 
 def _load_kernel(device, source, name, macros, shared):
     "The kernel `name` of `source` for these macros on the device of that index, compiled and loaded once."
@@ -193,7 +194,7 @@ def _load_kernel(device, source, name, macros, shared):
         if key not in _loaded:
             _loaded[key] = _Kernel(code, name)
         if shared:
-            used = macros["BLOCKS"] * (shared + 2048)
+            used = macros["BLOCKS"] * (shared + _reserved)
             _loaded[key].allow_shared(shared, used / _shared_memory(capability))
     return _loaded[key]
 
@@ -456,7 +457,7 @@ def _stage_four_columns(problem, tile):
 
     Two blocks must still fit into a multiprocessor, as on an H100."""
     wide = tile._replace(columns=4)
-    block = wide.warps * _forward_shared(wide, problem.size) + 2048
+    block = wide.warps * _forward_shared(wide, problem.size) + _reserved
     is_faster = problem.is_half and problem.n in range(9, 17) and 2 * block <= problem.shared_limit
     return wide if is_faster else tile
 
@@ -476,8 +477,8 @@ def _fastest_forward_tile(problem):
         is_tiny = problem.n in range(9, 17) and chains <= problem.processors // 8
         tile = _ForwardTile(lanes, 1, 4, min(16, -(-height // 4)))
         return tile._replace(lanes=_Lanes(1, 16), columns=4) if is_tiny else tile
-    channels = 2 if chains * height * width > 2**21 else 1
-    return _stage_four_columns(problem, _ForwardTile(lanes, channels, 4, 8))  # many strips at once
+    per_lane = 2 if chains * height * width > 2**21 else 1
+    return _stage_four_columns(problem, _ForwardTile(lanes, per_lane, 4, 8))  # many strips at once
 
 # %% ../../nbs/04_scan.cuda.ipynb #796f3cb7
 def _forward_tile(problem):
@@ -507,7 +508,7 @@ def _forward_shared(tile, size):
 def _fit_warps(tile, size, shared_limit):
     "The tile with as many warps as there is shared memory for."
     shared, warps = _forward_shared(tile, size), tile.warps
-    while warps > 1 and warps * shared + 2048 > shared_limit:
+    while warps > 1 and warps * shared + _reserved > shared_limit:
         warps -= 1
     return tile._replace(warps=warps)
 
