@@ -107,6 +107,7 @@ emulated_memory = "unsigned char* const memory = emulation::memory;"
 kernels = {
     "scan_fwd.cu": {"scan_forward": "ForwardArguments"},
     "scan_bwd.cu": {"scan_backward": "BackwardArguments", "scan_backward_sum": "SumArguments"},
+    "mixer_features.cu": {"mixer_features": "FeatureArguments"},
 }
 compiler = ("g++", "-std=c++20", "-O1", "-fno-strict-aliasing", "-w", "-fPIC", "-shared")
 

@@ -51,7 +51,9 @@ def fits(n, dtype, capability):
 
 # ------------------------------------------------------------------------ as much memory as the kernel takes
 
-headers = ("traits.cuh", "numbers.cuh", "barriers.cuh", "memory.cuh", "tensor_cores.cuh", "backward.cuh")
+headers = ("types.cuh", "traits.cuh", "conversions.cuh", "numbers.cuh", "barriers.cuh", "memory.cuh",
+           "tensor_cores.cuh", "backward.cuh")
+of_forward = headers[:headers.index("memory.cuh") + 1]
 storages = {"scan_fwd.cu": "ForwardStorage<ForwardTraits>", "scan_bwd.cu": "BackwardStorage<BackwardTraits>"}
 # the macros that decide how shared memory is laid out, and what the host counted for that
 layout_macros = ("REAL", "NS", "NG", "CH", "SPAN", "MMA", "ROWS", "COLS", "THREADS", "SHARED")
@@ -69,7 +71,7 @@ def declarations(source):
     "The text of a kernel's headers, and of its source up to its last structure; for a host compiler."
     folder = source_folder() / "cuda"
     is_forward = source == "scan_fwd.cu"
-    text = "".join((folder / name).read_text() for name in headers if not is_forward or name in headers[:4])
+    text = "".join((folder / name).read_text() for name in (of_forward if is_forward else headers))
     if is_forward:
         text += (folder / source).read_text().split("// How the lanes of a warp share")[0]
     return re.sub(r"#(pragma once|include .*)", "", translate(text))

@@ -2,21 +2,9 @@
 //
 // The loader (mamba2d/scan/cuda.py) passes macros named SCAN_... to NVRTC. Here, in ForwardTraits
 // (scan_fwd.cu) and in BackwardTraits (backward.cuh) they become members of a struct, and stand nowhere else.
-// README.md lists what they mean and which values they take. No header is included, neither torch's nor
-// CUDA's, so that NVRTC needs no include directory.
+// README.md lists what they mean and which values they take.
 #pragma once
-
-typedef long long i64;
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-struct bf16 { u16 bits; };
-struct fp16 { u16 bits; };
-typedef float f32;
-typedef double f64;
-
-#define DEVICE static __device__ __forceinline__
-#define DEVICE_METHOD __device__ __forceinline__
+#include "types.cuh"
 
 // What both kernels have in common.
 //

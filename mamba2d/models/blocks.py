@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from .fused import mixer_features, star_relu
 from ..scan.checks import check_fraction
 from ..scan.operator import is_recorded, scan_projected, selective_scan_2d
 
@@ -263,7 +264,7 @@ class StarReLU(nn.Module):
         self.bias = nn.Parameter(torch.tensor([-0.4472]))
 
     def forward(self, x):
-        return self.scale * F.relu(x).square() + self.bias
+        return star_relu(x, self.scale, self.bias)
 
 # %% ../../nbs/10_models.blocks.ipynb #84c31f64
 class SeparableConv(nn.Module):
@@ -322,13 +323,42 @@ class M2DMixer(nn.Module):
         return self.scans[scan].inputs(F.gelu(self.in_proj(features)))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, D) -> (B, H, W, D)
+        if _can_end_together(self, x):
+            return _end_together(self, x)
         in_proj, out_proj = _cast_together(self.in_proj, self.out_proj)
-        inner = _recomputed(F.gelu, in_proj(x))
+        y = self.scanned(in_proj(x))
+        y = out_proj(_recomputed(F.gelu, y))
+        return y if self.local_path is None else y + self.local_path(self.local_norm(x))
+
+    def scanned(self, x: Tensor) -> Tensor:  # (B, H, W, E) -> (B, H, W, E)
+        "The scans' output, of what the in-projection gives."
+        inner = _recomputed(F.gelu, x)
         y = self.scans[0](inner)
         if len(self.scans) == 2:
             y = (y + self.scans[1](inner)) / 2
-        y = out_proj(_recomputed(F.gelu, y))
-        return y if self.local_path is None else y + self.local_path(self.local_norm(x))
+        return y
+
+# %% ../../nbs/10_models.blocks.ipynb #f5ed0101
+def _can_end_together(mixer, x):
+    "Whether one product may end the mixer: compiled for a GPU, without gradients, all layers plain."
+    local = mixer.local_path
+    if torch.is_grad_enabled() or not _may_fuse() or not x.is_cuda or type(local) is not SeparableConv:
+        return False
+    layers = mixer.in_proj, mixer.out_proj, local.widen, local.depthwise, local.narrow
+    others = local, local.act1, local.act2
+    return (all(map(_is_plain, layers)) and not any(map(_has_hooks, others))
+            and type(local.act1) is type(local.act2) is StarReLU
+            and local.depthwise.kernel_size == (3, 3) and local.depthwise.bias is local.narrow.bias is None)
+
+def _end_together(mixer, x):
+    "The output of an `M2DMixer` by one product of `mixer_features`."
+    local = mixer.local_path
+    in_proj, widen = _cast_together(mixer.in_proj, local.widen)
+    y, u = mixer.scanned(in_proj(x)), widen(mixer.local_norm(x))
+    features = mixer_features(y, u.to(y.dtype), local.depthwise.weight, local.act1.scale, local.act1.bias,
+                              local.act2.scale, local.act2.bias)
+    weight = torch.cat([mixer.out_proj.weight, local.narrow.weight], 1)
+    return F.linear(features, weight, mixer.out_proj.bias)
 
 # %% ../../nbs/10_models.blocks.ipynb #f85155b4
 def _rotary_table(
