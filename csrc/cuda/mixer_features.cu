@@ -1,8 +1,12 @@
 // What the last product of a mixer works on, for inference: the GELU of the scan's output beside the local path's
 // features, StarReLU(depthwise 3 x 3(StarReLU(u))). One launch reads both maps once and writes one map.
 //
-// A thread takes four neighbouring channels. The first blocks filter: a thread walks down a strip of rows at one
-// column, and holds the sums of the three output rows that a row of u contributes to. The other blocks take GELUs.
+// A thread takes four neighbouring channels. The first blocks filter: a thread walks down a strip of rows at two
+// neighbouring columns, and holds the sums of the output rows to which a row of u contributes. While it filters a
+// row, the next two are on their way. The other blocks take GELUs.
+//
+// StarReLU is scale relu(v)^2 + bias. The first one's scale goes into the weights. Its bias contributes
+// bias times the sum of the weights that lie inside the image: what a sum begins with.
 #include "types.cuh"
 
 typedef float real;
@@ -12,6 +16,7 @@ typedef float real;
 typedef SCAN_X_T X_T;  // elements of both maps and of the result
 typedef SCAN_P_T P_T;  // of the parameters
 constexpr int THREADS = 256, LANES = 4;  // channels of a thread
+constexpr int COLUMNS = 2;               // of a thread that filters
 constexpr int PIXELS = 4;                // of a thread that takes GELUs
 
 struct FeatureArguments {
@@ -28,18 +33,8 @@ struct FeatureArguments {
 
 struct Lanes { real v[LANES]; };
 
-DEVICE Lanes constant(real value) {
-  Lanes lanes;
-#pragma unroll
-  for (int k = 0; k < LANES; ++k) lanes.v[k] = value;
-  return lanes;
-}
-
-// scale relu(v)^2 + bias
-DEVICE real star_relu(real v, real scale, real bias) {
-  const real positive = fmaxf(v, 0.f);
-  return fmaf(scale * positive, positive, bias);
-}
+// relu(v) v: relu(v)^2 that is NaN where v is.
+DEVICE real squared_relu(real v) { return fmaxf(v, 0.f) * v; }
 
 DEVICE real gelu(real v) { return 0.5f * v * (1.f + erff(v * 0.70710678118654752440f)); }
 
@@ -50,78 +45,123 @@ DEVICE void store(X_T* to, const Lanes& lanes) {
   store_rounded(to, numbers);
 }
 
-// Four channels of a column and its two neighbours, from a row above the strip to the row below it.
+// Two columns of four channels, from the row above a strip to the row below it. `side` counts the columns that are
+// read: the one to the left, both, the one to the right.
 struct Filter {
-  const FeatureArguments& p;
-  const X_T* u;     // the pixel of this column in row 0
-  X_T* out;         // the same pixel's features
-  bool has_left, has_right;
-  real scale1, bias1;
-  real weight[9][LANES];
-  Raw<X_T, LANES> now[3], next[3];  // of the row that is filtered and of the next one: left, middle, right
+  static constexpr int SIDES = COLUMNS + 2;
+  typedef Raw<X_T, LANES> Row[SIDES];
 
-  DEVICE_METHOD void load_weights(int channel) {
-#pragma unroll
-    for (int k = 0; k < LANES; ++k)
-#pragma unroll
-      for (int tap = 0; tap < 9; ++tap) weight[tap][k] = to_real(p.weight[(channel + k) * 9 + tap]);
+  const FeatureArguments& p;
+  const X_T* source;      // left of the first column, in the row that is read next
+  X_T* target;            // the first column's features in the row that is written next
+  const P_T* taps;        // weights of the first channel
+  int column;             // the first one
+  real scale2, bias2;
+  real weight[9][LANES];  // times scale1
+  Lanes begin[COLUMNS];   // what the sum of an output row begins with that is not at the edge
+  Row now, next;          // the row that is filtered, and the one below it
+
+  DEVICE_METHOD bool is_inside(int side) const {
+    const int at = column + side - 1;
+    return at >= 0 && at < p.width;
   }
 
-  // Read a row into `next`. Outside of the image nothing is read; `activate` makes that 0.
+  // bias1 times the weights of one row of the filter, as far as they lie inside, for channel k.
+  DEVICE_METHOD real bias_of_row(int c, int tap_row, int k) const {
+    real sum = 0;
+#pragma unroll
+    for (int tap = 0; tap < 3; ++tap)
+      if (is_inside(c + tap)) sum += to_real(taps[k * 9 + 3 * tap_row + tap]);
+    return sum * to_real(p.bias1[0]);
+  }
+
+  DEVICE_METHOD void load_weights() {
+    const real scale1 = to_real(p.scale1[0]);
+#pragma unroll
+    for (int k = 0; k < LANES; ++k) {
+#pragma unroll
+      for (int tap = 0; tap < 9; ++tap) weight[tap][k] = scale1 * to_real(taps[k * 9 + tap]);
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c)
+        begin[c].v[k] = bias_of_row(c, 0, k) + bias_of_row(c, 1, k) + bias_of_row(c, 2, k);
+    }
+  }
+
+  // What the sums of an output row begin with.
+  DEVICE_METHOD void begin_row(int row, Lanes (&sums)[COLUMNS]) const {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) sums[c] = begin[c];
+    if (row > 0 && row + 1 < p.height) return;
+    for (int k = 0; k < LANES; ++k)
+      for (int c = 0; c < COLUMNS; ++c) {
+        if (row <= 0) sums[c].v[k] -= bias_of_row(c, 0, k);
+        if (row + 1 >= p.height) sums[c].v[k] -= bias_of_row(c, 2, k);
+      }
+  }
+
+  // Read the row that `source` points to into `next`, zeros outside of the image.
   DEVICE_METHOD void load_row(int row) {
-    if (row < 0 || row >= p.height) return;
-    const i64 channels = p.filtered * LANES;
-    const X_T* middle = u + i64(row) * p.width * channels;
-    if (has_left) next[0].load(middle - channels);
-    next[1].load(middle);
-    if (has_right) next[2].load(middle + channels);
+    const int channels = p.filtered * LANES;
+#pragma unroll
+    for (int side = 0; side < SIDES; ++side) next[side].clear();
+    if (row >= 0 && row < p.height) {
+#pragma unroll
+      for (int side = 0; side < SIDES; ++side)
+        if (is_inside(side)) next[side].load(source + side * channels);
+    }
+    source += p.width * channels;
   }
 
   DEVICE_METHOD void advance() {
 #pragma unroll
-    for (int side = 0; side < 3; ++side) now[side] = next[side];
+    for (int side = 0; side < SIDES; ++side) now[side] = next[side];
   }
 
-  DEVICE_METHOD Lanes activate(int side, bool is_inside) const {
-    Lanes lanes = constant(0);
-    if (!is_inside) return lanes;
+  // Add what a row contributes to an output row, of which it is row `tap_row` of the filter.
+  DEVICE_METHOD void add_row(Lanes (&sums)[COLUMNS], const Lanes (&squares)[SIDES], int tap_row) const {
 #pragma unroll
-    for (int k = 0; k < LANES; ++k) lanes.v[k] = star_relu(now[side].get(k), scale1, bias1);
-    return lanes;
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+      for (int tap = 0; tap < 3; ++tap)
+#pragma unroll
+        for (int k = 0; k < LANES; ++k)
+          sums[c].v[k] = fmaf(squares[c + tap].v[k], weight[3 * tap_row + tap][k], sums[c].v[k]);
   }
 
-  // Add what the row in `columns` contributes to an output row, of which it is row `tap_row` of the filter.
-  DEVICE_METHOD void add_row(Lanes& sum, const Lanes (&columns)[3], int tap_row) const {
+  DEVICE_METHOD void write(const Lanes (&sums)[COLUMNS]) {
+    const int channels = (p.scanned + p.filtered) * LANES;
 #pragma unroll
-    for (int side = 0; side < 3; ++side)
+    for (int c = 0; c < COLUMNS; ++c) {
+      if (!is_inside(c + 1)) continue;
+      Lanes lanes;
 #pragma unroll
-      for (int k = 0; k < LANES; ++k)
-        sum.v[k] = fmaf(columns[side].v[k], weight[3 * tap_row + side][k], sum.v[k]);
-  }
-
-  DEVICE_METHOD void write(int row, Lanes sum) const {
-    const real scale2 = to_real(p.scale2[0]), bias2 = to_real(p.bias2[0]);
-#pragma unroll
-    for (int k = 0; k < LANES; ++k) sum.v[k] = star_relu(sum.v[k], scale2, bias2);
-    store(out + i64(row) * p.width * (p.scanned + p.filtered) * LANES, sum);
+      for (int k = 0; k < LANES; ++k) lanes.v[k] = fmaf(scale2, squared_relu(sums[c].v[k]), bias2);
+      store(target + c * channels, lanes);
+    }
+    target += p.width * channels;
   }
 
   DEVICE_METHOD void run(int row0) {
     const int end = min(row0 + p.rows, p.height);
-    Lanes above = constant(0), here = constant(0);  // sums of the output rows `row - 1` and `row`
+    Lanes above[COLUMNS], here[COLUMNS], below[COLUMNS];  // sums of the output rows beside `row`
     load_row(row0 - 1);
     advance();
     load_row(row0);
+    begin_row(row0 - 1, above), begin_row(row0 - 1, here);  // of rows that another strip writes
+#pragma unroll 1
     for (int row = row0 - 1; row <= end; ++row) {
-      const bool is_inside = row >= 0 && row < p.height;
-      const Lanes columns[3] = {activate(0, is_inside && has_left), activate(1, is_inside),
-                                activate(2, is_inside && has_right)};
+      Lanes squares[SIDES];
+#pragma unroll
+      for (int side = 0; side < SIDES; ++side)
+#pragma unroll
+        for (int k = 0; k < LANES; ++k) squares[side].v[k] = squared_relu(now[side].get(k));
       advance();
       if (row + 2 <= end) load_row(row + 2);
-      Lanes below = constant(0);
-      add_row(above, columns, 2), add_row(here, columns, 1), add_row(below, columns, 0);
-      if (row > row0) write(row - 1, above);
-      above = here, here = below;
+      begin_row(row + 1, below);
+      add_row(above, squares, 2), add_row(here, squares, 1), add_row(below, squares, 0);
+      if (row > row0) write(above);
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) above[c] = here[c], here[c] = below[c];
     }
   }
 };
@@ -129,16 +169,20 @@ struct Filter {
 DEVICE void filter(const FeatureArguments& p) {
   const int item = int(blockIdx.x) * THREADS + int(threadIdx.x);
   if (item >= p.filters) return;
-  const int vector = item % p.filtered, column = item / p.filtered % p.width;
-  const int strip = item / p.filtered / p.width % p.strips, image = item / p.filtered / p.width / p.strips;
-  const i64 pixel = i64(image) * p.height * p.width + column;
+  const int pairs = (p.width + COLUMNS - 1) / COLUMNS;
+  const int vector = item % p.filtered, pair = item / p.filtered % pairs;
+  const int strip = item / p.filtered / pairs % p.strips, image = item / p.filtered / pairs / p.strips;
+  const int column = pair * COLUMNS;
+  const int row0 = strip * p.rows;
+  const i64 pixel = (i64(image) * p.height + row0) * p.width + column;
   Filter f{p};
-  f.u = p.u + (pixel * p.filtered + vector) * LANES;
-  f.out = p.out + (pixel * (p.scanned + p.filtered) + p.scanned + vector) * LANES;
-  f.has_left = column > 0, f.has_right = column + 1 < p.width;
-  f.scale1 = to_real(p.scale1[0]), f.bias1 = to_real(p.bias1[0]);
-  f.load_weights(vector * LANES);
-  f.run(strip * p.rows);
+  f.column = column;
+  f.source = p.u + ((pixel - p.width - 1) * p.filtered + vector) * LANES;
+  f.target = p.out + (pixel * (p.scanned + p.filtered) + p.scanned + vector) * LANES;
+  f.taps = p.weight + vector * LANES * 9;
+  f.scale2 = to_real(p.scale2[0]), f.bias2 = to_real(p.bias2[0]);
+  f.load_weights();
+  f.run(row0);
 }
 
 DEVICE void take_gelus(const FeatureArguments& p) {

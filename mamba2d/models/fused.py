@@ -55,7 +55,7 @@ mixer_features.register_autograd(_refuse)
 
 # %% ../../nbs/10_models.fused.ipynb #f5ed000a
 _type_names = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_lanes, _pixels, _threads = 4, 4, 256  # LANES, PIXELS and THREADS of the kernel
+_lanes, _columns, _pixels, _threads = 4, 2, 4, 256  # LANES, COLUMNS, PIXELS and THREADS of the kernel
 
 def _can_launch(maps, parameters):
     "Whether the kernel takes these maps (B, H, W, C) and parameters."
@@ -66,7 +66,7 @@ def _can_launch(maps, parameters):
 
 # %% ../../nbs/10_models.fused.ipynb #f5ed000b
 def _rows_of_a_strip(threads, height, processors):
-    """How many rows a thread walks down, for `threads` columns and `height` rows.
+    """How many rows a thread walks down, where a strip of all images takes so many threads.
 
     Long strips read fewer rows twice. Short ones give a small batch enough blocks for all multiprocessors."""
     for rows in (14, 7, 4):
@@ -81,7 +81,7 @@ def _arguments(maps, parameters, out, rows):
     b, h, w, scanned = y.shape
     scanned, filtered = scanned // _lanes, u.shape[-1] // _lanes
     strips = -(-h // rows)
-    filters, gelus = b * strips * w * filtered, b * h * w * scanned
+    filters, gelus = b * strips * -(-w // _columns) * filtered, b * h * w * scanned
     filter_blocks = -(-filters // _threads)
     blocks = filter_blocks + -(-gelus // (_threads * _pixels))
     pointers = [t.data_ptr() for t in (*maps, *parameters, out)]
@@ -103,7 +103,8 @@ def _launch(y, u, parameters):
             return _launch(y, u, parameters)
     b, h, w, e = y.shape
     out = y.new_empty((b, h, w, e + u.shape[-1]))
-    rows = _rows_of_a_strip(b * w * u.shape[-1] // _lanes, h, cuda._card(device)[2])
+    threads = b * -(-w // _columns) * (u.shape[-1] // _lanes)
+    rows = _rows_of_a_strip(threads, h, cuda._card(device)[2])
     macros = dict(X_T=_type_names[y.dtype], P_T=_type_names[parameters[0].dtype])
     kernel = cuda._load_kernel(device, "mixer_features.cu", "mixer_features", macros, 0)
     blocks, arguments = _arguments((y, u), parameters, out, rows)
