@@ -251,7 +251,8 @@ def _saved_layout(shape, n, dtype, real, shared_limit, *, borders=_no_borders):
     "The `_SavedLayout` for `x` of that shape and dtype, `n` states and arithmetic in `real`."
     b, h, w, e = shape
     lanes, tile = _lanes(n), _backward_tile(n, real.itemsize, shared_limit)
-    rows, cols = (h - 1) // _strip + borders.has_top, (w - 1) // tile.span + borders.has_left
+    rows = (h - 1) // _strip + int(borders.has_top)  # a size that the compiler does not know takes no bool
+    cols = (w - 1) // tile.span + int(borders.has_left)
     widest = max(32 // lanes.groups * 2, tile.channels)  # channels of the widest block
     channels = -(-e // widest) * widest
     per_pixel = channels * lanes.per_thread * lanes.groups * _saved_dtype(dtype, real).itemsize // 4
