@@ -123,3 +123,32 @@ def test_workers_end_with_a_killed_parent(method):
     assert done.returncode == -signal.SIGKILL
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int(done.stdout)).wait(60)
+
+
+cut_short = """
+import gc, sys, torch
+from torch.utils.data._utils import worker
+from mamba2d.data import imagenet_dls
+
+loader = imagenet_dls(sys.argv[1], 2, 32, num_workers=2, device="cpu").train
+loop = worker._worker_loop
+
+def collect_then_loop(*arguments):
+    gc.collect()  # what may come at any time
+    return loop(*arguments)
+
+worker._worker_loop = collect_then_loop
+gc.disable()
+batches = iter(loader)
+next(batches)
+ring = [batches]
+ring.append(ring)  # nobody but the garbage collector finds these batches
+del batches, ring
+print(len(list(loader)))
+"""
+
+
+def test_workers_leave_an_epoch_alone_that_was_cut_short(photographs):
+    "A forked worker that collects garbage does not find the iterator of another epoch."
+    done = subprocess.run([sys.executable, "-c", cut_short, str(photographs)], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")

@@ -207,6 +207,21 @@ def _signals_wait():
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+# %% ../../nbs/23_data.loader.ipynb #b1c0de21
+@contextlib.contextmanager
+def _garbage_stays():
+    """Context manager: a worker that is forked inside never cleans up what this process left behind.
+
+    Such as the iterator of an epoch that was cut short: it would end the workers of that epoch."""
+    if multiprocessing.get_start_method() != "fork":
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
 # %% ../../nbs/23_data.loader.ipynb #b1c0de13
 def _start_tracker():
     "Start the resource tracker of spawned processes, if workers are such."
@@ -231,9 +246,7 @@ def _end_with_parent():
 # %% ../../nbs/23_data.loader.ipynb #cbd89cbf
 def start_worker(number=None):
     "Set up a worker: it neither cleans up what its parent left behind nor handles its signals."
-    if multiprocessing.get_start_method() == "fork":
-        gc.freeze()  # such as the iterator of an epoch that was cut short
-    else:
+    if multiprocessing.get_start_method() != "fork":
         threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
@@ -246,7 +259,7 @@ def _batches(self: KeyedDL):
     asked = time.perf_counter()
     if self.fake_l.num_workers:
         _start_tracker()
-    with _signals_wait():
+    with _signals_wait(), _garbage_stays():
         batches = _loaders[self.fake_l.num_workers == 0](self.fake_l)
     for batch in batches:
         self.waited = time.perf_counter() - asked
