@@ -1,4 +1,4 @@
-"""The kernel of `mamba2d::mixer_features`, and the Python that starts it, compute what the layers do: without a GPU."""
+"""The kernel of `mamba2d::mixer_features` and the Python that starts it, on a CPU: what the layers compute."""
 import shutil
 
 import pytest
@@ -19,9 +19,10 @@ def folder(tmp_path_factory):
 
 
 def draw(shape, filtered, dtype, of_parameters):
-    "Arguments of the operator."
+    "Two maps, and the parameters: the weight and the numbers of both StarReLUs."
     generator = torch.Generator().manual_seed(0)
-    maps = [torch.randn(*shape[:3], channels, generator=generator).to(dtype) for channels in (shape[3], filtered)]
+    sizes = [(*shape[:3], channels) for channels in (shape[3], filtered)]
+    maps = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     numbers = [torch.tensor([value]) for value in (0.9, -0.45, 0.8, 0.3)]
     weight = torch.randn(filtered, 1, 3, 3, generator=generator)
     return *maps, *[t.to(of_parameters) for t in (weight, *numbers)]
@@ -42,7 +43,7 @@ def test_the_kernel_computes_what_the_layers_do(
     y, u, *parameters = draw(shape, filtered, dtype, of_parameters)
     assert fused._can_launch((y, u), parameters)
     found = fused._launch(y, u, parameters)
-    expected = fused._layer_by_layer(y.double(), u.double(), *parameters)
+    expected = fused._layer_by_layer(y.double(), u.double(), parameters[0], parameters[1:])
     assert relative_error(found, expected) < output_tolerances[dtype]
     assert (found.double() - expected).abs().max() < 2 * output_tolerances[dtype] * expected.abs().max()
 

@@ -355,8 +355,8 @@ def _end_together(mixer, x):
     local = mixer.local_path
     in_proj, widen = _cast_together(mixer.in_proj, local.widen)
     y, u = mixer.scanned(in_proj(x)), widen(mixer.local_norm(x))
-    features = mixer_features(y, u.to(y.dtype), local.depthwise.weight, local.act1.scale, local.act1.bias,
-                              local.act2.scale, local.act2.bias)
+    star = [local.act1.scale, local.act1.bias, local.act2.scale, local.act2.bias]
+    features = mixer_features(y, u.to(y.dtype), local.depthwise.weight, star)
     weight = torch.cat([mixer.out_proj.weight, local.narrow.weight], 1)
     return F.linear(features, weight, mixer.out_proj.bias)
 
