@@ -1,4 +1,4 @@
-"""The kernel of `mamba2d::mixer_features` and the Python that starts it, on a CPU: what the layers compute."""
+"""The kernel of `mamba2d::mixer_features`, and the Python that starts it, on a CPU: what layers compute."""
 import shutil
 
 import pytest
