@@ -21,12 +21,13 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 # %% ../../nbs/10_models.fused.ipynb #f5ed0006
 def _layer_by_layer(y: Tensor, u: Tensor, weight: Tensor, star: list[Tensor]) -> Tensor:
-    "What `mixer_features` computes, by PyTorch's operators. Arithmetic is float32, rounded once."
-    scale1, bias1, scale2, bias2 = (number.float() for number in star)
-    filtered = star_relu(u.float(), scale1, bias1).permute(0, 3, 1, 2)
-    filtered = F.conv2d(filtered, weight.float(), padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)
+    "What `mixer_features` computes, by PyTorch's operators. Arithmetic is float32 or finer, rounded once."
+    real = torch.promote_types(y.dtype, torch.float32)
+    scale1, bias1, scale2, bias2 = (number.to(real) for number in star)
+    filtered = star_relu(u.to(real), scale1, bias1).permute(0, 3, 1, 2)
+    filtered = F.conv2d(filtered, weight.to(real), padding=1, groups=weight.shape[0]).permute(0, 2, 3, 1)
     filtered = star_relu(filtered, scale2, bias2)
-    return torch.cat([F.gelu(y.float()), filtered], -1).to(y.dtype)
+    return torch.cat([F.gelu(y.to(real)), filtered], -1).to(y.dtype)
 
 # %% ../../nbs/10_models.fused.ipynb #f5ed0007
 @torch.library.custom_op("mamba2d::mixer_features", mutates_args=())
