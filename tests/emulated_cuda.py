@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from mamba2d.scan import cuda
-from mamba2d.scan.build import source_folder
+from mamba2d.scan import cuda, nvrtc
+from mamba2d.scan.build import KernelError, source_folder
 
 # errors that the kernels may make, relative to float64: of gradients, of the output, of the states
 tolerances = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -209,3 +209,11 @@ def emulate(monkeypatch, folder):
     for name, value in replaced.items():
         monkeypatch.setattr(cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+
+
+def can_compile():
+    "Whether there is an NVRTC, which compiles the kernels for cards without one."
+    try:
+        return bool(nvrtc._nvrtc_architectures())
+    except KernelError:
+        return False

@@ -3,11 +3,10 @@ import shutil
 
 import pytest
 import torch
-from emulated_cuda import an_h100, emulate, output_tolerances
+from emulated_cuda import an_h100, can_compile, emulate, output_tolerances
 
 from mamba2d.models import fused
 from mamba2d.scan import nvrtc
-from mamba2d.scan.build import KernelError
 from mamba2d.scan.reference import relative_error
 
 bf16, fp16, f32 = torch.bfloat16, torch.float16, torch.float32
@@ -55,13 +54,6 @@ def test_what_the_kernel_does_not_take_goes_layer_by_layer():
                  (y[:, :0], u[:, :0])):
         assert not fused._can_launch(maps, parameters)
     assert not fused._can_launch((y, u), [parameters[0].double(), *parameters[1:]])
-
-
-def can_compile():
-    try:
-        return bool(nvrtc._nvrtc_architectures())
-    except KernelError:
-        return False
 
 
 @pytest.mark.skipif(not can_compile(), reason="this build of torch has no NVRTC")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_cuda import translate
+from emulated_cuda import can_compile, translate
 
 from mamba2d.scan import cuda, nvrtc
-from mamba2d.scan.build import KernelError, source_folder
+from mamba2d.scan.build import source_folder
 from mamba2d.scan.reference import ScanTensors
 
 bf16, fp16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -126,13 +126,6 @@ def test_the_host_allots_what_the_structures_take(asked, monkeypatch, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- with the compiler
-
-def can_compile():
-    try:
-        return bool(nvrtc._nvrtc_architectures())
-    except KernelError:
-        return False
-
 
 @pytest.mark.skipif(not can_compile(), reason="this build of torch has no NVRTC")
 @pytest.mark.parametrize("capability, n, dtype, shape, options, expected", [

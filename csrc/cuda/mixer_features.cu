@@ -31,19 +31,12 @@ struct FeatureArguments {
   int filter_blocks;
 };
 
-struct Lanes { real v[LANES]; };
+typedef Pack<real, LANES> Lanes;
 
 // relu(v) v: relu(v)^2 that is NaN where v is.
 DEVICE real squared_relu(real v) { return fmaxf(v, 0.f) * v; }
 
 DEVICE real gelu(real v) { return 0.5f * v * (1.f + erff(v * 0.70710678118654752440f)); }
-
-DEVICE void store(X_T* to, const Lanes& lanes) {
-  Pack<real, LANES> numbers;
-#pragma unroll
-  for (int k = 0; k < LANES; ++k) numbers.v[k] = lanes.v[k];
-  store_rounded(to, numbers);
-}
 
 // Two columns of four channels, from the row above a strip to the row below it. `side` counts the columns that are
 // read: the one to the left, both, the one to the right.
@@ -136,7 +129,7 @@ struct Filter {
       Lanes lanes;
 #pragma unroll
       for (int k = 0; k < LANES; ++k) lanes.v[k] = fmaf(scale2, squared_relu(sums[c].v[k]), bias2);
-      store(target + c * channels, lanes);
+      store_rounded(target + c * channels, lanes);
     }
     target += p.width * channels;
   }
@@ -198,7 +191,7 @@ DEVICE void take_gelus(const FeatureArguments& p) {
     Lanes lanes;
 #pragma unroll
     for (int c = 0; c < LANES; ++c) lanes.v[c] = gelu(raw[k].get(c));
-    store(p.out + (i64(item / p.scanned) * (p.scanned + p.filtered) + item % p.scanned) * LANES, lanes);
+    store_rounded(p.out + (i64(item / p.scanned) * (p.scanned + p.filtered) + item % p.scanned) * LANES, lanes);
   }
 }
 

@@ -246,7 +246,9 @@ def _end_with_parent():
 # %% ../../nbs/23_data.loader.ipynb #cbd89cbf
 def start_worker(number=None):
     "Set up a worker: it neither cleans up what its parent left behind nor handles its signals."
-    if multiprocessing.get_start_method() != "fork":
+    if multiprocessing.get_start_method() == "fork":
+        gc.freeze()  # `_garbage_stays` has done so for the loaders here, before the worker began
+    else:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, _ending)
