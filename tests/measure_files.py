@@ -5,6 +5,7 @@
     python tests/measure_files.py network FILE            the network alone; waits for the file
     python tests/measure_files.py train FOLDER            on one GPU; prefix `taskset -c 0-15` for 16 cores
     torchrun --nproc-per-node 4 tests/measure_files.py train FOLDER
+    python tests/measure_files.py optimizer FOLDER        a step of AdamW
 
 Each prints a line of JSON. `nbs/bench_results/files.json` holds such lines.
 """
@@ -28,6 +29,7 @@ from mamba2d.bench import _make_training_files
 from mamba2d.data import imagenet_dls
 from mamba2d.models import mamba2d_t
 from mamba2d.training import Distributed, mamba2d_learner, recipes
+from mamba2d.training.learner import compile_network
 
 batch = 128
 warm_up = 64  # batches in which the workers start and the first batches wait in their queue
@@ -70,11 +72,13 @@ def measure_loader(folder, batches=224):
 
 
 def measure_network(after):
-    """Images/s of forward + backward of the compiled network on one batch that stays on the GPU.
+    """Images/s of forward + backward of the network on one batch that stays on the GPU, as training runs it.
 
     It is compiled at once, and measured when the file `after` is there."""
     model = mamba2d_t(num_classes=32).to("cuda", memory_format=torch.channels_last).train()
-    forward = torch.compile(model)
+    forward = compile_network(model, cuda_graphs=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
     images = torch.randn(batch, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.randint(0, 32, (batch,), device="cuda")
     times, hosts = [], []
@@ -83,23 +87,54 @@ def measure_network(after):
         while k == 3 and not after.exists():
             time.sleep(1)
         start = time.perf_counter()
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast("cuda", torch.bfloat16):
             loss = F.cross_entropy(forward(images), labels)
         loss.backward()
         hosts.append(time.perf_counter() - start)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=False)
     say(what="network alone", images_per_second=batch / statistics.median(times[10:]),
         host_milliseconds=1e3 * statistics.median(hosts[10:]))
 
 
-def measure_optimizer(learn):
-    "Milliseconds of AdamW's step with and without fused kernels: (of the host, in all)."
-    optimizer = learn.opt.opt
+def fit(learn, distributed, steps):
+    "Train for so many steps, and return what the clock says of those after the warm-up."
+    clock = Clock()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_recipe(cbs=[clock], distributed=distributed, limit=steps)
+    skip = max(1, warm_up // distributed.world)
+    row = learn.reached.history[-1]
+    return {**clock.result(skip, distributed.world), "memory_gib": row["memory_gib"],
+            "train_loss": row["train_loss"], "first_batch_seconds": clock.times[1] - clock.times[0]}
+
+
+def make_learner(folder, device=None):
+    dls = imagenet_dls(folder / "images", batch, device=device)
+    recipe = dataclasses.replace(recipes["t"], epochs=1, compile=True)
+    return mamba2d_learner(dls, mamba2d_t(num_classes=dls.c), recipe)
+
+
+def measure_training(folder):
+    "Images/s of ten steps of the recipe on one GPU, of 24 on several."
+    distributed = Distributed.init()
+    learn = make_learner(folder, distributed.device)
+    result = fit(learn, distributed, 10 if distributed.world == 1 else 24)
+    if distributed.rank == 0:
+        say(what="from files", effective_batch=learn.recipe.effective_batch, gpus=distributed.world,
+            cores=len(os.sched_getaffinity(0)), workers_per_gpu=learn.dls.train.fake_l.num_workers,
+            batch=batch, **result)
+    distributed.destroy()
+
+
+def measure_optimizer(folder):
+    "Milliseconds of AdamW's step with and without fused kernels: [of the host, in all]."
+    learn = make_learner(folder)
+    learn.create_opt()
+    optimizer, result = learn.opt.opt, {}
     for p in learn.model.parameters():
         p.grad = torch.zeros_like(p)
-    result = {}
     for fused in (True, None):
         for group in optimizer.param_groups:
             group["fused"] = fused
@@ -115,36 +150,7 @@ def measure_optimizer(learn):
             rows.append((1e3 * (host - start), 1e3 * (time.perf_counter() - start)))
         result["fused" if fused else "foreach"] = [
             float(f"{statistics.median(column):.3g}") for column in zip(*rows[2:], strict=True)]
-    return result
-
-
-def fit(learn, distributed, effective_batch, steps):
-    "Train for so many steps, and return what the clock says of those after the warm-up."
-    learn.recipe = dataclasses.replace(learn.recipe, effective_batch=effective_batch)
-    clock = Clock()
-    with learn.no_bar(), learn.no_logging():
-        learn.fit_recipe(cbs=[clock], distributed=distributed, limit=steps)
-    skip = max(1, warm_up // distributed.world)
-    row = learn.reached.history[-1]
-    return {**clock.result(skip, distributed.world), "memory_gib": row["memory_gib"],
-            "train_loss": row["train_loss"], "first_batch_seconds": clock.times[1] - clock.times[0]}
-
-
-def measure_training(folder):
-    distributed = Distributed.init()
-    dls = imagenet_dls(folder / "images", batch, device=distributed.device)
-    recipe = dataclasses.replace(recipes["t"], epochs=1, compile=True)
-    learn = mamba2d_learner(dls, mamba2d_t(num_classes=dls.c), recipe)
-    common = {"gpus": distributed.world, "cores": len(os.sched_getaffinity(0)),
-              "workers_per_gpu": dls.train.fake_l.num_workers, "batch": batch}
-    if distributed.world == 1:
-        say(what="from files", effective_batch=512, **common, **fit(learn, distributed, 512, 80))
-    result = fit(learn, distributed, 4096, 10 if distributed.world == 1 else 24)
-    if distributed.rank == 0:
-        say(what="from files", effective_batch=4096, **common, **result)
-    if distributed.world == 1:
-        say(what="optimizer step, milliseconds of the host and in all", **measure_optimizer(learn))
-    distributed.destroy()
+    say(what="optimizer step, milliseconds of the host and in all", **result)
 
 
 if __name__ == "__main__":
@@ -152,5 +158,6 @@ if __name__ == "__main__":
     if what == "make":
         _make_training_files(folder / "images", 5440, 24)
     else:
-        measure = {"loader": measure_loader, "network": measure_network, "train": measure_training}
+        measure = {"loader": measure_loader, "network": measure_network, "train": measure_training,
+                   "optimizer": measure_optimizer}
         measure[what](folder)

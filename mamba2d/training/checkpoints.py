@@ -414,7 +414,7 @@ def differences(
     return lines
 
 # %% ../../nbs/34_training.checkpoints.ipynb #e3057067
-_harmless = ("compile", "channels_last")
+_harmless = ("compile", "cuda_graphs", "channels_last")
 _decided_by_run = ("effective_batch", "restarts", "restart_lrs")  # None: as in the run
 
 def _different_settings(part, saved, given):

@@ -47,6 +47,7 @@ from mamba2d.training.recipe import (
     Recipe,
     best_metrics,
     frozen_parameters,
+    has_backbone,
     layer_groups,
     recipe_schedule,
     recipes,
@@ -273,7 +274,7 @@ def fit_recipe(
                *_mixed_precision(recipe, self.dls)]
         over = has_ended_early(follow.reached.history, recipe)
         epochs = 0 if over else recipe.epochs - follow.reached.epoch
-        with _losses_of_steps(self), _whole_graph(recipe):
+        with contextlib.closing(prepare), _losses_of_steps(self), _whole_graph(recipe):
             self.fit(epochs, lr=recipe.lr, wd=recipe.weight_decay, cbs=[*own, *cbs])
     self.reached = follow.reached
     if follow.problem:
@@ -343,15 +344,33 @@ def plain_tensors(value):
         return [plain_tensors(part) for part in value]
     return value.as_subclass(Tensor) if isinstance(value, Tensor) else value
 
-def compile_network(model):
+# %% ../../nbs/32_training.learner.ipynb #f90a912f
+def compile_network(
+    model: nn.Module,
+    cuda_graphs: bool = False,  # replay as CUDA graphs what is compiled
+) -> nn.Module:
     """Return the network, compiled with `torch.compile` and `compile_options`.
 
     Of a network with a backbone, as detection and segmentation have, only the backbone is compiled, in place:
     what follows it has shapes that depend on what is in the images."""
-    if not isinstance(getattr(model, "backbone", None), nn.Module):
-        return torch.compile(model, options=compile_options)
-    model.backbone.compile(options=compile_options)
+    options = {**compile_options, "triton.cudagraphs": cuda_graphs}
+    if not has_backbone(model):
+        return torch.compile(model, options=options)
+    model.backbone.compile(options=options)
     return model
+
+# %% ../../nbs/32_training.learner.ipynb #720bb49a
+def can_replay(
+    model: nn.Module,
+    distributed: Distributed,
+) -> bool:
+    """Return whether CUDA graphs can hold the passes of a compiled network.
+
+    It must lie on a GPU. A network with a backbone gets images of many sizes, each of which would need graphs
+    of its own.
+    Batch norms of several processes wait for each other, which no graph can."""
+    waits = distributed.world > 1 and bool(_running_statistics(model))
+    return next(model.parameters()).is_cuda and not has_backbone(model) and not waits
 
 # %% ../../nbs/32_training.learner.ipynb #eda19b38
 class RestoreError(ValueError):
@@ -376,6 +395,7 @@ class PrepareModelCallback(Callback):
     order = -5  # after fastai has moved the network to its device
     def __init__(self, recipe, distributed, resume=None, limit=None):
         self.choices, self.distributed, self.restored, self.limit = recipe, distributed, resume, limit
+        self.replays = False  # whether CUDA graphs replay the network
 
     def before_fit(self):
         self.bare = self.learn.model
@@ -388,7 +408,7 @@ class PrepareModelCallback(Callback):
         if self.restored:
             with _restoring(self.follow_recipe, "network"):
                 self.restore()
-        self.wrapped = compile_network(self.bare) if self.choices.compile else self.bare
+        self.wrapped = self.compile() if self.choices.compile else self.bare
         if self.distributed.world > 1:
             self.wrapped = self.data_parallel(self.wrapped)
         self.skipped = False
@@ -409,6 +429,8 @@ class PrepareModelCallback(Callback):
         limited = self.limit is not None and self.iter >= self.limit
         if limited and not self.training:
             raise CancelValidException
+        if self.replays and self.training:
+            torch.compiler.cudagraph_mark_step_begin()
         images, targets = plain_tensors((*self.xb, *self.yb))
         if self.choices.channels_last and isinstance(images, Tensor):
             images = images.contiguous(memory_format=torch.channels_last)
@@ -420,6 +442,39 @@ class PrepareModelCallback(Callback):
         if self.ema:
             ema = {"weights": self.ema.module.state_dict(), "updates": self.ema.n_averaged}
         return {"model": self.bare.state_dict(), "ema": ema}
+
+# %% ../../nbs/32_training.learner.ipynb #0bbb2e20
+@patch
+def compile(self: PrepareModelCallback):
+    "Return the compiled network, which CUDA graphs replay where they can."
+    self.replays = self.choices.cuda_graphs and can_replay(self.bare, self.distributed)
+    self.optimizer = self.opt
+    self.optimizer.keep_gradients = self.replays
+    return compile_network(self.bare, self.replays)
+
+@patch
+def before_backward(self: PrepareModelCallback):
+    "Note which parameters have no gradient yet."
+    parameters = self.bare.parameters() if self.replays else ()
+    self.without_gradient = [p for p in parameters if p.grad is None]
+
+@patch
+def after_backward(self: PrepareModelCallback):
+    "Move new gradients out of the memory of the graphs."
+    for parameter in self.without_gradient:
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
+
+@patch
+def close(self: PrepareModelCallback):
+    """Free the memory of the graphs.
+
+    What else `torch.compile` has compiled in this process is compiled anew when it is called."""
+    if not self.replays:
+        return
+    self.replays = self.optimizer.keep_gradients = False
+    self.optimizer.zero_grad()
+    torch.compiler.reset()
 
 # %% ../../nbs/32_training.learner.ipynb #d14a4d95
 @patch
@@ -747,11 +802,11 @@ class RecordEpochsCallback(Callback):
 
 # %% ../../nbs/32_training.learner.ipynb #ab6c8f5e
 def _peak_memory(model):
-    """Return the most bytes that were in use: of the GPU, or of the process where the network is on a CPU.
+    """Return the most bytes that torch held of the GPU, or the process in use where the network is on a CPU.
 
     On Windows, which does not say it of a process, they are 0."""
     if next(model.parameters()).is_cuda:
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     if resource is None:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -71,6 +71,7 @@ class Recipe:
     precision: str = "fp32"  # "bf16": autocast on GPUs; a CPU computes in float32 either way
     channels_last: bool = False
     compile: bool = False  # torch.compile the network for training
+    cuda_graphs: bool = True  # replay a compiled network as CUDA graphs, where it lies on a GPU
 
     def __post_init__(self):
         _check_fields(self)
@@ -155,6 +156,7 @@ _rules = dict(
     pipeline=_or_none(_pipeline), loss_over=_or_none(_pixels), held_out=_or_none(_open_fraction),
     # regime
     ema=_or_none(_fraction_below_1), precision=_precision, channels_last=_switch, compile=_switch,
+    cuda_graphs=_switch,
 )
 
 # %% ../../nbs/30_training.recipe.ipynb #48482c39
@@ -279,10 +281,14 @@ recipes = {
 }
 
 # %% ../../nbs/30_training.recipe.ipynb #90c4d7e2
-def _in_head(name, has_backbone):
+def has_backbone(model: nn.Module) -> bool:
+    "Return whether the network is a backbone and what follows it, as detection and segmentation have."
+    return isinstance(getattr(model, "backbone", None), nn.Module)
+
+def _in_head(name, with_backbone):
     "Return whether a parameter belongs to the head; a compiled or wrapped model has a prefix in its names."
     parts = name.split(".")
-    if has_backbone:
+    if with_backbone:
         return "backbone" not in parts or "fpn" in parts
     return "head" in parts[:-1]
 
@@ -295,9 +301,9 @@ def frozen_parameters(
     if freeze is None:
         return set()
     names = [name for name, _ in model.named_parameters()]
-    has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
+    with_backbone = has_backbone(model)
     if freeze == "backbone":
-        frozen = {name for name in names if not _in_head(name, has_backbone)}
+        frozen = {name for name in names if not _in_head(name, with_backbone)}
     else:
         frozen = _in_first_stages(names, freeze)
     if len(frozen) in (0, len(names)):
@@ -324,11 +330,11 @@ def layer_groups(
     Raises `TypeError` for what is no network, and `ValueError` as `frozen_parameters` does."""
     check_type("model", model, nn.Module, "a torch.nn.Module")
     groups, frozen = {}, frozen_parameters(model, freeze)
-    has_backbone = isinstance(getattr(model, "backbone", None), nn.Module)
+    with_backbone = has_backbone(model)
     for name, parameter in model.named_parameters():
         if name in frozen:
             continue
-        layer = int(_in_head(name, has_backbone))
+        layer = int(_in_head(name, with_backbone))
         groups.setdefault((layer, is_decayed(name, parameter)), []).append(parameter)
     first = min(layer for layer, _ in groups)
     made = []
@@ -347,6 +353,10 @@ class LayerGroupAdamW(OptimWrapper):
         **kwargs,  # of `torch.optim.AdamW`
     ):
         super().__init__(opt=torch.optim.AdamW(list(groups), lr=lr, **kwargs))
+        self.keep_gradients = False  # after a step they become zeros, instead of being dropped
+
+    def zero_grad(self):
+        self.opt.zero_grad(set_to_none=not self.keep_gradients)
 
     @property
     def layers(self):
