@@ -469,7 +469,7 @@ def after_backward(self: PrepareModelCallback):
 def close(self: PrepareModelCallback):
     """Free the memory of the graphs.
 
-    What else `torch.compile` has compiled in this process is compiled anew when it is called."""
+    What else `torch.compile` has compiled in this process is compiled again when it is called."""
     if not self.replays:
         return
     self.replays = self.optimizer.keep_gradients = False
