@@ -4,10 +4,11 @@
     python tests/measure_networks.py mamba2d_t caformer_s18 --what infer train --together
     python tests/measure_networks.py mamba2d_n --device cpu --batch 2 --size 64 --what eager1    # to try it
 
-`infer` and `train` take a batch through `torch.compile` with its defaults, `graphs1` one image through CUDA
-graphs, `eager1` one image without a compiler. Each network and each of these has a process of its own, one
-after the other. The compiler times variants of its kernels, so nothing else may use the GPU meanwhile. With
-`--together` a process does all of a network, in the order given, with one compiled module.
+`infer` and `train` take a batch through `torch.compile` with its defaults, `train_graphs` and `graphs1` a
+batch and one image through CUDA graphs, `eager1` one image without a compiler. Each network and each of these
+has a process of its own, one after the other. The compiler times variants of its kernels, so nothing else may
+use the GPU meanwhile. With `--together` a process does all of a network, in the order given, with one
+compiled module.
 
 As they come, M2D-T has drop path and CAFormer of timm has none. `--drop-path 0` gives both the same work.
 `--keep-layout` compiles with the options that this library advises.
@@ -27,7 +28,8 @@ import torch
 from mamba2d.bench import _make_step, _options_of, _profile_kernels, _time_steps, _wait
 
 single = ("graphs1", "eager1")  # of one image
-kinds = ("infer", "train", *single)
+training = ("train", "train_graphs")
+kinds = ("infer", *training, *single)
 
 
 def build(name, drop_path=None):
@@ -46,7 +48,7 @@ def compiled_as(model, what, arguments):
     "The callable that is timed."
     if what == "eager1":
         return model
-    mode = "reduce-overhead" if what == "graphs1" else None
+    mode = "reduce-overhead" if what in ("train_graphs", "graphs1") else None
     if not arguments.keep_layout:
         return torch.compile(model, mode=mode)
     return torch.compile(model, options=_options_of(mode))
@@ -99,13 +101,13 @@ def without_gradient(step, model):
 def measure(model, forward, what, arguments):
     "A row: what a step takes."
     device = torch.device(arguments.device)
-    step = make_step(model.train(what == "train"), forward, what, arguments)
+    step = make_step(model.train(what in training), forward, what, arguments)
     start = time.perf_counter()
     for _ in range(4):
         step()
     _wait(device)
     row = {"what": what, "compile_seconds": time.perf_counter() - start}
-    if what == "train":
+    if what in training:
         row["without_gradient"] = without_gradient(step, model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -113,6 +115,7 @@ def measure(model, forward, what, arguments):
     if device.type == "cuda":
         row["ms"] = 1e3 * _time_steps(step, device, arguments.repeats)  # the host runs ahead of the GPU
         row["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        row["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30  # with the memory of CUDA graphs
         row |= profile_kernels(step) if what != "eager1" else {}
     row["images_per_second"] = 1e3 * (1 if what in single else arguments.batch) / row["ms"]
     return row

@@ -14,7 +14,7 @@ def model():
 
 def test_rows(model):
     arguments = parse(tiny)
-    for what, images in (("infer", 2), ("train", 2), ("eager1", 1)):
+    for what, images in (("infer", 2), ("train", 2), ("train_graphs", 2), ("eager1", 1)):
         row = measure(model, model, what, arguments)
         assert row["images_per_second"] == pytest.approx(1000 * images / row["ms"])
         assert row["host_ms"] <= row["ms"]
