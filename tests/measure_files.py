@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 4 tests/measure_files.py train FOLDER
     python tests/measure_files.py optimizer FOLDER        a step of AdamW
 
-Each prints a line of JSON. `nbs/bench_results/files.json` holds such lines.
+Each prints a line of JSON. `nbs/bench_results/files_graphs.json` holds such lines. Four loaders beside each
+other are four of these commands at the same time, each with `taskset` and cores of its own.
 """
 import dataclasses
 import json
@@ -131,6 +132,7 @@ def measure_training(folder):
 def measure_optimizer(folder):
     "Milliseconds of AdamW's step with and without fused kernels: [of the host, in all]."
     learn = make_learner(folder)
+    learn.model.to(learn.dls.device)
     learn.create_opt()
     optimizer, result = learn.opt.opt, {}
     for p in learn.model.parameters():

@@ -274,7 +274,7 @@ def fit_recipe(
                *_mixed_precision(recipe, self.dls)]
         over = has_ended_early(follow.reached.history, recipe)
         epochs = 0 if over else recipe.epochs - follow.reached.epoch
-        with contextlib.closing(prepare), _losses_of_steps(self), _whole_graph(recipe):
+        with _released(self, prepare), _losses_of_steps(self), _whole_graph(recipe):
             self.fit(epochs, lr=recipe.lr, wd=recipe.weight_decay, cbs=[*own, *cbs])
     self.reached = follow.reached
     if follow.problem:
@@ -367,10 +367,9 @@ def can_replay(
     """Return whether CUDA graphs can hold the passes of a compiled network.
 
     It must lie on a GPU. A network with a backbone gets images of many sizes, each of which would need graphs
-    of its own.
-    Batch norms of several processes wait for each other, which no graph can."""
-    waits = distributed.world > 1 and bool(_running_statistics(model))
-    return next(model.parameters()).is_cuda and not has_backbone(model) and not waits
+    of its own. Batch norms of several processes exchange their means inside the passes."""
+    exchanges = distributed.world > 1 and bool(_batch_norms(model))
+    return next(model.parameters()).is_cuda and not has_backbone(model) and not exchanges
 
 # %% ../../nbs/32_training.learner.ipynb #eda19b38
 class RestoreError(ValueError):
@@ -396,6 +395,7 @@ class PrepareModelCallback(Callback):
     def __init__(self, recipe, distributed, resume=None, limit=None):
         self.choices, self.distributed, self.restored, self.limit = recipe, distributed, resume, limit
         self.replays = False  # whether CUDA graphs replay the network
+        self.without_gradient = []  # parameters, before a backward pass
 
     def before_fit(self):
         self.bare = self.learn.model
@@ -448,8 +448,7 @@ class PrepareModelCallback(Callback):
 def compile(self: PrepareModelCallback):
     "Return the compiled network, which CUDA graphs replay where they can."
     self.replays = self.choices.cuda_graphs and can_replay(self.bare, self.distributed)
-    self.optimizer = self.opt
-    self.optimizer.keep_gradients = self.replays
+    self.opt.keep_gradients = self.replays
     return compile_network(self.bare, self.replays)
 
 @patch
@@ -465,16 +464,20 @@ def after_backward(self: PrepareModelCallback):
         if parameter.grad is not None:
             parameter.grad = parameter.grad.clone()
 
-@patch
-def close(self: PrepareModelCallback):
-    """Free the memory of the graphs.
+@contextlib.contextmanager
+def _released(learn, prepare):
+    """Context manager: afterwards no gradient, and no memory of CUDA graphs, is left of a fit.
 
     What else `torch.compile` has compiled in this process is compiled again when it is called."""
-    if not self.replays:
-        return
-    self.replays = self.optimizer.keep_gradients = False
-    self.optimizer.zero_grad()
-    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        learn.pred = learn.loss = learn.loss_grad = None  # an error leaves them, and what they refer to
+        if learn.opt is not None:
+            learn.opt.keep_gradients = False
+            learn.opt.zero_grad()
+        if prepare.replays:
+            torch.compiler.reset()
 
 # %% ../../nbs/32_training.learner.ipynb #d14a4d95
 @patch
@@ -501,10 +504,14 @@ def data_parallel(self: PrepareModelCallback, model):
         model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 # %% ../../nbs/32_training.learner.ipynb #e7a1b0c3
+def _batch_norms(model):
+    "Return all batch norms."
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
 def _running_statistics(model):
     "Return the running means and variances of all batch norms."
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    return [value for m in norms for value in (m.running_mean, m.running_var) if value is not None]
+    values = [value for norm in _batch_norms(model) for value in (norm.running_mean, norm.running_var)]
+    return [value for value in values if value is not None]
 
 @patch
 def average_statistics(self: PrepareModelCallback):
@@ -624,6 +631,7 @@ def _load_optimizer(optimizer, state=None):
     state = optimizer.state_dict() if state is None else state
     groups = [{**group, "fused": fused} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    optimizer.defaults["fused"] = fused  # so that zero_grad takes all gradients at once
 
 def _check_moments(optimizer):
     "Raise `ValueError` unless the moments that AdamW keeps have the sizes of their parameters."

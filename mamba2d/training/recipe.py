@@ -355,8 +355,12 @@ class LayerGroupAdamW(OptimWrapper):
         super().__init__(opt=torch.optim.AdamW(list(groups), lr=lr, **kwargs))
         self.keep_gradients = False  # after a step they become zeros, instead of being dropped
 
-    def zero_grad(self):
-        self.opt.zero_grad(set_to_none=not self.keep_gradients)
+    def zero_grad(self, set_to_none: bool | None = None):
+        "Drop the gradients, or make them zeros; None: as `keep_gradients` says. Frozen parameters have none."
+        self.opt.zero_grad(set_to_none=not self.keep_gradients if set_to_none is None else set_to_none)
+        for parameter in (p for group in self.opt.param_groups for p in group["params"]):
+            if not parameter.requires_grad:
+                parameter.grad = None  # zeros would leave AdamW its momentum and weight decay
 
     @property
     def layers(self):
