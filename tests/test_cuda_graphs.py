@@ -1,7 +1,4 @@
 "A fit whose passes CUDA graphs replay, on a CPU: gradients in memory that the next batch overwrites."
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -9,7 +6,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from replayed_training import fit, gradients, make_learner
-from small_training import one_thread
+from test_distributed import torchrun
 from torch import nn
 
 from mamba2d.models import Mamba2D
@@ -111,11 +108,9 @@ def test_a_fit_that_fails_leaves_nothing_to_the_next(tmp_path, replayed):
 
 
 def test_two_processes(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(Path(__file__).with_name("replayed_training.py")), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **one_thread})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split("\n").count("same weights") == 2, done.stdout
+    code, out, err = torchrun(tmp_path, program=(str(Path(__file__).with_name("replayed_training.py")),))
+    assert code == 0, err[-3000:]
+    assert out.split("\n").count("same weights") == 2, out
 
 
 def test_the_compiler_is_asked_for_graphs_and_told_of_batches(tmp_path, monkeypatch):

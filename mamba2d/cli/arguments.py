@@ -151,7 +151,7 @@ def _add_recipe_arguments(parser):
     add("--precision", choices=("fp32", "bf16"),
         help="bf16: autocast on GPUs (default: as the recipe says)")
     add("--compile", action="store_true", default=None,
-        help="compile the network with torch.compile; on a GPU, CUDA graphs replay it")
+        help="compile the network with torch.compile; on a GPU, CUDA graphs replay a classifier")
     add("--set", type=_field, action="append", default=[], metavar="NAME=VALUE",
         help="set any other field of the recipe (--print-recipe shows them); may be repeated")
 

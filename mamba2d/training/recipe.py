@@ -71,7 +71,7 @@ class Recipe:
     precision: str = "fp32"  # "bf16": autocast on GPUs; a CPU computes in float32 either way
     channels_last: bool = False
     compile: bool = False  # torch.compile the network for training
-    cuda_graphs: bool = True  # replay a compiled network as CUDA graphs, where it lies on a GPU
+    cuda_graphs: bool = True  # replay a compiled classifier as CUDA graphs, where it lies on a GPU
 
     def __post_init__(self):
         _check_fields(self)
