@@ -50,7 +50,7 @@ class ChannelsLast(Transform):
 
 # %% ../../nbs/22_data.transforms.ipynb #814fd3dc
 class _RandomResizedCrop:
-    "torchvision's `RandomResizedCrop` to a square, without the copy in between."
+    "torchvision's `RandomResizedCrop` to a square, for images that may not be decoded yet."
     def __init__(
         self,
         size: int,  # pixels
@@ -62,25 +62,37 @@ class _RandomResizedCrop:
         self.random_interpolation = random_interpolation
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        box, interpolation = self._draw(image)
+        box = self._decode(image, box)
+        return self._resize(image.crop(box), interpolation)
+
+    def _draw(self, image):
+        "Draw a box, (left, top, right, bottom) in pixels, and a filter."
         ratio = [3 / 4, 4 / 3]
         top, left, height, width = v2.RandomResizedCrop.get_params(image, self.scale, ratio)
         bilinear = self.random_interpolation and torch.rand(()) < 0.5
-        full_width, full_height = image.size
-        self._decode(image, width, height)
-        x = image.size[0] / full_width  # 1 where it was decoded at its full size
-        y = image.size[1] / full_height
-        box = (left * x, top * y, (left + width) * x, (top + height) * y)
-        resampling = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
-        return image.resize((self.size, self.size), resampling, box=box)
+        interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
+        return (left, top, left + width, top + height), interpolation
 
-    def _decode(self, image, width, height):
-        "Decode a JPEG at 1/2, 1/4 or 1/8 of its size if a crop then has twice the pixels needed."
-        full_width, full_height = image.size
-        enough_width = -(-full_width * 2 * self.size // width)
-        enough_height = -(-full_height * 2 * self.size // height)
+    def _decode(self, image, box):
+        """Decode the image, and return the box in its pixels.
+
+        A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then has twice the pixels needed."""
+        left, top, right, bottom = box
+        width, height = image.size
+        enough_width = -(-width * 2 * self.size // (right - left))
+        enough_height = -(-height * 2 * self.size // (bottom - top))
         with reading_image(image):
             image.draft(None, (enough_width, enough_height))
             image.load()
+        x = image.size[0] / width  # 1 where it was decoded at its full size
+        y = image.size[1] / height
+        return tuple(round(side) for side in (left * x, top * y, right * x, bottom * y))
+
+    def _resize(self, crop, interpolation):
+        pixels = v2.functional.pil_to_tensor(crop)
+        pixels = v2.functional.resize(pixels, [self.size, self.size], interpolation, antialias=True)
+        return v2.functional.to_pil_image(pixels)
 
 # %% ../../nbs/22_data.transforms.ipynb #b92c4b79
 class _NoiseErasing(v2.RandomErasing):

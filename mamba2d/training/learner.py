@@ -395,7 +395,8 @@ class PrepareModelCallback(Callback):
     def __init__(self, recipe, distributed, resume=None, limit=None):
         self.choices, self.distributed, self.restored, self.limit = recipe, distributed, resume, limit
         self.replays = False  # whether CUDA graphs replay the network
-        self.without_gradient = []  # parameters, before a backward pass
+        self.replayed = []  # its parameters, where they do
+        self.without_gradient = []  # those of them, before a backward pass
 
     def before_fit(self):
         self.bare = self.learn.model
@@ -448,14 +449,14 @@ class PrepareModelCallback(Callback):
 def compile(self: PrepareModelCallback):
     "Return the compiled network, which CUDA graphs replay where they can."
     self.replays = self.choices.cuda_graphs and can_replay(self.bare, self.distributed)
+    self.replayed = list(self.bare.parameters()) if self.replays else []
     self.opt.keep_gradients = self.replays
     return compile_network(self.bare, self.replays)
 
 @patch
 def before_backward(self: PrepareModelCallback):
     "Note which parameters have no gradient yet."
-    parameters = self.bare.parameters() if self.replays else ()
-    self.without_gradient = [p for p in parameters if p.grad is None]
+    self.without_gradient = [p for p in self.replayed if p.grad is None]
 
 @patch
 def after_backward(self: PrepareModelCallback):
