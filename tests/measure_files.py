@@ -7,8 +7,9 @@
     torchrun --nproc-per-node 4 tests/measure_files.py train FOLDER
     python tests/measure_files.py optimizer FOLDER        a step of AdamW
 
-Each prints a line of JSON. `nbs/bench_results/files_graphs.json` holds such lines. Four loaders beside each
-other are four of these commands at the same time, each with `taskset` and cores of its own.
+Each prints lines of JSON, training one for all and one for each process: what its host does in a batch.
+`nbs/bench_results/files_graphs.json` holds such lines. Four loaders beside each other are four of these
+commands at the same time, each with `taskset` and cores of its own.
 """
 import dataclasses
 import json
@@ -36,27 +37,55 @@ batch = 128
 warm_up = 64  # batches in which the workers start and the first batches wait in their queue
 
 
+parts = {  # event -> what the host has done when it comes
+    "before_batch": "fetch, move, mix", "after_pred": "forward", "after_loss": "loss",
+    "before_backward": "before the backward pass", "after_backward": "backward", "after_step": "step",
+    "after_batch": "the rest"}
+
+
 class Clock(Callback):
-    "When each training batch ended, and how long it was waited for."
-    order = 100
+    "When each training batch ended, how long it was waited for, and what the host did meanwhile."
+    order = 100  # after all other callbacks
 
     def before_fit(self):
-        self.times, self.waits = [], []
+        self.times, self.waits, self.batches = [], [], []
 
-    def after_batch(self):
-        if self.training:
-            self.times.append(time.perf_counter())
+    def before_train(self):
+        self.last, self.host = time.perf_counter(), {}
+
+    def __call__(self, event_name):
+        super().__call__(event_name)
+        if not self.training or event_name not in parts:
+            return
+        now = time.perf_counter()
+        self.host[parts[event_name]] = now - self.last
+        self.last = now
+        if event_name == "after_batch":
+            self.times.append(now)
             self.waits.append(self.dl.waited)
+            self.batches.append(self.host)
+            self.host = {}
 
     def result(self, skip, world):
+        "What happened after the first batches: speed of all processes, the rest of this one."
         seconds = self.times[-1] - self.times[skip]
-        images = batch * world * (len(self.times) - 1 - skip)
-        return {"images_per_second": images / seconds, "data_wait": sum(self.waits[skip + 1:]) / seconds}
+        count = len(self.times) - 1 - skip
+        host = {part: 1e3 * sum(one.get(part, 0.) for one in self.batches[skip + 1:]) / count
+                for part in parts.values()}
+        return {"images_per_second": batch * world * count / seconds,
+                "data_wait": sum(self.waits[skip + 1:]) / seconds,
+                "batch_ms": 1e3 * seconds / count, "host_ms": host}
+
+
+def rounded(value):
+    "A number, or a dictionary of numbers, with four digits; anything else as it is."
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def say(**result):
-    print(json.dumps({name: float(f"{v:.4g}") if isinstance(v, float) else v for name, v in result.items()}),
-          flush=True)
+    print(json.dumps(rounded(result)), flush=True)
 
 
 def measure_loader(folder, batches=224):
@@ -122,10 +151,14 @@ def measure_training(folder):
     distributed = Distributed.init()
     learn = make_learner(folder, distributed.device)
     result = fit(learn, distributed, 10 if distributed.world == 1 else 24)
+    processes = distributed.gather({name: result.pop(name) for name in ("data_wait", "batch_ms", "host_ms")})
     if distributed.rank == 0:
+        result["data_wait"] = processes[0]["data_wait"]
         say(what="from files", effective_batch=learn.recipe.effective_batch, gpus=distributed.world,
             cores=len(os.sched_getaffinity(0)), workers_per_gpu=learn.dls.train.fake_l.num_workers,
             batch=batch, **result)
+        for rank, process in enumerate(processes):
+            say(what="one of the processes", rank=rank, **process)
     distributed.destroy()
 
 
