@@ -48,7 +48,7 @@ class Clock(Callback):
     order = 100  # after all other callbacks
 
     def before_fit(self):
-        self.times, self.waits, self.batches = [], [], []
+        self.times, self.waits, self.batches, self.processor = [], [], [], []
 
     def before_train(self):
         self.last, self.host = time.perf_counter(), {}
@@ -63,6 +63,7 @@ class Clock(Callback):
         if event_name == "after_batch":
             self.times.append(now)
             self.waits.append(self.dl.waited)
+            self.processor.append(time.process_time())  # of all threads, without loading processes
             self.batches.append(self.host)
             self.host = {}
 
@@ -74,7 +75,8 @@ class Clock(Callback):
                 for part in parts.values()}
         return {"images_per_second": batch * world * count / seconds,
                 "data_wait": sum(self.waits[skip + 1:]) / seconds,
-                "batch_ms": 1e3 * seconds / count, "host_ms": host}
+                "batch_ms": 1e3 * seconds / count, "host_ms": host,
+                "processor_ms": 1e3 * (self.processor[-1] - self.processor[skip]) / count}
 
 
 def rounded(value):
@@ -151,7 +153,8 @@ def measure_training(folder):
     distributed = Distributed.init()
     learn = make_learner(folder, distributed.device)
     result = fit(learn, distributed, 10 if distributed.world == 1 else 24)
-    processes = distributed.gather({name: result.pop(name) for name in ("data_wait", "batch_ms", "host_ms")})
+    of_process = "data_wait", "batch_ms", "host_ms", "processor_ms"
+    processes = distributed.gather({name: result.pop(name) for name in of_process})
     if distributed.rank == 0:
         result["data_wait"] = processes[0]["data_wait"]
         say(what="from files", effective_batch=learn.recipe.effective_batch, gpus=distributed.world,

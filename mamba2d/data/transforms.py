@@ -49,8 +49,12 @@ class ChannelsLast(Transform):
         return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 # %% ../../nbs/22_data.transforms.ipynb #814fd3dc
+def _has_byte_kernels():
+    "Whether torch resizes bytes by vector instructions here."
+    return "AVX" in torch.backends.cpu.get_cpu_capability()
+
 class _RandomResizedCrop:
-    "torchvision's `RandomResizedCrop` to a square, for images that may not be decoded yet."
+    "torchvision's `RandomResizedCrop` to a square, for RGB images that may not be decoded yet."
     def __init__(
         self,
         size: int,  # pixels
@@ -64,7 +68,9 @@ class _RandomResizedCrop:
     def __call__(self, image: Image.Image) -> Image.Image:
         box, interpolation = self._draw(image)
         box = self._decode(image, box)
-        return self._resize(image.crop(box), interpolation)
+        with reading_image(image):  # large crops make Pillow warn
+            crop = image.crop(box)
+        return self._resize(crop, interpolation)
 
     def _draw(self, image):
         "Draw a box, (left, top, right, bottom) in pixels, and a filter."
@@ -85,14 +91,17 @@ class _RandomResizedCrop:
         with reading_image(image):
             image.draft(None, (enough_width, enough_height))
             image.load()
-        x = image.size[0] / width  # 1 where it was decoded at its full size
-        y = image.size[1] / height
-        return tuple(round(side) for side in (left * x, top * y, right * x, bottom * y))
+        scale = round(width / image.size[0])  # 1, 2, 4 or 8: a part of a pixel counts as one
+        return tuple(round(side / scale) for side in box)
 
     def _resize(self, crop, interpolation):
-        pixels = v2.functional.pil_to_tensor(crop)
-        pixels = v2.functional.resize(pixels, [self.size, self.size], interpolation, antialias=True)
-        return v2.functional.to_pil_image(pixels)
+        size = [self.size, self.size]
+        if not _has_byte_kernels():
+            return v2.functional.resize(crop, size, interpolation)
+        pixels = torch.from_numpy(np.array(crop))[None].permute(0, 3, 1, 2)
+        resized = torch.nn.functional.interpolate(  # older versions of torchvision make floats of bytes
+            pixels, size, mode=interpolation.value, align_corners=False, antialias=True)
+        return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
 # %% ../../nbs/22_data.transforms.ipynb #b92c4b79
 class _NoiseErasing(v2.RandomErasing):
