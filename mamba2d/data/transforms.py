@@ -51,7 +51,7 @@ class ChannelsLast(Transform):
 # %% ../../nbs/22_data.transforms.ipynb #814fd3dc
 def _has_byte_kernels():
     "Whether torch resizes bytes by vector instructions here."
-    return "AVX" in torch.backends.cpu.get_cpu_capability()
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 class _RandomResizedCrop:
     "torchvision's `RandomResizedCrop` to a square, for RGB images that may not be decoded yet."
