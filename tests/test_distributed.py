@@ -28,7 +28,8 @@ def torchrun(*arguments, program=small_training):
     "Run a program in two processes; returns exit code and output."
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, *program, *map(str, arguments)]
-    environment = {**os.environ, **one_thread, "PYTHONUNBUFFERED": "1"}
+    # without a buffer, a line and its end are two writes: the two processes' lines would mix
+    environment = {**os.environ, **one_thread, "PYTHONUNBUFFERED": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout, done.stderr
 
