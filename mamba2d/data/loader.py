@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 
-import fastai.vision.data  # noqa: F401  registers how batches and results are drawn
+import fastai.vision.data  # noqa: F401  registers how batches are drawn
 import numpy as np
 import torch
 from fastai import torch_core
@@ -91,6 +91,11 @@ class KeyedDL(TfmdDL):
         if unique and b is None:
             b = self._first_image(max_n)
         return super().show_batch(b, max_n=max_n, ctxs=ctxs, show=show, **kwargs)
+
+    def _pre_show_batch(self, b, max_n=9):
+        # registers how results are drawn; not imported above, as it imports timm where that is installed
+        import fastai.vision.learner  # noqa: F401
+        return super()._pre_show_batch(b, max_n=max_n)
 
 # %% ../../nbs/23_data.loader.ipynb #0f8292ba
 @patch(as_prop=True)

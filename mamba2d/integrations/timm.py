@@ -185,7 +185,7 @@ def register_models() -> list[str]:  # the names
     default_cfgs.update(generate_default_cfgs({f"{name}.in1k": _pretrained_cfg(name) for name in names}))
     for name in names:
         if not is_model(name):
-            register_model(_entry_point(name))
+            globals()[name] = register_model(_entry_point(name))  # timm adds the name to `__all__`
     return names
 
 # %% ../../nbs/70_integrations.timm.ipynb #4b362058

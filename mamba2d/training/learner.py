@@ -14,7 +14,7 @@ import time
 import warnings
 from functools import partial
 
-import fastai.vision.learner  # noqa: F401  registers how batches and results are drawn
+import fastai.callback.hook  # noqa: F401  registers `Learner.summary`
 import numpy as np
 import torch
 import torch.nn.functional as F

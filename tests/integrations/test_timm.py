@@ -32,6 +32,13 @@ def test_all_sizes_are_registered():
         assert model.config == ours.config
 
 
+def test_the_module_has_the_functions_that_timm_lists_in_it():
+    public = {}
+    exec("from mamba2d.integrations.timm import *", public)
+    with torch.device("meta"):
+        assert [public[name](num_classes=5).num_classes for name in names] == [5] * len(names)
+
+
 def test_features_only_equals_forward_features():
     torch.manual_seed(3)
     model = timm.create_model("mamba2d_t", features_only=True).eval()
