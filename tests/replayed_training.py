@@ -1,7 +1,7 @@
 """A small training on a CPU with gradients as CUDA graphs give them, for test_cuda_graphs.py.
 
-The gradient of the head lies where that of the batch before lies, as in the memory of a graph. Started by
-torchrun, this file trains with such gradients and without, and prints whether the weights are the same.
+The gradient of the head lies where that of the batch before lies, as in the memory of a graph. Run in
+two processes, this file trains with such gradients and without, and prints whether the weights are the same.
 """
 import contextlib
 import sys

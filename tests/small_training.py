@@ -9,10 +9,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import time
 import types
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -40,8 +43,8 @@ from mamba2d.training import (
 one_thread = {"OMP_NUM_THREADS": "1"}
 minutes_long = 300  # seconds that a held flush takes
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["mamba2d.cli", "mamba2d.data", "mamba2d.models", "mamba2d.training.runs",
-                               "mamba2d.training.dense"])
+context.set_forkserver_preload(["mamba2d.cli", "mamba2d.data", "mamba2d.large", "mamba2d.models",
+                               "mamba2d.training.runs", "mamba2d.training.dense"])
 
 
 def parse(argv):
@@ -210,11 +213,14 @@ def main(argv):
 
 # Processes that train
 
-def run_with_output(target, argv, pipes, new_session):
+def run_with_output(target, argv, pipes, new_session, variables):
     "In a new process: call `target` with its output going into the two pipes."
+    os.environ.update(variables)
     for number, pipe in zip((1, 2), pipes, strict=True):
         os.dup2(pipe.fileno(), number)
         pipe.close()
+    sys.stdout = open(1, "w", closefd=False)  # those of the server know its files, which are no pipes
+    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")
     if new_session:
         os.setsid()
     multiprocessing.set_start_method(None, force=True)  # of the processes that load images: as in any program
@@ -224,16 +230,17 @@ def run_with_output(target, argv, pipes, new_session):
 class Started:
     "A process that runs `target(argv)`. `out` and `err` are files from which its output can be read."
 
-    def __init__(self, target, argv, new_session=False):
+    def __init__(self, target, argv, new_session=False, variables=()):
         pipes = [context.Pipe(duplex=False) for _ in ("out", "err")]
         writers = [writer for _, writer in pipes]
-        arguments = (target, [str(argument) for argument in argv], writers, new_session)
-        self.process = context.Process(target=run_with_output, args=arguments)
+        arguments = [str(argument) for argument in argv]
+        given = (target, arguments, writers, new_session, dict(variables))
+        self.process = context.Process(target=run_with_output, args=given)
         with mock.patch.dict(os.environ, one_thread):
             self.process.start()
         for writer in writers:
             writer.close()
-        self.out, self.err = [open(os.dup(reader.fileno())) for reader, _ in pipes]
+        self.out, self.err = [open(os.dup(reader.fileno()), errors="replace") for reader, _ in pipes]
         self.pid = self.process.pid
 
     def send_signal(self, number):
@@ -241,8 +248,10 @@ class Started:
 
     def wait(self):
         "Wait for its end; returns the exit code and the rest of what was printed."
+        with ThreadPoolExecutor() as pool:  # both at once: where a pipe is full, the process waits
+            out, err = pool.map(lambda file: file.read(), (self.out, self.err))
         self.process.join()
-        return self.process.exitcode, self.out.read(), self.err.read()
+        return self.process.exitcode, out, err
 
     def end(self):
         "Kill the process, if it runs, and close the files."
@@ -250,6 +259,15 @@ class Started:
         self.process.join()
         self.out.close()
         self.err.close()
+
+
+def run_code(argv):
+    "Run Python code, the first argument, as a program that gets the other arguments."
+    code, *sys.argv[1:] = argv
+    sys.argv[0] = "-c"
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # this process began with a torch that is loaded: it reads no environment
+    exec(compile(code, "program", "exec"), {"__name__": "__main__"})
 
 
 @contextlib.contextmanager
@@ -260,8 +278,8 @@ def processes():
     """
     started = []
 
-    def start(*arguments, target=main, new_session=False):
-        started.append(Started(target, arguments, new_session))
+    def start(*arguments, target=main, **options):
+        started.append(Started(target, arguments, **options))
         return started[-1]
 
     try:
@@ -269,6 +287,41 @@ def processes():
     finally:
         for process in started:
             process.end()
+
+
+def run_program(code, *arguments):
+    "Run Python code in a process of its own to its end; returns exit code, output and errors."
+    with processes() as start:
+        return start(code, *arguments, target=run_code).wait()
+
+
+def run_file(argv):
+    "Run a Python file, the first argument, as a program that gets the other arguments."
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def run_twice(file, *arguments):
+    """Run a Python file in two processes that find each other as those of torchrun do.
+
+    Returns exit code, standard output and standard error of both together. Where one fails, the other is
+    killed. torchrun itself starts two interpreters, each of which imports everything."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+              "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def wait_for(process):
+        code, out, err = process.wait()
+        if code:
+            for other in both:
+                other.process.kill()
+        return code, out, err
+
+    with processes() as start, ThreadPoolExecutor() as pool:
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        both = [start(file, *arguments, target=run_file, variables=shared | rank) for rank in ranks]
+        codes, outs, errs = zip(*pool.map(wait_for, both), strict=True)
+    return max(codes, key=abs), "".join(outs), "".join(errs)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from replayed_training import fit, gradients, make_learner
-from test_distributed import torchrun
+from small_training import run_twice
 from torch import nn
 
 from mamba2d.models import Mamba2D
@@ -108,7 +108,7 @@ def test_a_fit_that_fails_leaves_nothing_to_the_next(tmp_path, replayed):
 
 
 def test_two_processes(tmp_path):
-    code, out, err = torchrun(tmp_path, program=(str(Path(__file__).with_name("replayed_training.py")),))
+    code, out, err = run_twice(Path(__file__).with_name("replayed_training.py"), tmp_path)
     assert code == 0, err[-3000:]
     assert out.count("same weights") == 2, out
 

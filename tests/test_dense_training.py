@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 from PIL import Image
-from small_training import processes, train
-from test_distributed import distance, torchrun
+from small_training import processes, run_twice, train
+from test_distributed import distance, small_training
 from test_survival import content, kill_often, same
 
 from mamba2d import cli
@@ -48,7 +48,7 @@ def test_two_processes_train_what_one_trains(task, tmp_path):
     not compared."""
     settings = ("--task", task, "--batch-size", 2, "--epochs", 1, "--workers", 0)
     train(tmp_path / "alone", *settings)
-    code, _, err = torchrun(tmp_path / "both", *settings)
+    code, _, err = run_twice(small_training, tmp_path / "both", *settings)
     assert code == 0, err
     mine, other = [load_checkpoint(tmp_path / name)[0] for name in ("both", "alone")]
     for weights in ("model", "ema"):

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, started by torchrun, train as one does, evaluate exactly and end together."""
+"""Two processes on the CPU, of torchrun or forked, train as one does, evaluate exactly and end together."""
 import json
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import one_thread, processes, train
+from small_training import one_thread, processes, run_twice, train
 
 from mamba2d import cli
 from mamba2d.cli.common import run_captured
@@ -19,13 +19,13 @@ from mamba2d.data.random import epoch_order
 from mamba2d.models import read_weights
 from mamba2d.training import load_checkpoint
 
-small_training = (str(Path(__file__).with_name("small_training.py")),)
+small_training = str(Path(__file__).with_name("small_training.py"))
 commands = ("-m", "mamba2d.cli")
 settings = ("--workers", 0, "--drop-path", 0, "--digits", 1797, "--epochs", 2)  # 22 steps per epoch
 
 
-def torchrun(*arguments, program=small_training):
-    "Run a program in two processes; returns exit code and output."
+def torchrun(*arguments, program=(small_training,)):
+    "Run a program in two processes by torchrun; returns exit code and output."
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, *program, *map(str, arguments)]
     # without a buffer, a line and its end are two writes: the two processes' lines would mix
@@ -79,7 +79,8 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_train_what_one_trains(tmp_path, alone):
-    code, _, err = torchrun(tmp_path, *settings, "--batch-size", 16)  # and each accumulates two batches
+    # each of them accumulates two batches
+    code, _, err = run_twice(small_training, tmp_path, *settings, "--batch-size", 16)
     assert code == 0, err
     compare(tmp_path, alone)
     written = [sorted(path.name for path in folder.iterdir()) for folder in (tmp_path, alone)]
@@ -90,7 +91,7 @@ def test_two_processes_end_early_together(tmp_path):
     "They measure macro F1 on all validation images, as one process does. A stage is frozen."
     fields = dict(freeze=1, class_weights="balanced", best_metric="macro_f1", patience=1, lr=1e-9, min_lr=0.)
     arguments = (*settings, "--digits", 600, "--epochs", 4, "--recipe", json.dumps(fields))
-    code, _, err = torchrun(tmp_path / "two", *arguments, "--batch-size", 32)
+    code, _, err = run_twice(small_training, tmp_path / "two", *arguments, "--batch-size", 32)
     assert code == 0, err
     train(tmp_path / "alone", *arguments, "--batch-size", 64)
     rows = [load_checkpoint(tmp_path / name)[0]["progress"]["history"] for name in ("two", "alone")]
@@ -101,14 +102,14 @@ def test_two_processes_end_early_together(tmp_path):
 
 def test_features_under_ddp_and_fsdp2():
     "No unused parameters, and the same training as in one process."
-    code, out, err = torchrun(program=(str(Path(__file__).with_name("distributed_features.py")),))
+    code, out, err = run_twice(Path(__file__).with_name("distributed_features.py"))
     assert code == 0 and out.count("all parameters trained") == 2, out + err
 
 
 def test_another_number_of_processes_resumes(tmp_path, alone):
     "The second of two processes is asked to stop: both do, after the same step. One process resumes."
     code, _, err = torchrun(tmp_path, *settings, "--batch-size", 32, "--term", 1, 30)
-    traceback = f"Traceback (most recent call last):\n  File \"{small_training[0]}"
+    traceback = f"Traceback (most recent call last):\n  File \"{small_training}"
     assert code != 0 and "exitcode  : 75" in err and traceback not in err, err
     found = load_checkpoint(tmp_path)[0]["progress"]
     assert (found["epoch"], found["step"]) == (1, 9)

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_training import one_thread
-from test_distributed import torchrun
+from small_training import one_thread, run_program, run_twice
 
 from mamba2d.large import create_map, open_map, scan_in_tiles
 from mamba2d.models.blocks import SelectiveScan
@@ -56,10 +55,9 @@ def scan_in_child(folder, where="never", when=0):
     """The number of tiles that a process computes of the scene in a folder; it may be killed.
 
     Each is a process of its own: products of matrices have other last bits with another number of threads."""
-    command = [sys.executable, "-c", scanning, folder, where, str(when)]
-    done = subprocess.run(command, env=in_child, capture_output=True, text=True)
-    assert done.returncode == (0 if where == "never" else -signal.SIGKILL), done.stderr
-    return int(done.stdout or 0)
+    code, out, err = run_program(scanning, folder, where, when)
+    assert code == (0 if where == "never" else -signal.SIGKILL), err
+    return int(out or 0)
 
 
 @pytest.mark.parametrize(("where", "when"), [("write", 1), ("write", 7), ("put", 9)])
@@ -114,7 +112,7 @@ def test_memory_grows_with_the_tile_and_not_with_the_image(tmp_path):
 
 def test_two_processes_scan_one_image():
     "Outputs and gradients of two processes equal those of one."
-    code, out, err = torchrun(program=(str(Path(__file__).with_name("distributed_scan.py")),))
+    code, out, err = run_twice(Path(__file__).with_name("distributed_scan.py"))
     assert code == 0, err
     assert out.count("worst difference") == 2
 

@@ -1,16 +1,13 @@
 """What the machine takes away while a command runs: its run folder, a worker, open files, an encoding."""
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from small_training import processes, run_code, run_program
 
 from mamba2d.data import make_image_tree
 from mamba2d.training import load_checkpoint
 
-tests = Path(__file__).parent
 program = """
 import os, resource, signal, sys
 from functools import partial
@@ -29,6 +26,11 @@ def tiny(size, weights=None, num_classes=10, **kwargs):
 def deadly(open_image, main=os.getpid()):
     return lambda *given: os.kill(os.getpid(), 9) if os.getpid() != main else open_image(*given)
 
+def in_ascii():
+    "As with PYTHONIOENCODING=ascii:strict."
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    sys.stderr.reconfigure(encoding="ascii", errors="backslashreplace")
+
 def no_memory(image, load=ImageFile.ImageFile.load):
     if str(getattr(image, "filename", "")).endswith("train/ant/ant_7.JPEG"):
         raise MemoryError
@@ -39,20 +41,11 @@ with some_digits(120), without_plots(), mock.patch.object(training, "build_model
 """
 
 
-def start(body, *arguments, **environment):
-    "Start a process that runs a command with these arguments; `body` calls it."
-    argv = [sys.executable, "-W", "ignore", "-c", program.format(body=body), *map(str, arguments)]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path]), "OMP_NUM_THREADS": "1",
-                 **environment}
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables,
-                            errors="replace")
+def run(body, *arguments):
+    """Run a command with these arguments in a process of its own; `body` calls it.
 
-
-def run(body, *arguments, **environment):
-    "Run such a process to its end; returns exit code, standard output and standard error."
-    process = start(body, *arguments, **environment)
-    out, err = process.communicate()
-    return process.returncode, out, err
+    Returns exit code, standard output and standard error."""
+    return run_program(program.format(body=body), *arguments)
 
 
 def last_line(err):
@@ -68,13 +61,15 @@ on_images = ["--image-size", 32, "--recipe", "digits", "--batch-size", 8, "--dev
 def test_run_folder_is_deleted(tmp_path):
     "The parent deletes the folder after the first epoch: the next checkpoint is written all the same."
     out = tmp_path / "run"
-    process = start("train(sys.argv[1:])", *on_digits, "--out", out)
-    for line in process.stdout:
-        if line.startswith("epoch   1/4"):
-            break
-    shutil.rmtree(out)
-    _, err = process.communicate()
-    assert process.returncode == 1, err
+    training = program.format(body="train(sys.argv[1:])")
+    with processes() as start:
+        process = start(training, *on_digits, "--out", out, target=run_code)
+        for line in process.out:
+            if line.startswith("epoch   1/4"):
+                break
+        shutil.rmtree(out)
+        code, _, err = process.wait()
+    assert code == 1, err
     assert "the run folder was deleted, training ends; a checkpoint of this moment" in last_line(err)
     progress = load_checkpoint(out)[0]["progress"]
     assert len(progress["history"]) == progress["epoch"] >= 1
@@ -121,16 +116,17 @@ def test_odd_file_names(tmp_path):
     for folder in (tree / "val/bee", tree / "train/bee"):
         image = sorted(folder.iterdir())[0]
         os.rename(image, os.path.join(os.fsencode(folder), b"\xff\xe4 odd.png"))
-    odd, out, quiet = tree / "val/bee", tmp_path / "run", dict(PYTHONIOENCODING="ascii:strict", LC_ALL="C")
-    code, printed, err = run("train(sys.argv[1:])", "--data", tree, *on_images, "--workers", 0, "--out", out,
-                             "--epochs", 1, **quiet)
+    odd, out = tree / "val/bee", tmp_path / "run"
+    code, printed, err = run("in_ascii(); train(sys.argv[1:])", "--data", tree, *on_images, "--workers", 0,
+                             "--out", out, "--epochs", 1)
     assert code == 0, err
-    body = "with mock.patch.object({0}, 'build_model', partial(tiny, num_classes=2)): {1}(sys.argv[1:])"
+    body = ("in_ascii()\n    "
+            "with mock.patch.object({0}, 'build_model', partial(tiny, num_classes=2)): {1}(sys.argv[1:])")
     for name, command, given in (("prediction", "predict", [odd]),
                                  ("prediction", "predict", [odd, "--out", tmp_path / "prediction"]),
                                  ("validation", "validate", ["--out", tmp_path / "validation"])):
         code, printed, err = run(body.format(name, command), out / "weights.pth", *given, "--device", "cpu",
-                                 "--workers", 0, **quiet)
+                                 "--workers", 0)
         assert code == 0, err
     assert r"\udcff" in (tmp_path / "prediction").read_text(encoding="utf-8")
     assert r"\udcff" in (tmp_path / "validation/predictions.csv").read_text(encoding="utf-8")
