@@ -1,4 +1,4 @@
-"""Two processes on the CPU train a pyramid and a network under DDP and under FSDP2, for test_distributed.py."""
+"""Two processes train a pyramid and a network under DDP and under FSDP2, for test_distributed.py."""
 import copy
 import os
 import sys
