@@ -1,8 +1,9 @@
-"""A small training for test_survival.py, test_distributed.py and test_dense_training.py.
+"""A small training for test_survival.py, test_distributed.py and test_dense_training.py; processes for tests.
 
 Augmentation, mixing, accumulation and EMA are on. `train` runs it in this process. `processes` starts it in
 processes of its own, which a test can stop and kill. They are forked from a server that has imported
-everything, so starting one takes no time. torchrun starts this file as a program.
+everything, so starting one takes no time. torchrun starts this file as a program. `run_program` and
+`run_twice` run other programs in such processes.
 """
 import argparse
 import contextlib

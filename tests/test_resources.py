@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from small_training import processes, run_code, run_program
+from test_survival import read_until
 
 from mamba2d.data import make_image_tree
 from mamba2d.training import load_checkpoint
@@ -64,9 +65,7 @@ def test_run_folder_is_deleted(tmp_path):
     training = program.format(body="train(sys.argv[1:])")
     with processes() as start:
         process = start(training, *on_digits, "--out", out, target=run_code)
-        for line in process.out:
-            if line.startswith("epoch   1/4"):
-                break
+        read_until(process.out, "epoch   1/4")
         shutil.rmtree(out)
         code, _, err = process.wait()
     assert code == 1, err
